@@ -1,0 +1,57 @@
+# Every target sets itself up: a fresh clone needs only Python >= 3.11, pip, git and make.
+PYTHON   ?= python3
+PIP_ARGS ?=
+VENV     := .venv
+BIN      := $(VENV)/bin
+STAMP    := $(VENV)/.installed
+STUDY    ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow lab book docs docs-quarto preview bench export clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv with the pinned versions (every other target does it for you)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"development needs Python >= 3.11, and $(PYTHON) is {v.major}.{v.minor}; try: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no working venv module: using virtualenv from a private folder"; \
+	  $(PYTHON) -m pip install --quiet --target .venv-tool virtualenv && PYTHONPATH=.venv-tool $(PYTHON) -m virtualenv --quiet $(VENV); rm -rf .venv-tool; test -x $@; }
+
+$(STAMP): $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
+	@echo "installing the pinned environment (torch's default build for this platform: about 200 MB for CPU builds, several GB for CUDA builds on Linux; choose with PIP_ARGS=...)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[all]'
+	@touch $@
+
+fetch: $(STAMP)
+	@$(BIN)/dmr streams fetch text8 --quiet
+
+run: fetch  ## the main job: compare the routings on text8; table, figures and HTML report in runs/
+	@$(BIN)/dmr run
+
+test: fetch  ## the fast tier: notebooks, pytest, export sync, lint, types (under 15 minutes on 2 cores)
+	$(BIN)/ruff check nbs tests dmr setup.py
+	$(BIN)/mypy
+	$(BIN)/codespell README.md CHANGELOG.md tests
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/nbdev_test --n_workers 2
+
+test-slow: fetch  ## the rest: several processes, cluster, browser, small real studies
+	$(BIN)/python -m pytest -m slow
+
+lab: $(STAMP)  ## open the book in JupyterLab with this environment's kernel
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (dmr)" >/dev/null
+	$(BIN)/jupyter lab nbs
+
+docs: $(STAMP)  ## build the site into _docs/ from the committed outputs, without Quarto
+	@$(BIN)/python -m dmr.site build
+
+preview: docs  ## build and serve the site
+	@$(BIN)/python -m dmr.site serve
+
+export: $(STAMP)  ## write dmr/ and README.md from the notebooks
+	@$(BIN)/nbdev_export
+
+clean:  ## remove built files and runs (not .venv, not the stream cache)
+	rm -rf _proc _docs runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
