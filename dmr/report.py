@@ -5,18 +5,30 @@
 # %% ../nbs/42_report.ipynb #daa594eb
 from __future__ import annotations
 
+import base64
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .metrics import loss_matrix, summarize
+from .metrics import LossMatrix, loss_matrix, summarize
+from .statistics import (EXPLORATORY, Branch, Interval, Point, control_branch, match_control, matched_forgetting,
+                            mean_interval, paired_difference)
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['STAGE_COLUMNS', 'tidy_run', 'arm_label', 'tidy', 'tidy_records']
+__all__ = ['STAGE_COLUMNS', 'COLUMNS', 'tidy_run', 'arm_label', 'tidy', 'tidy_records', 'read_results', 'ArmRuns', 'base_rate',
+           'Study', 'group_arms', 'ArmSummary', 'summarize_arms', 'text_table', 'headline', 'plane_finding',
+           'plot_plane', 'stream_arms', 'plot_stream', 'stream_finding', 'html_report', 'Report', 'write_report']
 
 # %% ../nbs/42_report.ipynb #418bb9f1
 #: What a row takes from a run's stages: column -> how the stages' values are joined.
@@ -37,6 +49,7 @@ def _flat(value: Any) -> Any:
 
 def tidy_run(
     result: Mapping[str, Any],  # a run's result; failed runs have `parameters`, `status` and `error`, and no metrics
+    base_lr: float | None = None,  # the study's rate, for the name of an arm without a label
 ) -> dict[str, Any]:
     "One flat row: run_id, study, arm, seed, status, error, every parameter, every metric, stages, identity, machine."
     parameters = dict(result.get("parameters") or {})
@@ -44,7 +57,7 @@ def tidy_run(
     finished = bool(records or metrics)
     row: dict[str, Any] = {
         "run_id": result.get("run_id"), "study": result.get("study"),
-        "arm": parameters.get("arm") or arm_label(parameters), "seed": parameters.get("seed"),
+        "arm": parameters.get("arm") or arm_label(parameters, base_lr), "seed": parameters.get("seed"),
         "status": result.get("status") or ("ok" if finished else "missing"), "error": result.get("error"),
     }
     row |= {k: _flat(v) for k, v in parameters.items() if k not in row}
@@ -109,7 +122,9 @@ def tidy(
     results: Iterable[Mapping[str, Any]],  # run results, failed ones included
 ) -> pd.DataFrame:
     "One row for each run with every parameter and metric; failed runs keep their row, with NaN metrics."
-    return _pandas().DataFrame([tidy_run(r) for r in results])
+    results = list(results)
+    base = base_rate(r.get("parameters") or {} for r in results)
+    return _pandas().DataFrame([tidy_run(r, base) for r in results])
 
 
 def tidy_records(
@@ -119,9 +134,755 @@ def tidy_records(
     "The long form: the records (or stages) of all runs, each with its run's run_id, arm and seed."
     if part not in ("records", "stages"):
         raise ValueError(f"part={part!r} is unknown; pass 'records' or 'stages'")
+    results = list(results)
+    base = base_rate(r.get("parameters") or {} for r in results)
     rows = []
     for r in results:
-        run = tidy_run(r)
+        run = tidy_run(r, base)
         key = {k: run[k] for k in ("run_id", "arm", "seed")}
         rows += [{**key, **{k: _flat(v) for k, v in x.items()}} for x in r.get(part) or []]
     return _pandas().DataFrame(rows)
+
+# %% ../nbs/42_report.ipynb #c453a60f
+def read_results(
+    source: str | Path | Iterable[Mapping[str, Any]],  # a study's folder, or results that are already read
+) -> list[dict[str, Any]]:
+    "The results of a study's runs, failed and unfinished ones included, in the order of their names."
+    if not isinstance(source, (str, Path)):
+        return [dict(r) for r in source]
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}; run the study first, or pass the folder that holds its runs")
+    results = []
+    for run in sorted(p for p in folder.iterdir() if p.is_dir()):
+        done, about = _read_json(run / "result.json"), _read_json(run / "run.json")
+        if done is None and about is None:
+            continue
+        result = {"run_id": run.name, "study": folder.name, **(done or {})}
+        result |= {k: v for k, v in (about or {}).items() if k in _ABOUT and v is not None or k not in result}
+        results.append(result)
+    if not results:
+        raise FileNotFoundError(f"{str(folder)!r} holds no run (no result.json, no run.json); run the study first")
+    return results
+
+
+_ABOUT = ("run_id", "study", "status", "error")  # where the engine knows better than the run itself
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    "The file's object, None if there is no such file. Raises ValueError with its name if it is damaged."
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ValueError(f"{str(path)!r} is no JSON ({e}); remove that run's folder and run the study again") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}, not an object; remove that run's folder")
+    return value
+
+# %% ../nbs/42_report.ipynb #0075b9c6
+#: The metrics of the table, in nats and as perplexity.
+COLUMNS: dict[str, str] = {"forgetting": "forgetting", "learning_accuracy": "learning accuracy",
+                           "final_average": "final average"}
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    "All runs of one arm."
+
+    name: str
+    parameters: dict[str, Any]  # of its first run
+    runs: dict[Any, dict[str, Any]]  # seed -> the run's tidy row, finished runs only
+    results: dict[Any, Mapping[str, Any]]  # seed -> the run's result, finished runs only
+    failed: list[dict[str, Any]]  # tidy rows of the others
+    style: dict[str, Any]  # of its marks in a figure
+
+    @property
+    def n(self) -> int:
+        "Finished seeds."
+        return len(self.runs)
+
+    @property
+    def planned(self) -> int:
+        "Finished and failed seeds."
+        return len(self.runs) + len(self.failed)
+
+    def values(self, metric: str) -> dict[Any, float]:
+        "seed -> metric; NaN where the run did not give it."
+        return {s: math.nan if r.get(metric) is None else float(r[metric]) for s, r in self.runs.items()}
+
+    def points(self) -> dict[Any, Point]:
+        "seed -> point in the plane."
+        a, f = self.values("learning_accuracy"), self.values("forgetting")
+        return {s: Point(a[s], f[s]) for s in self.runs}
+
+
+def base_rate(
+    parameters: Iterable[Mapping[str, Any]],  # of all runs
+) -> float | None:
+    "The learning rate that most arms with a modification or interpolation use; the middle one if several tie."
+    rates: dict[bool, Counter[float]] = {True: Counter(), False: Counter()}
+    for p in parameters:
+        if p.get("lr") is not None:
+            rates[_is_vanilla(p)][float(p["lr"])] += 1
+    counts = rates[False] or rates[True]
+    if not counts:
+        return None
+    most = sorted(r for r, k in counts.items() if k == max(counts.values()))
+    return most[(len(most) - 1) // 2]
+
+
+def _is_vanilla(parameters: Mapping[str, Any]) -> bool:
+    return (parameters.get("modification") or "none") == "none" and parameters.get("interpolate") is None
+
+
+@dataclass(frozen=True)
+class Study:
+    "A study's arms, in the table's order: vanilla by rate, then the others as they come."
+
+    arms: dict[str, ArmRuns]
+    base_lr: float | None
+    vanilla: ArmRuns | None  # at the base rate
+    control: dict[float, ArmRuns]  # multiple of the base rate -> vanilla at that rate
+    rows: list[dict[str, Any]]  # tidy, all runs
+
+    @property
+    def n(self) -> int:
+        "The largest number of finished seeds of an arm."
+        return max((a.n for a in self.arms.values()), default=0)
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for a in self.arms.values() for row in a.failed]
+
+
+def group_arms(
+    results: Iterable[Mapping[str, Any]],  # run results, failed ones included
+    base_lr: float | None = None,  # None: read off the parameters
+) -> Study:
+    "Group runs by arm. Raises ValueError for two runs of one arm and seed, or different streams within a seed."
+    results = list(results)
+    if not results:
+        raise ValueError("no results; pass at least one run")
+    base = base_lr or base_rate(r.get("parameters") or {} for r in results)
+    rows = [tidy_run(r, base) for r in results]
+    arms: dict[str, ArmRuns] = {}
+    streams: dict[Any, tuple[Any, str]] = {}
+    for row, result in zip(rows, results):
+        parameters = dict(result.get("parameters") or {})
+        name = str(row["arm"])
+        if name not in arms:
+            arms[name] = ArmRuns(name, parameters, {}, {}, [], _style(name, parameters, base))
+        arm, seed = arms[name], row["seed"]
+        if row["status"] != "ok":
+            arm.failed.append(row)
+            continue
+        if seed in arm.runs:
+            raise ValueError(f"arm {name!r} has two runs of seed {seed}: {arm.runs[seed]['run_id']} and "
+                             f"{row['run_id']}; select one identity")
+        known, owner = streams.setdefault(seed, (row.get("identity_stream_hash"), name))
+        if known != row.get("identity_stream_hash"):
+            raise ValueError(f"seed {seed} has the stream {known} in {owner!r} and {row.get('identity_stream_hash')} in "
+                             f"{name!r}; compare runs on one stream only")
+        arm.runs[seed], arm.results[seed] = row, result
+    control = {}
+    for arm in arms.values():
+        if _is_vanilla(arm.parameters) and arm.n:
+            lr = arm.parameters.get("lr")
+            control[round(lr / base, 9) if lr and base else 1.0] = arm
+    control = dict(sorted(control.items()))
+    first = [a.name for a in control.values()]
+    order = first + [name for name in arms if name not in first]
+    return Study({name: arms[name] for name in order}, base, control.get(1.0), control, rows)
+
+
+def _style(name: str, parameters: Mapping[str, Any], base: float | None) -> dict[str, Any]:
+    from dmr.figures import arm_style
+
+    routing = "none" if _is_vanilla(parameters) else None
+    try:
+        return arm_style(arm_label(parameters, base), routing)
+    except ValueError:
+        return arm_style(name, "none")
+
+# %% ../nbs/42_report.ipynb #2b705300
+@dataclass(frozen=True)
+class ArmSummary:
+    "One arm's line in the table."
+
+    name: str
+    n: int
+    planned: int
+    mean: dict[str, float]  # metric -> mean over finished seeds
+    delta: dict[str, Interval | None]  # metric -> paired difference to vanilla; None for vanilla itself
+    matched: Interval | None  # forgetting minus the control's at the same learning accuracy, comparable seeds
+    note: str  # why seeds are not comparable, '' if all are
+
+
+def summarize_arms(
+    study: Study,
+) -> list[ArmSummary]:
+    "Means, differences to vanilla and the matched difference of every arm."
+    names = [m + unit for m in COLUMNS for unit in ("", "_ppl")]
+    control = {rate: a.points() for rate, a in study.control.items()}
+    out = []
+    for arm in study.arms.values():
+        mean = {m: _mean_or_nan(arm.values(m).values()) for m in names}
+        delta = {m: _difference(arm, study.vanilla, m) for m in names}
+        matched, note = None, ""
+        if not arm.n:
+            note = "no finished run"
+        elif len(control) < 2:
+            note = "needs vanilla at two rates or more"
+        elif not _is_vanilla(arm.parameters):
+            seeds = set(arm.runs)
+            m = match_control(arm.points(), {r: {s: p for s, p in at.items() if s in seeds} for r, at in control.items()})
+            matched = mean_interval(list(m.difference.values())) if m.difference else None
+            note = m.fell_out()
+        else:
+            note = "control"
+        out.append(ArmSummary(arm.name, arm.n, arm.planned, mean, delta, matched, note))
+    return out
+
+
+def _mean_or_nan(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def _difference(arm: ArmRuns, vanilla: ArmRuns | None, metric: str) -> Interval | None:
+    if vanilla is None or arm is vanilla:
+        return None
+    try:
+        return paired_difference(arm.values(metric), vanilla.values(metric))
+    except ValueError:  # no seed with both
+        return None
+
+# %% ../nbs/42_report.ipynb #0d230c3b
+def _signed(x: float, digits: int) -> str:
+    return "–" if math.isnan(x) else f"{x:+.{digits}f}"
+
+
+def _number(x: float, digits: int) -> str:
+    return "–" if math.isnan(x) else f"{x:.{digits}f}"
+
+
+def _change(i: Interval | None, digits: int, n_needed: int = 4) -> str:
+    "A difference, with half the width of its interval from four seeds on."
+    if i is None:
+        return ""
+    half = f" ±{(i.high - i.low) / 2:.{digits}f}" if i.n >= n_needed else ""
+    return _signed(i.estimate, digits) + half
+
+
+def _against_control(s: ArmSummary) -> str:
+    if s.matched is None:
+        return {"control": "control"}.get(s.note, "n/c" if s.n else "–")
+    return _change(s.matched, 3) + ("" if s.matched.n == s.n else f" ({s.matched.n}/{s.n})")
+
+
+def _grid(head: list[str], rows: list[list[str]]) -> str:
+    "Columns padded to their widest cell: the first to the left, the others to the right."
+    widths = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
+    lines = ["  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths))).rstrip()
+             for r in [head, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def text_table(
+    study: Study,
+) -> str:
+    "The study as text: nats, then perplexity, each with the difference to vanilla; failures named below."
+    lines = summarize_arms(study)
+    parts = [headline(study)]
+    for unit, suffix, digits in (("in nats per byte", "", 3), ("as perplexity", "_ppl", 2)):
+        head = ["arm", "seeds", *(f"{title} Δ" for title in COLUMNS.values())] + ([] if suffix else ["matched"])
+        rows = []
+        for s in lines:
+            cells = [s.name, f"{s.n}/{s.planned}"]
+            changes = [_change(s.delta[m + suffix], digits) for m in COLUMNS]
+            width = max(len(_change(t.delta[m + suffix], digits)) for t in lines for m in COLUMNS)
+            cells += [f"{_number(s.mean[m + suffix], digits)} {c:>{width}}" for m, c in zip(COLUMNS, changes)]
+            rows.append(cells + ([] if suffix else [_against_control(s)]))
+        parts.append(f"{unit}\n{_grid(head, rows)}")
+    notes = ["Lower is better everywhere. Δ: paired difference to vanilla at the base rate.",
+             "matched: forgetting minus that of vanilla at the rate which learned as much; n/c: not comparable."]
+    notes += [f"  {s.name}: {s.note}" for s in lines if s.n and s.note not in ("", "control")]
+    parts.append("\n".join(notes))
+    if study.failed:
+        parts.append("\n".join([f"{len(study.failed)} of {len(study.rows)} runs did not finish:",
+                                *(f"  {r['arm']}, seed {r['seed']}: {r['status']}" + (f", {r['error']}" if r["error"] else "")
+                                  for r in study.failed)]))
+    return "\n\n".join(parts)
+
+
+def headline(
+    study: Study,
+) -> str:
+    "What the numbers may be used for."
+    H = sorted({round(r["horizon"], 3) for r in study.rows if r.get("horizon") is not None})
+    regime = f"H = {', '.join(f'{h:g}' for h in H)}, " if H else ""
+    if study.n <= EXPLORATORY:
+        return f"{regime}n = {study.n} seeds: a demonstration, no verdict."
+    return f"{regime}n = {study.n} seeds, 95 % intervals of paired differences."
+
+# %% ../nbs/42_report.ipynb #d86d7a1d
+def plane_finding(
+    study: Study,
+) -> str:
+    "The figure's title: what can be read off it, counted."
+    lines = [s for s in summarize_arms(study) if s.note != "control" and s.n]
+    comparable = [s for s in lines if s.matched is not None]
+    if not comparable:
+        return "No arm is comparable with the control"
+    below = sum(s.matched.estimate < 0 for s in comparable if s.matched)
+    out = len(lines) - len(comparable)
+    return f"{below} of {len(lines)} arms lie below the control" + (f", {out} not comparable" if out else "")
+
+
+def plot_plane(
+    study: Study,
+) -> tuple[Figure, str]:
+    "The forgetting–plasticity plane and its alternative text. Raises ValueError without a finished run."
+    arms = [a for a in study.arms.values() if a.n]
+    if not arms:
+        raise ValueError("no finished run to draw; see the errors of the failed ones")
+    from matplotlib.figure import Figure as NewFigure
+
+    with _theme():
+        rows_of_legend = -(-len(arms) // 2)
+        fig = NewFigure(figsize=(5.0, 3.7 + 0.2 * rows_of_legend), layout="constrained")
+        ax = fig.subplots()
+        ax.grid(True)
+        _draw_control(ax, study)
+        for arm in arms:
+            points = arm.points().values()
+            a, f = [p.learning_accuracy for p in points], [p.forgetting for p in points]
+            mark = {"color": arm.style["color"], "marker": arm.style["marker"], "linestyle": ""}
+            ax.plot(a, f, markersize=4, alpha=0.55, zorder=3, **mark)
+            ax.plot(_mean_or_nan(a), _mean_or_nan(f), markersize=9, markeredgecolor="white", label=arm.name, zorder=4, **mark)
+        if study.n <= EXPLORATORY:
+            ax.text(0.99, 0.985, f"{study.n} seeds: a demonstration, no verdict", transform=ax.transAxes, ha="right",
+                    va="top", fontsize=8)
+        ax.set(title=plane_finding(study), xlabel="learning accuracy (nats/byte, lower is better)",
+               ylabel="forgetting (nats/byte)")
+        fig.legend(loc="outside lower center", ncols=2, fontsize=8.5, handletextpad=0.2, columnspacing=1.0)
+    spots = "; ".join(f"{a.name} {_number(_mean_or_nan(p.forgetting for p in a.points().values()), 3)} at "
+                      f"{_number(_mean_or_nan(p.learning_accuracy for p in a.points().values()), 3)}" for a in arms)
+    alt = f"Forgetting against learning accuracy, mean over seeds, in nats per byte. {plane_finding(study)}. {spots}."
+    return fig, alt
+
+
+def _draw_control(ax: Any, study: Study) -> None:
+    "The control curve: thin for each seed, thick through the means, on the branch only."
+    grey = "#8a8f96"
+    curves = {rate: a.points() for rate, a in study.control.items()}
+    missing = Point(math.nan, math.nan)
+    for seed in sorted(set().union(*curves.values())) if len(curves) > 1 else []:
+        _draw_branch(ax, control_branch({r: at.get(seed, missing) for r, at in curves.items()}), color=grey, linewidth=0.8)
+    if len(curves) > 1:
+        means = {r: Point(_mean_or_nan(p.learning_accuracy for p in at.values()),
+                          _mean_or_nan(p.forgetting for p in at.values())) for r, at in curves.items()}
+        _draw_branch(ax, control_branch(means), color=grey, linewidth=2.5, label="control: vanilla over rates")
+
+
+def _draw_branch(ax: Any, branch: Branch, **style: Any) -> None:
+    if branch.reason:
+        return
+    a = branch.learning_accuracy
+    x = [a[0] + k * (a[-1] - a[0]) / 100 for k in range(101)]
+    ax.plot(x, [matched_forgetting(branch, min(v, a[-1]))[0] for v in x], zorder=2, **style)
+
+
+@contextmanager
+def _theme() -> Iterator[None]:
+    "The book's theme, for one figure; the caller's own settings come back."
+    from dmr.figures import use_theme
+
+    with _need_matplotlib().rc_context():
+        use_theme()
+        yield
+
+
+def _need_matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise ImportError("figures need matplotlib: pip install 'moment-routing[experiments]'") from e
+    return matplotlib
+
+# %% ../nbs/42_report.ipynb #39371bec
+def stream_arms(
+    study: Study,
+    most: int = 5,  # how many arms to draw
+) -> list[ArmRuns]:
+    "A few telling arms: vanilla, shared and decoupled projection, replay, interpolation; then others as they come."
+    with_records = [a for a in study.arms.values() if any(r.get("records") for r in a.results.values())]
+
+    def kind(arm: ArmRuns) -> tuple[Any, ...]:
+        p = arm.parameters
+        return (p.get("modification") or "none", p.get("routing") or "decoupled", p.get("strength") or "fixed",
+                p.get("interpolate") is not None)
+
+    main = [a for a in with_records if not _is_vanilla(a.parameters) or a is study.vanilla]
+    wanted = [lambda a: a is study.vanilla, lambda a: kind(a) == ("projection", "shared", "fixed", False),
+              lambda a: kind(a) == ("projection", "decoupled", "fixed", False),
+              lambda a: kind(a)[0] == "replay" and kind(a)[1] == "shared", lambda a: kind(a)[3]]
+    chosen: list[ArmRuns] = []
+    for wish in [*wanted, lambda a: True, lambda a: True, lambda a: True, lambda a: True]:
+        chosen += [a for a in main if a not in chosen and wish(a)][:1]
+    return sorted(chosen[:most], key=main.index)
+
+
+def plot_stream(
+    study: Study,
+    arms: Iterable[ArmRuns] | None = None,  # None: `stream_arms`
+) -> tuple[Figure, str]:
+    "Held-out loss of each domain by stage for a few arms, and the alternative text. Needs the runs' records."
+    arms = list(stream_arms(study) if arms is None else arms)
+    matrices = {a.name: [loss_matrix(r["records"]) for r in a.results.values() if r.get("records")] for a in arms}
+    if not any(matrices.values()):
+        raise ValueError("no records to draw; the loss over the stream needs each run's records, not only its metrics")
+    import numpy as np
+    from matplotlib.figure import Figure as NewFigure
+
+    every = [m for ms in matrices.values() for m in ms]
+    names = every[0].domains
+    if any(m.domains != names for m in every):  # the order changes with the seed
+        names = [f"domain {k + 1}" for k in range(max(len(m.domains) for m in every))]
+    mean = {a.name: _mean_matrix(matrices[a.name], len(names)) for a in arms if matrices[a.name]}
+    columns = 2 if len(names) <= 8 else 4
+    lines = -(-len(names) // columns)
+    with _theme():
+        fig = NewFigure(figsize=(5.0, 1.25 * lines + 1.3), layout="constrained")
+        axes = np.atleast_1d(fig.subplots(lines, columns, sharex=True, squeeze=False).ravel())
+        for j, ax in enumerate(axes):
+            if j >= len(names):
+                ax.set_visible(False)
+                continue
+            for arm in arms:
+                if arm.name in mean:
+                    values = mean[arm.name][j:, j]
+                    style = {k: arm.style[k] for k in ("color", "linestyle", "marker")}
+                    ax.plot(np.arange(j + 1, j + 1 + len(values)), values, linewidth=1.5, markersize=3.5, label=arm.name, **style)
+            ax.set_title(names[j], fontsize=9, fontweight="normal", pad=3)
+            ax.set_xticks(range(1, len(names) + 1) if len(names) <= 8 else range(1, len(names) + 1, 5))
+            ax.tick_params(labelsize=8)
+        fig.suptitle(stream_finding(mean, names[0]), fontsize=11.5, fontweight="bold", x=0.01, ha="left")
+        for ax in axes[:len(names)][-columns:]:
+            ax.set_xlabel("domains trained", fontsize=9)
+        fig.supylabel("held-out loss (nats/byte)", fontsize=10)
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5)
+    ends = "; ".join(f"{name}: {m[0, 0]:.2f} to {m[-1, 0]:.2f}" for name, m in mean.items())
+    alt = (f"Held-out loss of {len(names)} domains in nats per byte after each stage, one panel a domain, mean over seeds. "
+           f"{names[0]}, from its own stage to the end: {ends}.")
+    return fig, alt
+
+
+def _mean_matrix(matrices: list[LossMatrix], domains: int) -> Any:
+    "Mean over seeds, cut to the stages that all finished."
+    import numpy as np
+
+    stages = min(len(m.L) for m in matrices)
+    return np.mean([m.L[:stages, :domains] for m in matrices], axis=0)
+
+
+def stream_finding(
+    mean: Mapping[str, Any],  # arm -> mean loss matrix
+    domain: str,  # name of the first domain
+) -> str:
+    "The figure's title: what the first domain lost, at most and at least."
+    lost = {name: float(m[-1, 0] - m[0, 0]) for name, m in mean.items()}
+    worst, best = max(lost, key=lambda k: lost[k]), min(lost, key=lambda k: lost[k])
+    if worst == best:
+        return f"{domain}: {lost[worst]:+.2f} nats by the end"
+    return f"{domain} in the end: {lost[worst]:+.2f} nats ({worst}),\n{lost[best]:+.2f} ({best})"
+
+# %% ../nbs/42_report.ipynb #571182d4
+_CSS = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #5a6068; --line: #d9dce0; --back: #fff; --band: #f5f6f7;
+        --mark: #8a4b00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8ea; --soft: #a3a9b1; --line: #3a3f45; --back: #16181b; --band: #1f2226; --mark: #f0b060; }
+  img { filter: invert(0.91) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 60rem; background: var(--back); color: var(--ink);
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.4rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; }
+p, li { max-width: 42rem; } .soft, figcaption, caption { color: var(--soft); font-size: 0.92rem; }
+.notice { border-left: 4px solid var(--mark); background: var(--band); padding: 0.6rem 0.9rem; margin: 1rem 0; }
+figure { margin: 1.2rem 0; } img { display: block; width: 100%; max-width: 34rem; height: auto; }
+.scroll { overflow-x: auto; margin: 0.8rem 0; } table { border-collapse: collapse; font-size: 0.88rem; }
+caption { text-align: left; padding-bottom: 0.3rem; }
+th, td { padding: 0.28rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
+         font-variant-numeric: tabular-nums; }
+th { font-weight: 600; vertical-align: bottom; } th[scope=row], .left { text-align: left; }
+.wrap { white-space: normal; text-align: left; min-width: 14rem; } .delta { color: var(--soft); }
+th[scope=row] { position: sticky; left: 0; background: var(--back); max-width: 10.5rem; white-space: normal; }
+code, pre { font: 0.88em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--band); border-radius: 4px; }
+code { padding: 0.1em 0.3em; overflow-wrap: anywhere; } pre { padding: 0.7rem 0.9rem; overflow-x: auto; }
+.swatch { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; margin-right: 0.45em; }
+details > summary { cursor: pointer; } @media print { body { max-width: none; } }
+"""
+
+
+def _table(
+    caption: str,
+    head: list[str],
+    rows: list[list[str]],  # cells as HTML; the first of each row is its heading
+    left: bool = False,  # text, not numbers
+) -> str:
+    kind = ' class="wrap"' if left else ""
+    cells = "\n".join("<tr>" + f'<th scope="row">{r[0]}</th>' + "".join(f"<td{kind}>{c}</td>" for c in r[1:]) + "</tr>"
+                      for r in rows)
+    first = f'<th scope="col" class="left">{escape(head[0])}</th>'
+    left_head = ' class="left"' if left else ""
+    others = "".join(f'<th scope="col"{left_head}>{escape(h)}</th>' for h in head[1:])
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table>'
+            f"<caption>{escape(caption)}</caption><thead><tr>{first}{others}</tr></thead><tbody>\n{cells}\n</tbody></table></div>")
+
+
+def _name_cell(arm: ArmRuns) -> str:
+    return f'<span class="swatch" style="background:{escape(str(arm.style["color"]))}"></span>{escape(arm.name)}'
+
+
+def _main_table(study: Study, suffix: str, digits: int, caption: str) -> str:
+    head = ["arm", "seeds"]
+    for title in COLUMNS.values():
+        head += [title, "Δ"]
+    rows = []
+    for s in summarize_arms(study):
+        row = [_name_cell(study.arms[s.name]), f"{s.n} of {s.planned}"]
+        for m in COLUMNS:
+            change = _change(s.delta[m + suffix], digits).replace("-", "−")
+            row += [_number(s.mean[m + suffix], digits), f'<span class="delta">{change}</span>']
+        if not suffix:
+            row.append(_against_control(s).replace("-", "−").replace("n/c", "not comparable"))
+        rows.append(row)
+    return _table(caption, head + ([] if suffix else ["at matched learning accuracy"]), rows)
+
+
+def _seed_table(study: Study) -> str:
+    rows = []
+    for arm in study.arms.values():
+        for seed in sorted(arm.runs, key=str):
+            r = arm.runs[seed]
+            rows.append([_name_cell(arm), escape(str(seed)),
+                         *(_number(arm.values(m)[seed], 3) for m in [*COLUMNS, "backward_transfer", "forward_transfer"]),
+                         _number(math.nan if r.get("wall_s") is None else float(r["wall_s"]), 0)])
+    head = ["arm", "seed", *COLUMNS.values(), "backward transfer", "forward transfer", "seconds"]
+    return _table("Every run, nats per byte", head, rows)
+
+
+def _step_table(study: Study) -> str:
+    names = {"alpha_mean": "mean α", "overlap_mean": "mean overlap", "step_norm": "‖u‖",
+             "protected_step_norm": "‖uU‖", "rank_fraction": "rank / fan_in", "tokens_per_s": "tokens per second"}
+    names = {k: v for k, v in names.items() if any(r.get(k) is not None for r in study.rows)}
+    rows = []
+    for arm in study.arms.values():
+        cells = []
+        for k in names:
+            values = [float(r[k]) for r in arm.runs.values() if r.get(k) is not None]
+            cells.append(f"{_mean_or_nan(values):.4g}" if values else "–")
+        if arm.n:
+            rows.append([_name_cell(arm), *cells])
+    return _table("What the optimizer's steps looked like, mean over stages and seeds", ["arm", *names.values()], rows)
+
+
+def _show(value: Any) -> str:
+    return escape("none" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _parameter_tables(study: Study) -> str:
+    hidden = {"arm", "seed", "checkpoint"}
+    all_runs = [(name, a.parameters) for name, a in study.arms.items()]
+    keys = sorted({k for _, p in all_runs for k in p} - hidden)
+    common = {k: all_runs[0][1].get(k) for k in keys if all(p.get(k) == all_runs[0][1].get(k) for _, p in all_runs)}
+    differing = [k for k in keys if k not in common]
+    parts = [_table("The same in all arms", ["parameter", "value"], [[escape(k), _show(v)] for k, v in common.items()], True)]
+    if differing:
+        rows = [[_name_cell(study.arms[name]), *(_show(p.get(k)) for k in differing)] for name, p in all_runs]
+        parts.append(_table("What sets the arms apart", ["arm", *differing], rows))
+    return "\n".join(parts)
+
+
+def _environment_table(study: Study) -> str:
+    values: dict[str, set[str]] = {}
+    for r in study.rows:
+        for k, v in r.items():
+            if k.startswith(("environment_", "identity_")) and v is not None:
+                values.setdefault(k, set()).add(str(v))
+    rows = [[escape(k.split("_", 1)[1].replace("_", " ")), ", ".join(f"<code>{escape(x)}</code>" for x in sorted(v)[:4])
+             + (f" and {len(v) - 4} more" if len(v) > 4 else "")] for k, v in sorted(values.items())]
+    wall = [float(r["wall_s"]) for r in study.rows if r.get("wall_s") is not None]
+    if wall:
+        rows.append(["time in runs", f"{sum(wall):.0f} s, {sum(wall) / len(wall):.1f} s a run"])
+    return _table("Where and with what the runs were made", ["", ""], rows, True)
+
+
+def _what_n_means(study: Study) -> str:
+    n = study.n
+    seeds = "one seed" if n == 1 else f"{n} seeds"
+    if n <= EXPLORATORY:
+        return (f"Every number is a mean over {seeds}. That shows what the methods do; it does not show which is better. "
+                "With three seeds or fewer no interval is drawn and no claim is judged: the next two seeds may well turn "
+                "a small difference around. A percentile bootstrap at n = 3 would contain the truth three times in four, "
+                "not nineteen in twenty.")
+    return (f"Numbers are means over up to {seeds}; ± is half the width of the 95 % interval of the paired difference to "
+            "vanilla (t interval below 20 seeds). Arms of one seed share initialisation, domain order and batches.")
+
+
+def _what_H_means(study: Study) -> str:
+    H = sorted({round(r["horizon"], 3) for r in study.rows if r.get("horizon") is not None})
+    if not H:
+        return "The runs did not record H = steps · (1 − β₂)."
+    words = ", ".join(f"{h:g}" for h in H)
+    regime = ("At H of 5 or more the second moment has forgotten what it saw before the domain began, so an edit that reaches "
+              "it can undo itself within the domain." if min(H) >= 5 else
+              "Below 5, with the optimizer's state kept, the second moment still remembers the domains before; what an edit "
+              "does to it in the long run does not show yet.")
+    return f"H = steps per domain · (1 − β₂) = {words}: the length of a domain in units of the second moment's memory. {regime}"
+
+
+def html_report(
+    study: Study,
+    pictures: Mapping[str, tuple[bytes, str, str]],  # title -> PNG, alternative text, caption
+    command: str,  # how to make it again
+    title: str = "Routing an edited gradient through Adam",
+) -> str:
+    "The report as one self-contained HTML page."
+    figures = "\n".join(
+        f'<figure><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>" for png, alt, caption in pictures.values())
+    failures = ""
+    if study.failed:
+        items = "".join(f"<li><b>{escape(str(r['arm']))}</b>, seed {escape(str(r['seed']))}: {escape(str(r['status']))}"
+                        + (f", <code>{escape(str(r['error']))}</code>" if r["error"] else "") + "</li>" for r in study.failed)
+        failures = (f'<div class="notice" role="alert"><b>{len(study.failed)} of {len(study.rows)} runs did not finish.'
+                    f"</b> Their arms' means are over the remaining seeds.<ul>{items}</ul></div>")
+    notes = "".join(f"<li>{escape(s.name)}: {escape(s.note)}</li>" for s in summarize_arms(study)
+                    if s.n and s.note not in ("", "control"))
+    notes = f"<p>Not comparable at matched learning accuracy:</p><ul>{notes}</ul>" if notes else ""
+    what = ", ".join(sorted({str(r["stream"]) for r in study.rows if r.get("stream")})) or "unnamed stream"
+    domains = sorted({int(r["domains_total"]) for r in study.rows if r.get("domains_total")})
+    count = " or ".join(map(str, domains))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<header>
+<p class="soft">dmr report · {escape(what)}{f", {count} domains" if count else ""}</p>
+<h1>{escape(title)}</h1>
+<p class="notice"><b>{escape(headline(study))}</b></p>
+</header>
+<main>
+<p>One model learns {count or "several"} domains of text, one after the other. Each arm below edits the gradient in its own way,
+and sends the edited gradient to Adam's moments in its own way. Two numbers count together: how well each domain was learned,
+and how much of it was lost by the end. <b>Lower is better everywhere.</b></p>
+{failures}
+<h2>Result</h2>
+{_main_table(study, "", 3, "Nats per byte, mean over seeds; Δ is the paired difference to vanilla at the base rate")}
+{notes}
+{_main_table(study, "_ppl", 2, "The same as perplexity: exp of each loss, then the mean, which the worst domain rules")}
+<h2>Figures</h2>
+{figures or "<p>No run finished, so there is nothing to draw.</p>"}
+<h2>How to read it</h2>
+<ul>
+<li><b>Forgetting</b>: for each domain but the last, the final loss minus the best since the domain was learned; then the mean.
+Negative where later training helped.</li>
+<li><b>Learning accuracy</b>: the mean loss on each domain right after its own training. It is a loss, so lower is better.</li>
+<li><b>Final average</b>: the mean loss over all domains at the end.</li>
+<li><b>At matched learning accuracy</b>: what learns nothing forgets nothing, so an arm is compared with vanilla at the learning
+rate that learned exactly as much, interpolated on the control curve of the same seed. Beyond that curve an arm is not comparable,
+and nothing is extrapolated.</li>
+<li><b>H</b>: {escape(_what_H_means(study))}</li>
+<li><b>Seeds</b>: {escape(_what_n_means(study))}</li>
+</ul>
+<h2>Details</h2>
+{_seed_table(study)}
+{_step_table(study)}
+<h2>Parameters</h2>
+{_parameter_tables(study)}
+<h2>Environment</h2>
+{_environment_table(study)}
+<h2>Make it again</h2>
+<pre>{escape(command)}</pre>
+<p>Finished runs are kept and only what is missing is run. On the same machine and with the same versions the numbers come out the
+same; elsewhere they differ in the last digits. <code>runs.csv</code> beside this page holds one row for each run.</p>
+</main>
+</body>
+</html>
+"""
+
+# %% ../nbs/42_report.ipynb #8e55b32d
+@dataclass(frozen=True)
+class Report:
+    "What was written, and the table for the terminal."
+
+    table: str
+    html: Path
+    plane: Path | None  # None if no run finished
+    stream: Path | None  # None if no run kept its records
+    csv: Path  # one row for each run
+    records_csv: Path  # one row for each measured loss
+    failed: list[dict[str, Any]]  # tidy rows of runs that did not finish
+
+    def __str__(self) -> str:
+        files = {"report": self.html, "plane": self.plane, "stream": self.stream, "table": self.csv}
+        where = "\n".join(f"{name:>7}: {path}" for name, path in files.items() if path)
+        return f"{self.table}\n\n{where}"
+
+
+def write_report(
+    source: str | Path | Iterable[Mapping[str, Any]],  # a study's folder, or its results
+    out: str | Path,  # folder for the report; made if missing
+    *,
+    command: str = "make run",  # shown as the way to make it again
+    title: str = "Routing an edited gradient through Adam",
+    base_lr: float | None = None,  # None: read off the parameters
+) -> Report:
+    "Write report.html, plane.png, stream.png, runs.csv and records.csv into `out`, and return their paths."
+    results = read_results(source)
+    study = group_arms(results, base_lr)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, tuple[bytes, str, str]] = {}
+    paths: dict[str, Path | None] = {"plane": None, "stream": None}
+    if study.n:
+        from dmr.figures import figure_png
+
+        fig, alt = plot_plane(study)
+        pictures["plane"] = figure_png(fig), alt, (
+            "Small marks are seeds, large ones their mean. The grey curve is vanilla over learning rates. Left is better learning, "
+            "down is less forgetting; below the curve an arm forgets less than vanilla that learned as much.")
+        if any(r.get("records") for r in results):
+            fig, alt = plot_stream(study)
+            pictures["stream"] = figure_png(fig), alt, (
+                "One panel for each domain in training order: its held-out loss from the stage in which it was trained, "
+                "mean over seeds. A flat line has forgotten nothing.")
+    for name, (png, _, _) in pictures.items():
+        path = folder / f"{name}.png"
+        _write(path, png)
+        paths[name] = path
+    csv, records_csv, html = folder / "runs.csv", folder / "records.csv", folder / "report.html"
+    _write(csv, tidy(results).to_csv(index=False).encode())
+    _write(records_csv, tidy_records(results).to_csv(index=False).encode())
+    _write(html, html_report(study, pictures, command, title).encode())
+    return Report(text_table(study), html, paths["plane"], paths["stream"], csv, records_csv, study.failed)
+
+
+def _write(path: Path, content: bytes) -> None:
+    "Write to a temporary file, then rename, so that a reader never sees half a file."
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

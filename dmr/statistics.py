@@ -82,10 +82,10 @@ def mean_interval(
     if n == 1:
         nothing = (math.nan, math.nan)
         return Interval(mean, *nothing, n, level, method, dict.fromkeys(("t", "percentile", "BCa"), nothing))
-    if np.ptp(values) == 0:  # nothing to resample
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # equal but for rounding: nothing to resample
         return Interval(mean, mean, mean, n, level, method, dict.fromkeys(("t", "percentile", "BCa"), (mean, mean)))
-    ci = stats.ttest_1samp(values, 0.0).confidence_interval(level)
-    beside = {"t": (float(ci.low), float(ci.high))}
+    low, high = stats.t.interval(level, n - 1, loc=mean, scale=stats.sem(values))
+    beside = {"t": (float(low), float(high))}
     for name in ("percentile", "BCa"):
         ci = stats.bootstrap((values,), np.mean, confidence_level=level, n_resamples=n_resamples, method=name,
                              batch=1000, random_state=np.random.default_rng(seed)).confidence_interval
@@ -167,8 +167,8 @@ def paired_p(
     d = np.array([a[s] - b[s] for s in good])
     if d.size < 2:
         return 1.0
-    if np.ptp(d) == 0:
-        return 1.0 if d[0] == 0 else 0.0
+    if np.ptp(d) <= 1e-12 * np.abs(d).max():  # equal but for rounding
+        return 1.0 if not d.any() else 0.0
     return float(_scipy_stats().ttest_1samp(d, 0.0).pvalue)
 
 # %% ../nbs/33_statistics.ipynb #36b257cf
