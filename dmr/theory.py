@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 # %% auto #0
-__all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation']
+__all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation', 'rate_match', 'step_norms', 'step_bound']
 
 # %% ../nbs/01_cancellation.ipynb #f5d566f1
 class AdamPath(NamedTuple):
@@ -315,3 +315,70 @@ def replay_inflation(
     Raises ValueError for rho outside [0, 1], a negative standard deviation, a correlation outside [-1, 1], or mean = sd = 0."""
     gg, gr, rr = _second_moments(mean, sd, mean if mean_replay is None else mean_replay, sd if sd_replay is None else sd_replay, correlation)
     return inflation(rho, (gg - 2 * gr + rr) / gg, (gg - gr) / gg)
+
+# %% ../nbs/05_rates.ipynb #cb48a07a
+def rate_match(
+    inflation: ArrayLike,  # (...,) R of each coordinate, > 0
+    energy: ArrayLike | None = None,  # (...,) squared decoupled step of each coordinate; default: equal
+) -> tuple[float, float]:  # c, the factor for shared routing's learning rate; the cosine between the two steps
+    """Match shared routing's rate to decoupled routing's, and say how far apart the steps still point.
+
+    Raises ValueError for an inflation that is not positive and finite, negative energy, or shapes that differ."""
+    R = np.asarray(inflation, dtype=np.float64)
+    e = np.ones_like(R) if energy is None else np.asarray(energy, dtype=np.float64)
+    if R.shape != e.shape or R.size == 0:
+        raise ValueError(f"inflation {R.shape} and energy {e.shape} must have one, non-empty shape")
+    if not np.all((R > 0) & np.isfinite(R)):
+        raise ValueError("inflation: every R must be positive and finite")
+    if not (np.all(e >= 0) and e.sum() > 0):
+        raise ValueError("energy: must not be negative, nor zero everywhere")
+    first, second = float((R * e).sum()), float((R**2 * e).sum())
+    return first / second, first / float(np.sqrt(e.sum() * second))
+
+# %% ../nbs/06_leak.ipynb #20fedb15
+def step_norms(
+    cov: ArrayLike,  # (fan_in, fan_in) second moments of the gradient's rows, or (fan_in,), their diagonal
+    basis: ArrayLike,  # (fan_in, r) orthonormal
+    alpha: float,  # strength, in [0, 1]
+    routing: str,  # "vanilla", "shared", "decoupled", "denominator" or "displacement"
+    rows: int = 1,  # rows of the matrix
+    beta1: float = 0.9,  # decay of the first moment, in [0, 1)
+) -> tuple[float, float]:  # ‖u‖ and ‖uU‖, root mean square over steps
+    """Predict a layer's step and its part in the protected subspace, for independent zero-mean gradients and a settled v.
+
+    Raises ValueError for shapes that do not fit, alpha outside [0, 1], an unknown routing or a direction without gradient."""
+    basis_moments(cov, basis)
+    a, C, U = float(_strength(alpha)), np.asarray(cov, dtype=np.float64), np.asarray(basis, dtype=np.float64)
+    C = np.diag(C) if C.ndim == 1 else C
+    if not 0 <= beta1 < 1:
+        raise ValueError(f"beta1={beta1}: must lie in [0, 1)")
+    I, A = np.eye(len(C)), np.eye(len(C)) - a * U @ U.T
+    seen = {"vanilla": (I, I, I), "shared": (A, A, I), "decoupled": (A, I, I), "denominator": (I, A, I), "displacement": (I, I, A)}
+    if routing not in seen:
+        raise ValueError(f"routing={routing!r}: one of {', '.join(seen)}")
+    F, D, T = seen[routing]  # what the first moment sees, what the second sees, what is done to the step
+    v = np.diag(D @ C @ D.T)
+    if not np.all(v > 0):
+        raise ValueError("a coordinate's second moment is zero: its step is not defined; leave dead inputs out of cov and basis")
+    L = T @ np.diag(v**-0.5) @ F
+    cov_u = (1 - beta1) / (1 + beta1) * rows * L @ C @ L.T
+    return float(np.sqrt(np.trace(cov_u))), float(np.sqrt(np.trace(U.T @ cov_u @ U)))
+
+# %% ../nbs/06_leak.ipynb #88968895
+def step_bound(
+    betas: tuple[float, float] = (0.9, 0.999),  # β1, β2 in [0, 1), with β1² < β2
+    step: float = np.inf,  # t ≥ 1, steps since the moments were zero
+) -> float:
+    """Bound |m̂|/√v̂ for an Adam whose moments see the same gradients, whatever these are.
+
+    Raises ValueError for betas outside [0, 1), β1² ≥ β2, or step < 1."""
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas={betas!r}: both must lie in [0, 1)")
+    if beta1**2 >= beta2:
+        raise ValueError(f"betas={betas!r}: the bound needs β1² < β2")
+    if not step >= 1:
+        raise ValueError(f"step={step}: must be at least 1")
+    ratio = beta1**2 / beta2
+    geometric = (1 - ratio**step) / (1 - ratio)
+    return float((1 - beta1) / (1 - beta1**step) * np.sqrt(geometric * (1 - beta2**step) / (1 - beta2)))
