@@ -52,6 +52,7 @@ preview: docs  ## build and serve the site
 
 export: $(STAMP)  ## write dmr/ and README.md from the notebooks
 	@$(BIN)/nbdev_export
+	@$(BIN)/python -m dmr.readme
 
 clean:  ## remove built files and runs (not .venv, not the stream cache)
 	rm -rf _proc _docs runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

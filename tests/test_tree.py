@@ -1,0 +1,149 @@
+"""The tree: exports in step with the notebooks, clean notebooks, README from its notebook, no words that must not be there."""
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = {".py", ".md", ".ipynb", ".ini", ".toml", ".yml", ".yaml", ".txt", ".cff", ".css", ".js", ".csv"}
+
+
+def project_files():
+    "Files that belong to the project: no built, cached or downloaded ones."
+    skip = {".git", ".venv", "_docs", "_proc", "runs", "build", "dist", "__pycache__", "node_modules"}
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        if path.is_file() and not any(p in skip or p.endswith((".egg-info", "_cache", "_checkpoints")) for p in parts) and parts[0] != ".hypothesis":
+            yield path
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    "A copy of the tree on which nbdev cleaned and exported everything anew."
+    copy = tmp_path_factory.mktemp("tree") / "project"
+    for path in project_files():
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for module in (copy / "dmr").glob("*.py"):
+        if module.name not in ("__init__.py", "_modidx.py"):
+            module.unlink()
+    bin_dir = Path(sys.executable).parent
+    for command in ("nbdev_clean", "nbdev_export"):
+        subprocess.run([bin_dir / command], cwd=copy, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "dmr.readme", str(copy)], cwd=copy, check=True, capture_output=True)
+    return copy
+
+
+def test_dmr_is_what_the_notebooks_export(rebuilt):
+    mine = {p.name: p.read_text() for p in (ROOT / "dmr").glob("*.py")}
+    theirs = {p.name: p.read_text() for p in (rebuilt / "dmr").glob("*.py")}
+    assert sorted(mine) == sorted(theirs), "run `make export` and commit dmr/"
+    stale = [name for name in mine if mine[name] != theirs[name]]
+    assert not stale, f"{stale} differ from what the notebooks export: run `make export` and commit dmr/"
+
+
+def test_notebooks_are_clean(rebuilt):
+    books = [p.relative_to(ROOT) for p in project_files() if p.suffix == ".ipynb"]
+    dirty = [str(p) for p in books if (ROOT / p).read_text() != (rebuilt / p).read_text()]
+    assert not dirty, f"run nbdev_clean on {dirty}"
+
+
+def test_readme_is_its_notebook(rebuilt):
+    assert (ROOT / "README.md").read_text() == (rebuilt / "README.md").read_text(), "run `make export` and commit README.md"
+    for figure in re.findall(r"\]\((nbs/assets/[\w.-]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / figure).read_bytes() == (rebuilt / figure).read_bytes()
+
+
+def test_no_notebook_holds_an_error_or_lacks_its_opening():
+    for path in project_files():
+        if path.suffix != ".ipynb":
+            continue
+        cells = json.loads(path.read_text())["cells"]
+        errors = [o["ename"] for c in cells if c["cell_type"] == "code" for o in c["outputs"] if o.get("output_type") == "error"]
+        assert not errors, f"{path.name} was committed with {errors}"
+        opening = "".join(cells[0]["source"])
+        assert opening.startswith("# ") and "\n> " in opening, f"{path.name} must open with a title and a one-line quote"
+
+
+def test_words_that_must_not_be_there():
+    hosts = ["py" + "pi.org", "python" + "hosted", "npm" + "js", "deb." + "debian"]
+    folders = ["/" + name + "/" for name in ("work", "farm", "root")]
+    unfinished = ["Not" + "ImplementedError", r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", "pip install " + "dmr\\b", "assert " + "True\\b"]
+    pattern = re.compile("|".join([re.escape(w) for w in hosts + folders] + unfinished))
+    found = []
+    for path in project_files():
+        if path.suffix in TEXT and path.relative_to(ROOT).parts[:2] != ("nbs", "assets"):
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".ipynb":  # outputs may carry base64 figures
+                text = "\n".join("".join(c["source"]) + json.dumps([{k: v for k, v in o.items() if k != "data"} | {"data": {
+                    m: d for m, d in o.get("data", {}).items() if not m.startswith("image/")}} for o in c.get("outputs", [])])
+                    for c in json.loads(text)["cells"])  # fmt: skip
+            found += [f"{path.relative_to(ROOT)}: {m.group(0)}" for m in pattern.finditer(text)]
+    assert not found, found
+
+
+def settings():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def test_the_pinned_environment_satisfies_what_is_declared():
+    cfg = settings()
+    needs = [need for key in cfg if key.endswith("requirements") for need in cfg[key].split()]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
+    for need in map(Requirement, needs):
+        pin = pins.get(need.name.lower().replace("_", "-"))
+        assert pin, f"constraints.txt does not pin {need.name}"
+        assert need.specifier.contains(pin), f"constraints.txt pins {need.name}=={pin}, settings.ini asks for {need.specifier}"
+        installed = version(need.name).split("+")[0]
+        assert installed == pin, f"{need.name} {installed} is installed, constraints.txt pins {pin}: run `make setup`"
+
+
+def test_one_version_everywhere():
+    import dmr
+
+    released = settings()["version"]
+    assert dmr.__version__ == released
+    assert f"## {released}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {released}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_make_help_lists_the_targets():
+    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("run", "test", "test-slow", "lab", "docs", "preview", "export"):
+        assert re.search(rf"make {target} ", out), f"make help does not list {target}"
+
+
+def test_the_core_imports_without_the_extras():
+    "With every extra hidden, `import dmr` and a routed step still work."
+    code = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'papermill', 'pandas', 'seaborn', 'matplotlib', 'scipy', 'tqdm', 'yaml', 'nbformat', 'nbdev', 'fastcore', 'IPython'}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch, dmr
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.AdamW(model.parameters())
+router = dmr.MomentRouter(model, optimizer, dmr.Projection(rank=1))
+for _ in range(3):
+    model(torch.randn(5, 4)).square().mean().backward()
+    optimizer.step()
+router.consolidate()
+print(router.summary())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "protected    1" in done.stdout
