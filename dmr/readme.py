@@ -77,6 +77,5 @@ def write_readme(
     return root / "README.md"
 
 # %% ../nbs/51_readme.ipynb #9058a32a
-#| eval: false
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a cell
     print("wrote", write_readme(sys.argv[1] if len(sys.argv) > 1 else "."))
