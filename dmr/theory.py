@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 # %% auto #0
-__all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation', 'rate_match', 'step_norms', 'step_bound']
+__all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation', 'rate_match', 'step_norms', 'step_bound', 'overlap_strength', 'tradeoff_strength', 'budget_strength', 'conflict_strength']
 
 # %% ../nbs/01_cancellation.ipynb #f5d566f1
 class AdamPath(NamedTuple):
@@ -382,3 +382,57 @@ def step_bound(
     ratio = beta1**2 / beta2
     geometric = (1 - ratio**step) / (1 - ratio)
     return float((1 - beta1) / (1 - beta1**step) * np.sqrt(geometric * (1 - beta2**step) / (1 - beta2)))
+
+# %% ../nbs/08_strength_law.ipynb #421f2517
+def overlap_strength(
+    overlap: ArrayLike,  # s̄, in [0, 1]
+    alpha_max: ArrayLike = 0.5,  # in [0, 1]
+) -> NDArray[np.float64]:  # α*
+    """Fixed point of the overlap-aware strength for a steady overlap, α_max(1 − s̄).
+
+    Raises ValueError for an overlap or alpha_max outside [0, 1]."""
+    s = np.asarray(overlap, dtype=np.float64)
+    if not np.all((s >= 0) & (s <= 1)):
+        raise ValueError(f"overlap={overlap!r}: must lie in [0, 1]")
+    return _strength(alpha_max) * (1 - s)
+
+# %% ../nbs/08_strength_law.ipynb #0aa075b1
+def tradeoff_strength(
+    harm: ArrayLike,  # w·η·h: weight of the old loss × learning rate × its curvature in the subspace, ≥ 0
+) -> NDArray[np.float64]:  # α in [0, 1); independent of the overlap
+    """Strength that minimises new loss plus weighted old loss to second order, max(0, 1 − 1/(wηh)).
+
+    Raises ValueError for negative harm."""
+    x = np.asarray(harm, dtype=np.float64)
+    if not np.all(x >= 0):
+        raise ValueError(f"harm={harm!r}: must not be negative")
+    return 1 - 1 / np.maximum(x, 1.0)
+
+
+def budget_strength(
+    overlap: ArrayLike,  # s, in [0, 1]
+    budget: ArrayLike,  # B ≥ 0: share of the gradient's energy that may pass in the subspace
+) -> NDArray[np.float64]:  # α in [0, 1], growing with the overlap
+    """Smallest strength that keeps (1−α)²s within a budget, max(0, 1 − sqrt(B/s)).
+
+    Raises ValueError for an overlap outside [0, 1] or a negative budget."""
+    s, B = np.asarray(overlap, dtype=np.float64), np.asarray(budget, dtype=np.float64)
+    if not np.all((s >= 0) & (s <= 1)):
+        raise ValueError(f"overlap={overlap!r}: must lie in [0, 1]")
+    if not np.all(B >= 0):
+        raise ValueError(f"budget={budget!r}: must not be negative")
+    return 1 - np.sqrt(np.where(s > B, B, 1.0) / np.where(s > B, s, 1.0))
+
+
+def conflict_strength(
+    agreement: ArrayLike,  # ⟨r, g⟩, of the raw gradient with a reference gradient of the old loss
+    protected_agreement: ArrayLike,  # ⟨r, Pg⟩, of its protected part
+) -> NDArray[np.float64]:  # α in [0, 1]
+    """Smallest strength with which a step does not raise the old loss to first order; 1 where none suffices.
+
+    Raises ValueError for NaN."""
+    total, inside = np.asarray(agreement, dtype=np.float64), np.asarray(protected_agreement, dtype=np.float64)
+    if np.any(np.isnan(total)) or np.any(np.isnan(inside)):
+        raise ValueError("agreement is NaN: check the gradients")
+    helps = (total < 0) & (inside < 0)
+    return np.where(helps, np.clip(np.where(helps, total, 0.0) / np.where(helps, inside, -1.0), 0, 1), 0.0)
