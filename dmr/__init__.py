@@ -6,32 +6,42 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/60_api.ipynb #fc2ef48f
-from typing import Any
+# %% ../nbs/60_api.ipynb #15447a61
+from typing import TYPE_CHECKING, Any
 
-from .modification import Dense, LowRank, Modification
-from .projection import Projection
-from .replay import ReplayBuffer, ReplayMix
-from .routing import ROUTINGS, MomentRouter
-from .strength import Fixed, OverlapAware, Strength
+if TYPE_CHECKING:
+    from dmr.model import build_model
+    from dmr.modification import Dense, LowRank, Modification
+    from dmr.projection import Projection
+    from dmr.replay import ReplayBuffer, ReplayMix
+    from dmr.routing import ROUTINGS, MomentRouter
+    from dmr.streams import load_stream
+    from dmr.strength import Fixed, OverlapAware, Strength
+    from dmr.studies import load_results
+    from dmr.theory import inflation
 
 # %% ../nbs/60_api.ipynb #d1f0be08
-_LATER = {
-    "inflation": "theory",
-    "load_stream": "streams",
-    "load_results": "studies",
-    "build_model": "model",
-}
+_HOME = {
+    "MomentRouter": "routing", "ROUTINGS": "routing",
+    "Projection": "projection", "ReplayMix": "replay", "ReplayBuffer": "replay",
+    "Fixed": "strength", "OverlapAware": "strength", "Strength": "strength",
+    "Modification": "modification", "LowRank": "modification", "Dense": "modification",
+    "inflation": "theory", "load_stream": "streams", "load_results": "studies", "build_model": "model",
+}  # fmt: skip
+
+__all__ = ["MomentRouter", "ROUTINGS", "Projection", "ReplayMix", "ReplayBuffer", "Fixed", "OverlapAware", "Strength",
+           "Modification", "LowRank", "Dense", "inflation", "load_stream", "load_results", "build_model"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    "Names whose modules are loaded on first use."
-    if name in _LATER:
-        from importlib import import_module
+    "Load a public name's module when the name is first asked for."
+    if name not in _HOME:
+        raise AttributeError(f"module 'dmr' has no attribute {name!r}; the public names are {', '.join(__all__)}")
+    from importlib import import_module
 
-        return getattr(import_module(f"dmr.{_LATER[name]}"), name)
-    raise AttributeError(f"dmr has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"dmr.{_HOME[name]}"), name)
+    return value
 
 
-__all__ = ["MomentRouter", "Projection", "ReplayMix", "ReplayBuffer", "Fixed", "OverlapAware", "Strength", "Modification",
-           "LowRank", "Dense", "ROUTINGS", *_LATER]
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
