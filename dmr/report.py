@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .metrics import LossMatrix, loss_matrix, summarize
-from .statistics import (EXPLORATORY, Branch, Interval, Point, control_branch, match_control, matched_forgetting,
-                            mean_interval, paired_difference)
+from .statistics import (EXPLORATORY, Branch, Interval, Point, control_branch, interquartile_mean, match_control,
+                            matched_forgetting, mean_interval, paired_difference)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,7 +255,13 @@ class Study:
 
     @property
     def failed(self) -> list[dict[str, Any]]:
+        "Tidy rows of the runs that did not finish."
         return [row for a in self.arms.values() for row in a.failed]
+
+    @cached_property
+    def lines(self) -> list[ArmSummary]:
+        "`summarize_arms` of this study, computed once."
+        return summarize_arms(self)
 
 
 def group_arms(
@@ -394,7 +401,7 @@ def text_table(
     study: Study,
 ) -> str:
     "The study as text: nats, then perplexity, each with the difference to vanilla; failures named below."
-    lines = summarize_arms(study)
+    lines = study.lines
     parts = [headline(study)]
     for unit, suffix, digits in (("in nats per byte", "", 3), ("as perplexity", "_ppl", 2)):
         head = ["arm", "seeds", *(f"{title} Δ" for title in COLUMNS.values())] + ([] if suffix else ["matched"])
@@ -432,7 +439,7 @@ def plane_finding(
     study: Study,
 ) -> str:
     "The figure's title: what can be read off it, counted."
-    lines = [s for s in summarize_arms(study) if s.note != "control" and s.n]
+    lines = [s for s in study.lines if s.note != "control" and s.n]
     comparable = [s for s in lines if s.matched is not None]
     if not comparable:
         return "No arm is comparable with the control"
@@ -612,20 +619,24 @@ _CSS = """
 body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 60rem; background: var(--back); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.4rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; }
-p, li { max-width: 42rem; } .soft, figcaption, caption { color: var(--soft); font-size: 0.92rem; }
+p, li { max-width: 42rem; } .soft, figcaption, .caption { color: var(--soft); font-size: 0.92rem; }
 .notice { border-left: 4px solid var(--mark); background: var(--band); padding: 0.6rem 0.9rem; margin: 1rem 0; }
 figure { margin: 1.2rem 0; } img { display: block; width: 100%; max-width: 34rem; height: auto; }
 .scroll { overflow-x: auto; margin: 0.8rem 0; } table { border-collapse: collapse; font-size: 0.88rem; }
-caption { text-align: left; padding-bottom: 0.3rem; }
+.caption { margin: 1.2rem 0 0; } .caption + .scroll { margin-top: 0.2rem; }
 th, td { padding: 0.28rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
          font-variant-numeric: tabular-nums; }
-th { font-weight: 600; vertical-align: bottom; } th[scope=row], .left { text-align: left; }
+th { font-weight: 600; vertical-align: bottom; } thead th { white-space: normal; }
+th[scope=row], .left { text-align: left; } th:first-child { padding-left: 0; }
 .wrap { white-space: normal; text-align: left; min-width: 14rem; } .delta { color: var(--soft); }
-th[scope=row] { position: sticky; left: 0; background: var(--back); max-width: 10.5rem; white-space: normal; }
+th[scope=row] { position: sticky; left: 0; background: var(--back); }
+@media (max-width: 40rem) { th[scope=row] { max-width: 9rem; white-space: normal; } }
+.arm { display: block; padding-left: 1.15em; text-indent: -1.15em; }
 code, pre { font: 0.88em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--band); border-radius: 4px; }
 code { padding: 0.1em 0.3em; overflow-wrap: anywhere; } pre { padding: 0.7rem 0.9rem; overflow-x: auto; }
-.swatch { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; margin-right: 0.45em; }
-details > summary { cursor: pointer; } @media print { body { max-width: none; } }
+.swatch { display: inline-block; width: 0.7em; height: 0.7em; border-radius: 50%; margin-right: 0.45em; text-indent: 0;
+          box-shadow: 0 0 0 1px var(--line); }
+summary { cursor: pointer; padding: 0.3rem 0; } @media print { body { max-width: none; } }
 """
 
 
@@ -641,12 +652,14 @@ def _table(
     first = f'<th scope="col" class="left">{escape(head[0])}</th>'
     left_head = ' class="left"' if left else ""
     others = "".join(f'<th scope="col"{left_head}>{escape(h)}</th>' for h in head[1:])
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table>'
-            f"<caption>{escape(caption)}</caption><thead><tr>{first}{others}</tr></thead><tbody>\n{cells}\n</tbody></table></div>")
+    return (f'<p class="caption">{escape(caption)}</p>'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption, quote=True)}"><table>'
+            f"<thead><tr>{first}{others}</tr></thead><tbody>\n{cells}\n</tbody></table></div>")
 
 
 def _name_cell(arm: ArmRuns) -> str:
-    return f'<span class="swatch" style="background:{escape(str(arm.style["color"]))}"></span>{escape(arm.name)}'
+    colour = escape(str(arm.style["color"]))
+    return f'<span class="arm"><span class="swatch" style="background:{colour}"></span>{escape(arm.name)}</span>'
 
 
 def _main_table(study: Study, suffix: str, digits: int, caption: str) -> str:
@@ -654,7 +667,7 @@ def _main_table(study: Study, suffix: str, digits: int, caption: str) -> str:
     for title in COLUMNS.values():
         head += [title, "Δ"]
     rows = []
-    for s in summarize_arms(study):
+    for s in study.lines:
         row = [_name_cell(study.arms[s.name]), f"{s.n} of {s.planned}"]
         for m in COLUMNS:
             change = _change(s.delta[m + suffix], digits).replace("-", "−")
@@ -677,6 +690,24 @@ def _seed_table(study: Study) -> str:
     return _table("Every run, nats per byte", head, rows)
 
 
+def _interval_table(study: Study) -> str:
+    "The intervals by every method, from four seeds on; else nothing."
+    if study.n <= EXPLORATORY:
+        return ""
+    rows = []
+    for s in study.lines:
+        pairs = (("vanilla at the base rate", s.delta["forgetting"]), ("vanilla that learned as much", s.matched))
+        for what, i in pairs:
+            if i is None or i.exploratory:
+                continue
+            bounds = [f"[{low:+.3f}, {high:+.3f}]" for low, high in (i.beside[m] for m in ("t", "percentile", "BCa"))]
+            middle = _signed(interquartile_mean(i.values), 3)
+            rows.append([_name_cell(study.arms[s.name]), what, str(i.n), _signed(i.estimate, 3), middle, *bounds])
+    head = ["arm", "minus", "n", "mean", "interquartile mean", "t", "percentile bootstrap", "BCa bootstrap"]
+    return _table("Differences in forgetting, nats per byte, with 95 % intervals by three methods", head,
+                  [[c.replace("-", "−") if k > 2 else c for k, c in enumerate(r)] for r in rows])
+
+
 def _step_table(study: Study) -> str:
     names = {"alpha_mean": "mean α", "overlap_mean": "mean overlap", "step_norm": "‖u‖",
              "protected_step_norm": "‖uU‖", "rank_fraction": "rank / fan_in", "tokens_per_s": "tokens per second"}
@@ -686,7 +717,8 @@ def _step_table(study: Study) -> str:
         cells = []
         for k in names:
             values = [float(r[k]) for r in arm.runs.values() if r.get(k) is not None]
-            cells.append(f"{_mean_or_nan(values):.4g}" if values else "–")
+            mean = _mean_or_nan(values)
+            cells.append("–" if not values else f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g}")
         if arm.n:
             rows.append([_name_cell(arm), *cells])
     return _table("What the optimizer's steps looked like, mean over stages and seeds", ["arm", *names.values()], rows)
@@ -763,7 +795,7 @@ def html_report(
                         + (f", <code>{escape(str(r['error']))}</code>" if r["error"] else "") + "</li>" for r in study.failed)
         failures = (f'<div class="notice" role="alert"><b>{len(study.failed)} of {len(study.rows)} runs did not finish.'
                     f"</b> Their arms' means are over the remaining seeds.<ul>{items}</ul></div>")
-    notes = "".join(f"<li>{escape(s.name)}: {escape(s.note)}</li>" for s in summarize_arms(study)
+    notes = "".join(f"<li>{escape(s.name)}: {escape(s.note)}</li>" for s in study.lines
                     if s.n and s.note not in ("", "control"))
     notes = f"<p>Not comparable at matched learning accuracy:</p><ul>{notes}</ul>" if notes else ""
     what = ", ".join(sorted({str(r["stream"]) for r in study.rows if r.get("stream")})) or "unnamed stream"
@@ -809,8 +841,9 @@ and nothing is extrapolated.</li>
 <li><b>Seeds</b>: {escape(_what_n_means(study))}</li>
 </ul>
 <h2>Details</h2>
-{_seed_table(study)}
-{_step_table(study)}
+{_interval_table(study)}
+<details><summary>Every run</summary>{_seed_table(study)}</details>
+<details><summary>Steps, ranks and speed</summary>{_step_table(study)}</details>
 <h2>Parameters</h2>
 {_parameter_tables(study)}
 <h2>Environment</h2>

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ class Interval:
     method: str = "t"  # which of `beside` is quoted
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 't', 'percentile', 'BCa'
     missing: tuple[Any, ...] = ()  # seeds that one side of a pair lacks
+    values: tuple[float, ...] = field(default=(), repr=False)  # what was averaged, one for each seed
 
     @property
     def exploratory(self) -> bool:
@@ -77,20 +78,22 @@ def mean_interval(
                          "count failed seeds apart, do not average them")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
-    n, mean = values.size, float(values.mean())
+    n, mean, points = values.size, float(values.mean()), tuple(values.tolist())
     method = "t" if n < 20 else "BCa"
     if n == 1:
         nothing = (math.nan, math.nan)
-        return Interval(mean, *nothing, n, level, method, dict.fromkeys(("t", "percentile", "BCa"), nothing))
+        beside = dict.fromkeys(("t", "percentile", "BCa"), nothing)
+        return Interval(mean, *nothing, n, level, method, beside, values=points)
     if np.ptp(values) <= 1e-12 * np.abs(values).max():  # equal but for rounding: nothing to resample
-        return Interval(mean, mean, mean, n, level, method, dict.fromkeys(("t", "percentile", "BCa"), (mean, mean)))
+        beside = dict.fromkeys(("t", "percentile", "BCa"), (mean, mean))
+        return Interval(mean, mean, mean, n, level, method, beside, values=points)
     low, high = stats.t.interval(level, n - 1, loc=mean, scale=stats.sem(values))
     beside = {"t": (float(low), float(high))}
     for name in ("percentile", "BCa"):
         ci = stats.bootstrap((values,), np.mean, confidence_level=level, n_resamples=n_resamples, method=name,
                              batch=1000, random_state=np.random.default_rng(seed)).confidence_interval
         beside[name] = (float(ci.low), float(ci.high))
-    return Interval(mean, *beside[method], n, level, method, beside)
+    return Interval(mean, *beside[method], n, level, method, beside, values=points)
 
 # %% ../nbs/33_statistics.ipynb #784826e6
 def interquartile_mean(
@@ -140,8 +143,7 @@ def _paired_interval(
     good, missing = _paired(a, b)
     if not good:
         raise ValueError(f"no seed has a value on both sides: {sorted(a)} against {sorted(b)}; run the same seeds")
-    i = mean_interval([join(a[s], b[s]) for s in good], level, seed)
-    return Interval(i.estimate, i.low, i.high, i.n, i.level, i.method, i.beside, tuple(missing))
+    return replace(mean_interval([join(a[s], b[s]) for s in good], level, seed), missing=tuple(missing))
 
 # %% ../nbs/33_statistics.ipynb #abc3e614
 def holm(
@@ -613,9 +615,8 @@ def _sign(values: Mapping[Any, float], what: str, below: bool = True, missing: I
     finite = {s: v for s, v in values.items() if math.isfinite(v)}
     if len(finite) < 2:
         return Part(OPEN, f"{what}: {len(finite)} seeds, no interval")
-    i = mean_interval(list(finite.values()))
     lost = tuple(sorted({*missing, *(s for s in values if s not in finite)}))
-    i = Interval(i.estimate, i.low, i.high, i.n, i.level, i.method, i.beside, lost)
+    i = replace(mean_interval(list(finite.values())), missing=lost)
     under, over = i.high < 0, i.low > 0
     met, contrary = (under, over) if below else (over, under)
     return Part(MET if met else CONTRARY if contrary else OPEN, f"{what} {i}", i)
