@@ -572,7 +572,8 @@ def plot_stream(
                 if arm.name in mean:
                     values = mean[arm.name][j:, j]
                     style = {k: arm.style[k] for k in ("color", "linestyle", "marker")}
-                    ax.plot(np.arange(j + 1, j + 1 + len(values)), values, linewidth=1.5, markersize=3.5, label=arm.name, **style)
+                    ax.plot(np.arange(j + 1, j + 1 + len(values)), values, linewidth=1.5 if columns == 2 else 1.1,
+                            markersize=3.5 if columns == 2 else 2, label=arm.name, **style)
             ax.set_title(names[j], fontsize=9, fontweight="normal", pad=3)
             ax.set_xticks(range(1, len(names) + 1) if len(names) <= 8 else range(1, len(names) + 1, 5))
             ax.tick_params(labelsize=8)
@@ -696,7 +697,7 @@ def _interval_table(study: Study) -> str:
         return ""
     rows = []
     for s in study.lines:
-        pairs = (("vanilla at the base rate", s.delta["forgetting"]), ("vanilla that learned as much", s.matched))
+        pairs = (("vanilla", s.delta["forgetting"]), ("matched vanilla", s.matched))
         for what, i in pairs:
             if i is None or i.exploratory:
                 continue
@@ -704,7 +705,7 @@ def _interval_table(study: Study) -> str:
             middle = _signed(interquartile_mean(i.values), 3)
             rows.append([_name_cell(study.arms[s.name]), what, str(i.n), _signed(i.estimate, 3), middle, *bounds])
     head = ["arm", "minus", "n", "mean", "interquartile mean", "t", "percentile bootstrap", "BCa bootstrap"]
-    return _table("Differences in forgetting, nats per byte, with 95 % intervals by three methods", head,
+    return _table("Forgetting minus that of vanilla at the base rate, and at matched learning accuracy: 95 % intervals", head,
                   [[c.replace("-", "−") if k > 2 else c for k, c in enumerate(r)] for r in rows])
 
 

@@ -184,7 +184,7 @@ def test_from_four_seeds_on_there_are_intervals(tmp_path):
     text = Page(report.html.read_text()).text
     assert "demonstration" not in report.table + text and "±" in report.table
     assert "n = 4 seeds, 95 % intervals" in report.table
-    assert "BCa bootstrap" in text and "vanilla that learned as much" in text and "interquartile mean" in text
+    assert "BCa bootstrap" in text and "matched vanilla" in text and "interquartile mean" in text
 
 
 def test_folder_with_finished_failed_and_strange_runs(tmp_path):
