@@ -42,7 +42,8 @@ def run(arm, seed, a=2.2, rise=0.6, names=NAMES, H=7.5, stream="text8", records=
                        "state": "kept", "modification": "none", "routing": "decoupled", "strength": "fixed",
                        "alpha": 0.5, "fraction": 0.005, "interpolate": None, **parameters},
         "records": [{"stage": i, "domain": j, "trained_domain": names[i], "eval_domain": names[j], "loss": L[i][j]}
-                    for i in range(n) for j in range(n)],
+                    for i in range(n) for j in range(n)]
+        + [{"stage": -1, "domain": j, "trained_domain": None, "eval_domain": names[j], "loss": 5.5} for j in range(n)],
         "stages": [{"stage": i, "domain": names[i], "steps": 150, "horizon": H, "step_norm": 7.0, "tokens_per_s": 2e5}
                    for i in range(n)],
         "identity": {"stream_hash": "ab" * 6}, "environment": {"python": "3.11", "torch": "2.13.0"}, "wall_s": 20.0,
@@ -103,12 +104,14 @@ def written(tmp_path_factory):
 
 
 def test_known_answers():
-    lines = {s.name: s for s in R.group_arms(demo()).lines}
+    study = R.group_arms(demo())
+    lines = {s.name: s for s in study.lines}
     assert list(lines) == list(PLAN)
     for arm, (a, rise, _) in PLAN.items():
         got = lines[arm]
         assert got.mean["forgetting"] == pytest.approx(lost(rise))
         assert got.mean["learning_accuracy"] == pytest.approx(a + 0.005)
+        assert study.arms[arm].values("forward_transfer")[1] == pytest.approx(5.5 - 3.6)
         assert got.mean["final_average"] == pytest.approx(a + 0.005 + lost(rise) * 7 / 8)
         if arm != "vanilla":
             assert got.delta["forgetting"].estimate == pytest.approx(lost(rise) - lost(0.72))
@@ -149,7 +152,7 @@ def test_files(written):
     assert len(rows) == 22 and [r["status"] for r in rows].count("failed") == 1
     assert {"arm", "seed", "lr", "modification", "forgetting", "identity_stream_hash", "wall_s", "error"} <= set(rows[0])
     assert rows[7]["forgetting"] == "" and rows[7]["error"].startswith("ValueError: rank=64")
-    assert len(list(csv.DictReader(report.records_csv.open()))) == 21 * 64
+    assert len(list(csv.DictReader(report.records_csv.open()))) == 21 * 72
     assert [r["arm"] for r in report.failed] == ["shared projection"]
     for name in ("report.html", "plane.png", "stream.png", "runs.csv"):
         assert str(report.html.with_name(name)) in str(report)
@@ -299,5 +302,5 @@ def test_tidy_has_one_row_for_each_run_and_keeps_names():
     assert frame["status"].value_counts().to_dict() == {"ok": 22, "failed": 1}
     unnamed = R.tidy([run("", 0, lr=x) for x in (1e-3, 2e-3)] + [run("", 1, routing="shared", **PROJECTION)])
     assert unnamed["arm"].tolist() == ["vanilla ×0.5", "vanilla", "shared projection"]
-    assert R.tidy_records(demo(1)).groupby("arm").size().eq(64).all()
+    assert R.tidy_records(demo(1)).groupby("arm").size().eq(72).all()
     assert len(R.tidy_records(demo(1), "stages")) == 88

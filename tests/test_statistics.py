@@ -195,6 +195,8 @@ def test_c2_and_c4():
     assert S.verdict_c2(evidence(f)).verdict == HOLDS
     assert S.verdict_c2(evidence({**f, "shared": 0.69}, noise=0.05)).verdict == UNDECIDED
     assert S.verdict_c2(evidence({**f, "shared": 0.5})).verdict == FAILS
+    tie = evidence({"replay shared": 0.7, "shared": 0.7, "shared, far": 0.95}, noise=0.05)
+    assert S.verdict_c2(tie, rivals=["shared", "shared, far"]).verdict == UNDECIDED  # clear of the far one only
     assert S.verdict_c4(evidence(f)).verdict == HOLDS
     for rival in ("shared", "decoupled", "replay shared"):
         v = S.verdict_c4(evidence({**f, rival: 0.5}))
