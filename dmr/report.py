@@ -96,6 +96,12 @@ def arm_label(
     fraction = get("fraction")
     if modification == "none":
         words = ["interpolation" if lam is not None else "vanilla"]
+        if get("joint"):
+            words = ["joint training"]
+        if get("second_batch"):
+            words.append(f"with a second batch {get('second_batch'):g}")
+        if get("freeze_after") is not None:
+            words.append(f"frozen after {get('freeze_after')}")
     else:
         strength = "adaptive " if get("strength") == "overlap" else "fixed " if routing == "decoupled" else ""
         words = [f"{strength}{routing} {modification}"]
@@ -235,7 +241,10 @@ def base_rate(
 
 
 def _is_vanilla(parameters: Mapping[str, Any]) -> bool:
-    return (parameters.get("modification") or "none") == "none" and parameters.get("interpolate") is None
+    "The plain optimizer on the stream: no edit, no averaging, no second batch, not joint, never frozen."
+    edited = (parameters.get("modification") or "none") != "none" or parameters.get("interpolate") is not None
+    other = parameters.get("second_batch") or parameters.get("joint") or parameters.get("freeze_after") is not None
+    return not (edited or other)
 
 
 @dataclass(frozen=True)
@@ -293,11 +302,15 @@ def group_arms(
             raise ValueError(f"seed {seed} has the stream {known} in {owner!r} and {row.get('identity_stream_hash')} in "
                              f"{name!r}; compare runs on one stream only")
         arm.runs[seed], arm.results[seed] = row, result
-    control = {}
+    control: dict[float, ArmRuns] = {}
     for arm in arms.values():
         if _is_vanilla(arm.parameters) and arm.n:
             lr = arm.parameters.get("lr")
-            control[round(lr / base, 9) if lr and base else 1.0] = arm
+            rate = round(lr / base, 9) if lr and base else 1.0
+            if rate in control:
+                raise ValueError(f"{control[rate].name!r} and {arm.name!r} are both vanilla at ×{rate:g} of the rate; "
+                                 "pass the runs of one regime (β2, state, size, …) at a time")
+            control[rate] = arm
     control = dict(sorted(control.items()))
     first = [a.name for a in control.values()]
     order = first + [name for name in arms if name not in first]
