@@ -160,28 +160,28 @@ def read_results(
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}; run the study first, or pass the folder that holds its runs")
-    results = []
-    for run in sorted(p for p in folder.iterdir() if p.is_dir()):
-        done, about = _read_json(run / "result.json"), _read_json(run / "run.json")
-        if done is None and about is None:
-            continue
-        result = {"run_id": run.name, "study": folder.name, **(done or {})}
-        result |= {k: v for k, v in (about or {}).items() if k in _ABOUT and v is not None or k not in result}
-        results.append(result)
-    if not results:
-        raise FileNotFoundError(f"{str(folder)!r} holds no run (no result.json, no run.json); run the study first")
-    return results
+    runs = sorted(p for p in folder.iterdir() if (p / "run.json").is_file() or (p / "result.json").is_file())
+    if not runs:
+        raise FileNotFoundError(f"{str(folder)!r} holds no run (no run.json, no result.json); run the study first")
+    return [_read_run(p, folder.name) for p in runs]
 
 
-_ABOUT = ("run_id", "study", "status", "error")  # where the engine knows better than the run itself
+def _read_run(folder: Path, study: str) -> dict[str, Any]:
+    if not (folder / "run.json").is_file():
+        return {"run_id": folder.name, "study": study, **_read_json(folder / "result.json")}
+    from dmr.runs import Run
+
+    run = Run(folder)
+    spec, state, result = run.spec, run.state(), run.result or {}
+    error = str(state.get("error") or "").splitlines()
+    return {**result, "run_id": folder.name, "study": spec.get("study") or study, "status": state["state"],
+            "error": error[0] if error else None, "parameters": result.get("parameters") or spec.get("parameters") or {}}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    "The file's object, None if there is no such file. Raises ValueError with its name if it is damaged."
+def _read_json(path: Path) -> dict[str, Any]:
+    "The file's object. Raises ValueError with its name if it is damaged."
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
     except ValueError as e:
         raise ValueError(f"{str(path)!r} is no JSON ({e}); remove that run's folder and run the study again") from e
     if not isinstance(value, dict):
