@@ -55,8 +55,11 @@ def run(arm, seed, a=2.2, rise=0.6, names=NAMES, H=7.5, stream="text8", records=
     return result
 
 
-def demo(seeds=2, **options):
-    return [run(arm, s, a, rise, **options, **p) for arm, (a, rise, p) in PLAN.items() for s in range(seeds)]
+def demo(seeds=2, arms=PLAN, **options):
+    return [run(arm, s, *PLAN[arm][:2], **options, **PLAN[arm][2]) for arm in arms for s in range(seeds)]
+
+
+FEW = {"arms": ["vanilla ½×", "vanilla", "shared projection"], "names": NAMES[:3]}  # quick to draw
 
 
 def failed(arm, seed, error="ValueError: rank=64 exceeds fan_in=48"):
@@ -179,7 +182,7 @@ def test_page(written):
 
 
 def test_from_four_seeds_on_there_are_intervals(tmp_path):
-    results = demo(4)
+    results = demo(4, **FEW)
     for r in results:  # some noise, or the intervals are points
         shift = np.random.default_rng([r["parameters"]["seed"], len(r["run_id"])]).normal(0, 0.01)
         for record in r["records"]:
@@ -193,7 +196,7 @@ def test_from_four_seeds_on_there_are_intervals(tmp_path):
 
 def test_folder_as_the_engine_leaves_it(tmp_path):
     study = tmp_path / "demo"
-    for k, r in enumerate(demo(1)):
+    for k, r in enumerate(demo(1, names=NAMES[:3])):
         folder = study / f"run{k:02}"
         folder.mkdir(parents=True)
         spec = {"study": "demo", "parameters": r["parameters"]}
@@ -235,10 +238,10 @@ def test_nothing_finished_still_gives_a_page_with_the_errors(tmp_path):
 
 
 @pytest.mark.parametrize("results", [
-    [run("shared projection", 0, **PLAN["shared projection"][2])],  # no vanilla at all
-    [run("vanilla", 0), run("fixed decoupled", 0, a=2.3, **PLAN["fixed decoupled"][2])],  # no curve
-    [failed("vanilla", 0), run("fixed decoupled", 0, **PLAN["fixed decoupled"][2])],
-    [run("vanilla", 0), run("fixed decoupled", 1, **PLAN["fixed decoupled"][2])],  # no common seed
+    [run("shared projection", 0, names=NAMES[:3], **PLAN["shared projection"][2])],  # no vanilla at all
+    [run("vanilla", 0, names=NAMES[:3]), run("fixed decoupled", 0, names=NAMES[:3], a=2.3, **PLAN["fixed decoupled"][2])],  # no curve
+    [failed("vanilla", 0), run("fixed decoupled", 0, names=NAMES[:3], **PLAN["fixed decoupled"][2])],
+    [run("vanilla", 0, names=NAMES[:3]), run("fixed decoupled", 1, names=NAMES[:3], **PLAN["fixed decoupled"][2])],  # no common seed
 ])
 def test_small_studies(results, tmp_path):
     report = R.write_report(results, tmp_path)
@@ -280,12 +283,12 @@ def test_the_callers_settings_come_back(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    R.write_report(demo(1), tmp_path)
+    R.write_report(demo(1, **FEW), tmp_path)
     assert dict(matplotlib.rcParams) == before
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path):
-    first, second = (R.write_report(demo(), tmp_path / k) for k in "ab")
+    first, second = (R.write_report(demo(**FEW), tmp_path / k) for k in "ab")
     for name in ("plane.png", "stream.png", "report.html", "runs.csv"):
         assert first.html.with_name(name).read_bytes() == second.html.with_name(name).read_bytes()
 
