@@ -392,7 +392,7 @@ def load_results(
     code: str = "current",  # "current": results of the present code; "any": of all versions, told apart by the column `code`
 ) -> pd.DataFrame:
     "One row for each cell of a study: parameters, metrics, status, identity; raises FileNotFoundError for an unknown study."
-    from dmr.tables import results_table
+    from dmr.plans import results_table
 
     project = project or find_project()
     return results_table(find_study(study, project) if isinstance(study, str) else study, project, code)
