@@ -89,6 +89,9 @@ class Probe:
                 raise ValueError(f"{name!r} is not among the optimizer's parameters")
             yield name, p, owner[id(p)]
 
+    def _decoupled(self, group: dict[str, Any]) -> bool:
+        return isinstance(self.optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+
     def _step(self, p: nn.Parameter) -> float:
         return float((self.optimizer.state.get(p) or {}).get("step", 0.0))
 
@@ -102,7 +105,7 @@ class Probe:
             if p.grad is None:
                 continue
             g = p.grad.detach()
-            if group["weight_decay"] and not (isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")):
+            if group["weight_decay"] and not self._decoupled(group):
                 g = g.add(p, alpha=-group["weight_decay"] if group["maximize"] else group["weight_decay"])
             if name not in self._shadow:
                 state = self.optimizer.state.get(p) or {}
@@ -130,8 +133,7 @@ class Probe:
                 continue
             U, v, t, lr = self._bases[name], self.optimizer.state[p]["exp_avg_sq"], self._step(p), float(group["lr"])
             share = (g @ U).square().sum() / g.square().sum().clamp_min(torch.finfo(g.dtype).tiny)
-            decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")
-            kept = before * (1 - lr * group["weight_decay"]) if decoupled else before
+            kept = before * (1 - lr * group["weight_decay"]) if self._decoupled(group) else before
             u = (kept - p.detach()) / lr
             u_raw = m_raw / (1 - beta1**t) / ((v_raw / (1 - beta2**t)).sqrt() + group["eps"])
             inside, inside_raw = (u @ U).norm(), (u_raw @ U).norm()
@@ -178,7 +180,8 @@ class Probe:
             raise ModuleNotFoundError("Probe.plot needs pip install 'moment-routing[experiments]'") from error
         ax = plt.subplots()[1] if ax is None else ax
         sns.lineplot(self.table(), x="step", y=quantity, hue="name", palette="crest", ax=ax)
-        label = {"inflation": "inflation R", "inflation_protected": "inflation R_U", "energy": "energy of v in the subspace",
-                 "overlap": "‖gU‖²/‖g‖²", "damping": "‖uU‖ over vanilla's", "step_ratio": "‖u‖ over vanilla's", "step_rms": "RMS of the step, in lr"}
+        label = {"inflation": "inflation R", "inflation_protected": "inflation R_U", "overlap": "‖gU‖²/‖g‖²",
+                 "energy": "energy of v in the subspace", "damping": "‖uU‖ over vanilla's",
+                 "step_ratio": "‖u‖ over vanilla's", "step_rms": "RMS of the step, in lr"}
         ax.set(xlabel="steps probed", ylabel=label[quantity])
         return ax
