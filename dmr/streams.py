@@ -46,7 +46,8 @@ class Domain:
 
     def __repr__(self) -> str:
         leak = f", leak {100 * self.meta['leak']:.1f} %" if "leak" in self.meta else ""
-        return f"Domain({self.name!r}, train {len(self.train):,} B, test {len(self.test):,} B{leak})"
+        flag = ", FLAGGED: near-duplicates of training text in the test text" if self.meta.get("flagged") else ""
+        return f"Domain({self.name!r}, train {len(self.train):,} B, test {len(self.test):,} B{leak}{flag})"
 
 # %% ../nbs/20_streams.ipynb #8dd67df6
 def _digest(parts: Iterable[bytes]) -> str:
@@ -689,6 +690,15 @@ def _progress(total: int, show: bool) -> Callable[[str, int], None]:
 def _text_path(source: Source, cache: str | os.PathLike[str] | None) -> Path:
     return _folder(cache, "text") / f"{source.name}-{source.sha256[:16]}.txt"
 
+def _sweep(*folders: Path) -> None:
+    "Remove what a killed process left: hidden files and folders that are a day old."
+    for left in (path for folder in folders for path in folder.glob(".*")):
+        try:
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        except OSError:  # another process was quicker
+            pass
+
 def _fetch(sources: Sequence[Source], cache: str | os.PathLike[str] | None, progress: bool) -> None:
     "Fetch, verify and cache the text of those `sources` that the cache lacks; each is complete before the next begins."
     sources = [source for source in sources if not _text_path(source, cache).exists()]
@@ -697,9 +707,7 @@ def _fetch(sources: Sequence[Source], cache: str | os.PathLike[str] | None, prog
     folder = _folder(cache, "text")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        _sweep(folder, _folder(cache, "split"))
         work = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
     except OSError as error:
         raise _mend("use the cache folder", folder, error, "make it writable") from error
@@ -855,7 +863,8 @@ def from_folder(path: str | os.PathLike[str],  # one sub-folder (any depth of te
 
     Raises ValueError for an empty folder, a single domain, an empty domain and a binary file."""
     folder = Path(path)
-    entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".") and (p.is_file() or p.is_dir())),
+                     key=lambda p: p.name)
     if not entries:
         raise ValueError(f"{folder} is empty; a stream is a folder with one sub-folder or text file per domain")
     names = [entry.stem if entry.is_file() else entry.name for entry in entries]
