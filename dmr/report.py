@@ -437,6 +437,10 @@ def text_table(
     return "\n\n".join(parts)
 
 
+def _seeds(n: int) -> str:
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
 def headline(
     study: Study,
 ) -> str:
@@ -444,7 +448,7 @@ def headline(
     H = sorted({round(r["horizon"], 3) for r in study.rows if r.get("horizon") is not None})
     regime = f"H = {', '.join(f'{h:g}' for h in H)}, " if H else ""
     if study.n <= EXPLORATORY:
-        return f"{regime}n = {study.n} seeds: a demonstration, no verdict."
+        return f"{regime}n = {_seeds(study.n)}: a demonstration, no verdict."
     return f"{regime}n = {study.n} seeds, 95 % intervals of paired differences."
 
 # %% ../nbs/42_report.ipynb #d86d7a1d
@@ -483,7 +487,7 @@ def plot_plane(
             ax.plot(a, f, markersize=4, alpha=0.55, zorder=3, **mark)
             ax.plot(_mean_or_nan(a), _mean_or_nan(f), markersize=9, markeredgecolor="white", label=arm.name, zorder=4, **mark)
         if study.n <= EXPLORATORY:
-            ax.text(0.99, 0.985, f"{study.n} seeds: a demonstration, no verdict", transform=ax.transAxes, ha="right",
+            ax.text(0.99, 0.985, f"{_seeds(study.n)}: a demonstration, no verdict", transform=ax.transAxes, ha="right",
                     va="top", fontsize=8)
         ax.set(title=plane_finding(study), xlabel="learning accuracy (nats/byte, lower is better)",
                ylabel="forgetting (nats/byte)")
@@ -504,6 +508,8 @@ def _draw_control(ax: Any, study: Study) -> None:
     if len(curves) > 1:
         means = {r: Point(_mean_or_nan(p.learning_accuracy for p in at.values()),
                           _mean_or_nan(p.forgetting for p in at.values())) for r, at in curves.items()}
+        rest = [means[r] for r in sorted(means)]  # the whole curve, dotted: what turns back is no control
+        ax.plot([p.learning_accuracy for p in rest], [p.forgetting for p in rest], ":", color=grey, linewidth=1, zorder=1)
         _draw_branch(ax, control_branch(means), color=grey, linewidth=2.5, label="control: vanilla over rates")
 
 
@@ -771,7 +777,7 @@ def _environment_table(study: Study) -> str:
 
 def _what_n_means(study: Study) -> str:
     n = study.n
-    seeds = "one seed" if n == 1 else f"{n} seeds"
+    seeds = _seeds(n)
     if n <= EXPLORATORY:
         return (f"Every number is a mean over {seeds}. That shows what the methods do; it does not show which is better. "
                 "With three seeds or fewer no interval is drawn and no claim is judged: the next two seeds may well turn "
@@ -910,8 +916,9 @@ def write_report(
 
         fig, alt = plot_plane(study)
         pictures["plane"] = figure_png(fig), alt, (
-            "Small marks are seeds, large ones their mean. The grey curve is vanilla over learning rates. Left is better learning, "
-            "down is less forgetting; below the curve an arm forgets less than vanilla that learned as much.")
+            "Small marks are seeds, large ones their mean. The grey curve is vanilla over learning rates, up to the one that "
+            "learns best; dotted beyond. Left is better learning, down is less forgetting; below the curve an arm forgets "
+            "less than vanilla that learned as much.")
         if any(r.get("records") for r in results):
             fig, alt = plot_stream(study)
             pictures["stream"] = figure_png(fig), alt, (
