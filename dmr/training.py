@@ -421,6 +421,7 @@ class Progress:
         self.enabled, self.interval = enabled, interval
         self.began = self.spoke = time.perf_counter()
         self.done = 0  # steps since `began`
+        self.domain_began = self.began
         self.bar = self._bar() if enabled and sys.stderr.isatty() else None
 
     def _bar(self) -> Any:
@@ -438,6 +439,8 @@ class Progress:
     def step(self, stage: int, name: str, step: int, loss: Tensor) -> None:
         "One optimizer step is done (`step` counts from 0)."
         self.done += 1
+        if step == 0:
+            self.domain_began = time.perf_counter()
         if not self.enabled:
             return
         if self.bar is not None:
@@ -449,14 +452,14 @@ class Progress:
         now, last = time.perf_counter(), step + 1 == self.steps
         if last or now - self.spoke > self.interval:
             self.spoke = now
-            print(self.line(stage, name, step, loss.item(), now - self.began), flush=True)
+            speed = step * self.bytes_per_step / max(now - self.domain_began, 1e-9)  # training alone
+            print(self.line(stage, name, step, loss.item(), speed, now - self.began), flush=True)
 
-    def line(self, stage: int, name: str, step: int, loss: float, seconds: float) -> str:
-        "One plain line of progress."
-        rate = self.done / max(seconds, 1e-9)
-        left = ((self.domains - stage) * self.steps - step - 1) / max(rate, 1e-9)
+    def line(self, stage: int, name: str, step: int, loss: float, speed: float, seconds: float) -> str:
+        "One plain line of progress; the time left counts evaluations in."
+        left = ((self.domains - stage) * self.steps - step - 1) * seconds / max(self.done, 1)
         return (f"{stage + 1}/{self.domains} {name:<12} step {step + 1}/{self.steps}  loss {loss:.3f}  "
-                f"{rate * self.bytes_per_step:,.0f} bytes/s  {int(left) // 60}:{int(left) % 60:02d} left")
+                f"{speed:,.0f} bytes/s  {int(left) // 60}:{int(left) % 60:02d} left")
 
     def close(self) -> None:
         "Finish the bar."
@@ -571,7 +574,7 @@ class ContinualRun:
             self.progress.step(self.stage, self.domain.name, step, losses[-1])
         report = self.router.consolidate(interpolate=c.interpolate)
         wall = time.perf_counter() - began
-        mean = {key: sum(values) / len(values) for key, values in measured.items()}
+        mean = {key: math.fsum(values) / len(values) for key, values in measured.items()}
         record = {
             "alpha_mean": mean.get("alpha"), "overlap_mean": mean.get("overlap"), "step_norm": mean.get("step_norm"),
             "protected_step_norm": mean.get("protected_step_norm"), "inflation": mean.get("inflation"),
