@@ -49,7 +49,7 @@ class AGEM(ReplayMix):
         self._remove = torch.where(along < 0, along / size.clamp_min(torch.finfo(dtype).tiny), torch.zeros_like(along))
         return squared_cosine(pairs) if overlap else None
 
-    def edit(self, name: str, x: Tensor) -> Dense | None:
+    def edit(self, name: str, x: Tensor) -> Dense | None:  # type: ignore[override]
         g_r = self._g.get(name)
         return None if g_r is None or self._remove is None else Dense(g_r * self._remove.to(g_r))
 

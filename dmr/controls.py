@@ -89,7 +89,7 @@ class CurrentBasis(Projection):
     ):
         super().__init__(*args, **options)
         if not self.grows or self.importance is not None:
-            raise ValueError("CurrentBasis takes only its ranks from a growing Projection; pass rank=... or energy=..., and no bases or importance")
+            raise ValueError("CurrentBasis takes only ranks from a growing Projection; pass rank=... or energy=..., no bases or importance")
         if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
             raise ValueError(f"refresh={refresh!r} is not a positive number of steps; pass for example refresh=50")
         self.refresh = refresh

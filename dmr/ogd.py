@@ -118,7 +118,7 @@ class OGD(Modification):
             for row, example in zip(new, examples):
                 logit = scalar_of(self.logit_fn, example, "logit_fn")
                 grads = torch.autograd.grad(logit, list(self._params.values()), allow_unused=True)
-                for (name, place), g in zip(self._places.items(), grads):
+                for place, g in zip(self._places.values(), grads):
                     if g is not None:
                         row[place] = g.flatten()
         before = len(self.V)
