@@ -486,12 +486,11 @@ def plot_plane(
             mark = {"color": arm.style["color"], "marker": arm.style["marker"], "linestyle": ""}
             ax.plot(a, f, markersize=4, alpha=0.55, zorder=3, **mark)
             ax.plot(_mean_or_nan(a), _mean_or_nan(f), markersize=9, markeredgecolor="white", label=arm.name, zorder=4, **mark)
-        if study.n <= EXPLORATORY:
-            ax.text(0.99, 0.985, f"{_seeds(study.n)}: a demonstration, no verdict", transform=ax.transAxes, ha="right",
-                    va="top", fontsize=8)
         ax.set(title=plane_finding(study), xlabel="learning accuracy (nats/byte, lower is better)",
                ylabel="forgetting (nats/byte)")
-        fig.legend(loc="outside lower center", ncols=2, fontsize=8.5, handletextpad=0.2, columnspacing=1.0)
+        caveat = f"{_seeds(study.n)}: a demonstration, no verdict" if study.n <= EXPLORATORY else f"{study.n} seeds"
+        fig.legend(loc="outside lower center", ncols=2, fontsize=8.5, handletextpad=0.2, columnspacing=1.0, title=caveat,
+                   title_fontsize=8.5)
     spots = "; ".join(f"{a.name} {_number(_mean_or_nan(p.forgetting for p in a.points().values()), 3)} at "
                       f"{_number(_mean_or_nan(p.learning_accuracy for p in a.points().values()), 3)}" for a in arms)
     alt = f"Forgetting against learning accuracy, mean over seeds, in nats per byte. {plane_finding(study)}. {spots}."
@@ -596,7 +595,7 @@ def plot_stream(
             ax.set_title(names[j], fontsize=9, fontweight="normal", pad=3)
             ax.set_xticks(range(1, len(names) + 1) if len(names) <= 8 else range(1, len(names) + 1, 5))
             ax.tick_params(labelsize=8)
-        fig.suptitle(stream_finding(mean, names[0]), fontsize=11.5, fontweight="bold", x=0.01, ha="left")
+        fig.suptitle(stream_finding(mean), fontsize=11.5, fontweight="bold", x=0.01, ha="left")
         for ax in axes[:len(names)][-columns:]:
             ax.set_xlabel("domains trained", fontsize=9)
         fig.supylabel("held-out loss (nats/byte)", fontsize=10)
@@ -604,7 +603,7 @@ def plot_stream(
         fig.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5)
     ends = "; ".join(f"{name}: {m[0, 0]:.2f} to {m[-1, 0]:.2f}" for name, m in mean.items())
     alt = (f"Held-out loss of {len(names)} domains in nats per byte after each stage, one panel a domain, mean over seeds. "
-           f"{names[0]}, from its own stage to the end: {ends}.")
+           f"{stream_finding(mean)}. {names[0]}, from its own stage to the end: {ends}.".replace("\n", " "))
     return fig, alt
 
 
@@ -618,14 +617,15 @@ def _mean_matrix(matrices: list[LossMatrix], domains: int) -> Any:
 
 def stream_finding(
     mean: Mapping[str, Any],  # arm -> mean loss matrix
-    domain: str,  # name of the first domain
 ) -> str:
-    "The figure's title: what the first domain lost, at most and at least."
-    lost = {name: float(m[-1, 0] - m[0, 0]) for name, m in mean.items()}
-    worst, best = max(lost, key=lambda k: lost[k]), min(lost, key=lambda k: lost[k])
-    if worst == best:
-        return f"{domain}: {lost[worst]:+.2f} nats by the end"
-    return f"{domain} in the end: {lost[worst]:+.2f} nats ({worst}),\n{lost[best]:+.2f} ({best})"
+    "The figure's title: how far a domain's loss rises after its own stage, on average, and where it rises least."
+    rise = {name: float((m[-1, : len(m) - 1] - m.diagonal()[: len(m) - 1]).mean()) for name, m in mean.items() if len(m) > 1}
+    if not rise:
+        return "Held-out loss by stage"
+    low, high = min(rise.values()), max(rise.values())
+    if len(rise) == 1:
+        return f"A past domain's loss rises by {low:.2f} nats"
+    return f"A past domain's loss rises by {low:.2f}–{high:.2f} nats,\nleast with {min(rise, key=lambda k: rise[k])}"
 
 # %% ../nbs/42_report.ipynb #571182d4
 _CSS = """
