@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import __version__
 from .metrics import loss_matrix, summarize
 from .model import SIZES, ByteLM, build_model, next_byte_loss
 from .modification import Modification
@@ -276,12 +275,12 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 # %% ../nbs/32_training.ipynb #9a05a42c
 Loss = Callable[[Tensor], Tensor]  # a batch of windows -> mean loss
 
-MODIFICATIONS: dict[str, Callable[[Config, Loss], Modification | None]] = {
-    "none": lambda c, loss_fn: None,
-    "projection": lambda c, loss_fn: Projection(
+MODIFICATIONS: dict[str, Callable[[Config, nn.Module, Loss], Modification | None]] = {
+    "none": lambda c, model, loss_fn: None,
+    "projection": lambda c, model, loss_fn: Projection(
         rank=c.rank, max_rank=c.max_rank, energy=c.energy, importance=c.importance, **(c.options or {})
     ),
-    "replay": lambda c, loss_fn: ReplayMix(
+    "replay": lambda c, model, loss_fn: ReplayMix(
         ReplayBuffer(seed=seed_for(c.seed, "replay")), loss_fn, fraction=c.fraction, **(c.options or {})
     ),
 }
@@ -296,7 +295,7 @@ def build_router(
     "The router of a run; with modification='none' it only looks on. Raises ValueError for what has no meaning."
     c = config
     try:
-        modification = MODIFICATIONS[c.modification](c, loss_fn)
+        modification = MODIFICATIONS[c.modification](c, model, loss_fn)
     except TypeError as e:  # an argument that the modification does not have
         raise ValueError(f"options={c.options!r} do not fit modification={c.modification!r}: {e}") from None
     strength: Strength = Fixed(c.alpha) if c.strength == "fixed" else OverlapAware(c.alpha, beta=c.overlap_beta)
@@ -638,7 +637,7 @@ class ContinualRun:
             "records": self.records,
             "stages": self.stages,
             "metrics": summarize(matrix.L, matrix.untrained),
-            "identity": {"stream_hash": self.stream.hash, "domains": self.stream.names, "dmr": __version__},
+            "identity": {"stream_hash": self.stream.hash, "domains": self.stream.names},
             "environment": environment(self.config),
             "wall_s": self.seconds,
         })

@@ -272,7 +272,7 @@ def test_a_method_of_ones_own(monkeypatch):
         def edit(self, name, x):
             return Dense(self.by * x)
 
-    monkeypatch.setitem(MODIFICATIONS, "shrink", lambda c, loss_fn: Shrink(**c.options))
+    monkeypatch.setitem(MODIFICATIONS, "shrink", lambda c, model, loss_fn: Shrink(**c.options))
     same = run(modification="shrink", routing="shared", alpha=0.0, options={"by": 0.9})
     assert losses(same) == losses(run())
     assert losses(run(modification="shrink", alpha=1.0, options={"by": 0.9})) != losses(run())
