@@ -5,7 +5,7 @@
 # %% ../nbs/11_modification.ipynb #0c199b43
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Edit', 'as_matrix', 'LowRank', 'Dense', 'Target', 'matches', 'find_targets', 'Modification', 'squared_cosine']
+__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'small', 'stacks', 'add_all', 'Target', 'matches', 'find_targets',
+           'Modification', 'squared_cosine']
 
 # %% ../nbs/11_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -40,7 +41,7 @@ class LowRank:
         if isinstance(scale, Tensor):  # scale the thin factor: no transfer to the host
             C, scale = C * scale.to(C), 1.0
         matrix = as_matrix(x, self.transposed)
-        if matrix.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():  # as_matrix had to copy
+        if x.ndim != 2 and matrix.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():  # as_matrix had to copy
             x.add_((C @ self.U.mT).reshape(x.shape).to(x.dtype), alpha=scale)
         elif x.dtype == C.dtype:
             matrix.addmm_(C, self.U.mT, alpha=scale)  # (out, r) @ (r, fan_in) -> (out, fan_in)
@@ -71,6 +72,56 @@ class Dense:
 
 
 Edit = LowRank | Dense
+
+# %% ../nbs/11_modification.ipynb #afd3bb74
+def small(
+    x: Tensor,
+) -> bool:
+    "Is a product with this tensor over before the next one could be started? Then equal ones are worth stacking."
+    return x.ndim == 2 and x.numel() <= SMALL.get(x.device.type, 0)
+
+
+SMALL = {"cpu": 2**12, "cuda": 2**18}  # elements
+
+
+def stacks(
+    named: Mapping[str, Tensor],  # tensors by name
+    key: Callable[[str, Tensor], Any],  # (name, tensor) -> what must agree for two of them to be stacked
+    count: int = 4,  # smallest stack that pays
+) -> tuple[list[list[str]], list[str]]:  # the stacks, and the names that stay alone
+    "Group small tensors of equal shape, type and device."
+    groups: dict[Any, list[str]] = {}
+    alone: list[str] = []
+    for name, x in named.items():
+        if small(x):
+            groups.setdefault((x.shape, x.dtype, x.device, key(name, x)), []).append(name)
+        else:
+            alone.append(name)
+    for group in groups.values():
+        if len(group) < count:
+            alone += group
+    return [group for group in groups.values() if len(group) >= count], alone
+
+
+def add_all(
+    edits: Mapping[str, Edit],  # differences by name
+    onto: Mapping[str, Tensor],  # the tensors that they are added to, in place
+    scales: Mapping[str, float | Tensor],  # one factor each
+) -> None:
+    "x <- x + scale * edit for all; small low-rank ones of equal shape in one batched product."
+    def agree(name: str, x: Tensor) -> Any:
+        edit = edits[name]
+        plain = isinstance(edit, LowRank) and not edit.transposed and edit.C.dtype == x.dtype
+        return (edit.U.shape, id(scales[name]) if isinstance(scales[name], Tensor) else scales[name]) if plain else name  # type: ignore[union-attr]
+
+    grouped, alone = stacks(onto, agree)
+    for names in grouped:
+        C, U = (torch.stack([getattr(edits[name], part) for name in names]) for part in ("C", "U"))
+        scale = scales[names[0]]
+        C = C * (scale.to(C) if isinstance(scale, Tensor) else scale)  # (n, out, r)
+        torch._foreach_add_([onto[name] for name in names], (C @ U.mT).unbind())  # (n, out, fan_in)
+    for name in alone:
+        edits[name].add_to(onto[name], scales[name])
 
 # %% ../nbs/11_modification.ipynb #8de1b243
 @dataclass
@@ -159,6 +210,8 @@ class Modification:
     native_routing: str = "shared"  # what the method's authors did
     acts_on_steps: bool = True  # can it edit an optimizer's step as well as a gradient?
     needs_consolidate: bool = True  # does it do nothing before the first `consolidate`?
+    shards: bool = False  # can it work on a process's rows of each weight alone?
+    group: Any = None  # the processes whose gradients are averaged; set by the router before `attach`
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         "Meet the model: its parameters by name, and those of them that have an input side."
@@ -177,6 +230,10 @@ class Modification:
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         "At every step, also before anything is protected: take note of the raw gradients."
+
+    def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Small tensors, by name, each certain to be non-finite where that gradient is: they save the router a look at the gradient."
+        return {}
 
     def prepare(self) -> None:
         "Before the gradients are looked at: extra forward and backward passes, without touching `p.grad`."
@@ -202,6 +259,12 @@ class Modification:
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."
         return {}
+
+    def share(self) -> None:
+        "After `consolidate` in several processes with one model each (`group`): make what is protected the same in all."
+
+    def detach(self) -> None:
+        "The router was closed: let go of the model (remove hooks)."
 
     def state_dict(self) -> dict:
         "The state as tensors and numbers, keyed by parameter name."

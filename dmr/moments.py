@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # %% auto #0
-__all__ = ['ADAM', 'SUPPORTED', 'REFUSED', 'adam_gain', 'radam_gain', 'adamax_gain', 'sgd_gain', 'Moments', 'unwrap',
-           'moments_of', 'check_group']
+__all__ = ['ADAM', 'SUPPORTED', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator', 'sgd_denominator',
+           'Moments', 'unwrap', 'moments_of', 'check_group']
 
 # %% ../nbs/12_moments.ipynb #977a5f7e
 def _number(x: float | Tensor) -> float | Tensor:
@@ -22,33 +22,46 @@ def _number(x: float | Tensor) -> float | Tensor:
     return x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x
 
 
-def adam_gain(state: dict, group: dict) -> Tensor:
-    "a = 1 / ((1 - β1ᵗ)(sqrt(v / (1 - β2ᵗ)) + ε)), after the step; v is its running maximum under amsgrad."
+def _affine(
+    v: Tensor,  # second moment
+    a: float | Tensor,  # factor of its root
+    b: float | Tensor,  # added
+) -> Tensor:
+    "a·√v + b with one temporary, in two passes."
+    root = v.sqrt()
+    if isinstance(a, Tensor) or isinstance(b, Tensor):  # counters on the device: no transfer to the host
+        return root.mul_(a).add_(b)
+    return torch.add(torch.full((), b, dtype=v.dtype, device=v.device), root, alpha=a, out=root)
+
+
+def adam_denominator(state: dict, group: dict) -> Tensor:
+    "(1 - β1ᵗ)(√(v / (1 - β2ᵗ)) + ε), after the step; v is its running maximum under amsgrad."
     (beta1, beta2), t = group["betas"], _number(state["step"])
     v = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    denominator = v.sqrt().div_((1 - beta2**t) ** 0.5).add_(group["eps"])
-    return denominator.mul_(1 - beta1**t).reciprocal_()
+    first = 1 - beta1**t
+    return _affine(v, first / (1 - beta2**t) ** 0.5, first * group["eps"])
 
 
-def radam_gain(state: dict, group: dict) -> Tensor:
+def radam_denominator(state: dict, group: dict) -> Tensor | float:
     "Rectified Adam: no denominator while the variance of the adaptive rate is intractable (ρ_t <= 5)."
     (beta1, beta2), t = group["betas"], _number(state["step"])
     rho_inf = 2 / (1 - beta2) - 1
     rho = float(rho_inf - 2 * t * beta2**t / (1 - beta2**t))
     if rho <= 5.0:
-        return torch.full_like(state["exp_avg_sq"], float(1 / (1 - beta1**t)))
+        return float(1 - beta1**t)
     rectified = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
-    return state["exp_avg_sq"].sqrt().add_(group["eps"]).reciprocal_().mul_(rectified * (1 - beta2**t) ** 0.5 / (1 - beta1**t))
+    a = float((1 - beta1**t) / (rectified * (1 - beta2**t) ** 0.5))
+    return _affine(state["exp_avg_sq"], a, a * group["eps"])
 
 
-def adamax_gain(state: dict, group: dict) -> Tensor:
-    "a = 1 / ((1 - β1ᵗ) n), with n the decaying maximum of |g|."
-    return state["exp_inf"].mul(1 - group["betas"][0] ** _number(state["step"])).reciprocal_()
+def adamax_denominator(state: dict, group: dict) -> Tensor:
+    "(1 - β1ᵗ) n, with n the decaying maximum of |g|."
+    return state["exp_inf"] * (1 - group["betas"][0] ** _number(state["step"]))
 
 
-def sgd_gain(state: dict, group: dict) -> Tensor:
-    "SGD has no second moment: a = 1."
-    return torch.ones_like(state["momentum_buffer"])
+def sgd_denominator(state: dict, group: dict) -> float:
+    "SGD has no second moment."
+    return 1.0
 
 # %% ../nbs/12_moments.ipynb #3ec87629
 def _scalar_dtype(fused: bool = False) -> torch.dtype:
@@ -79,25 +92,35 @@ class Moments:
     "Where one optimizer class keeps its moments."
     first: str  # the first moment's key in the state
     second: str | None  # the second moment's key; None: the optimizer has none
-    gain: Callable[[dict, dict], Tensor]  # (state, group) -> a, after the step
+    denominator: Callable[[dict, dict], Tensor | float]  # (state, group) -> 1 / a after the step: a new tensor, or a number
     prepare: Callable[[Tensor, dict], dict] | None  # (p, group) -> fresh state; None: nothing is kept before a first step
 
     def beta1(self, group: dict) -> float:
         "Decay of the first moment."
         return group["betas"][0] if "betas" in group else group["momentum"]
 
+    def gain(self, state: dict, group: dict) -> Tensor:
+        "a, after the step."
+        denominator = self.denominator(state, group)
+        if isinstance(denominator, Tensor):
+            return denominator.reciprocal_()
+        return torch.full_like(state[self.first], 1 / denominator)
+
     def step(self, state: dict, group: dict) -> Tensor:
-        "u = a ⊙ m: the step just taken, in units of the learning rate, without weight decay."
-        return self.gain(state, group).mul_(state[self.first])
+        "u = a ⊙ m: the step just taken, in units of the learning rate, without weight decay. One temporary."
+        denominator = self.denominator(state, group)
+        if isinstance(denominator, Tensor):
+            return torch.div(state[self.first], denominator, out=denominator)
+        return state[self.first] / denominator
 
 
-ADAM = Moments("exp_avg", "exp_avg_sq", adam_gain, _prepare("exp_avg", "exp_avg_sq", maximum="max_exp_avg_sq", fused=True))
+ADAM = Moments("exp_avg", "exp_avg_sq", adam_denominator, _prepare("exp_avg", "exp_avg_sq", maximum="max_exp_avg_sq", fused=True))
 SUPPORTED: dict[type[Optimizer], Moments] = {
     torch.optim.Adam: ADAM,
     torch.optim.AdamW: ADAM,
-    torch.optim.RAdam: Moments("exp_avg", "exp_avg_sq", radam_gain, _prepare("exp_avg", "exp_avg_sq")),
-    torch.optim.Adamax: Moments("exp_avg", "exp_inf", adamax_gain, _prepare("exp_avg", "exp_inf")),
-    torch.optim.SGD: Moments("momentum_buffer", None, sgd_gain, None),
+    torch.optim.RAdam: Moments("exp_avg", "exp_avg_sq", radam_denominator, _prepare("exp_avg", "exp_avg_sq")),
+    torch.optim.Adamax: Moments("exp_avg", "exp_inf", adamax_denominator, _prepare("exp_avg", "exp_inf")),
+    torch.optim.SGD: Moments("momentum_buffer", None, sgd_denominator, None),
 }
 
 # %% ../nbs/12_moments.ipynb #c94d6e31
@@ -115,6 +138,9 @@ REFUSED = {
     "Muon": "its step is an orthogonalised matrix, and it has no second moment",
     "DeepSpeedZeroOptimizer": "its parameters are flat shards",
     "ZeroRedundancyOptimizer": "each process holds the state of other parameters",
+    "AdEMAMix": "it keeps two first moments",
+    "Shampoo": "its step is preconditioned by matrices",
+    "SOAP": "its moments are kept in a rotated basis",
 }
 
 
@@ -134,7 +160,7 @@ def moments_of(optimizer: Optimizer) -> Moments:
     known = next((k for k in SUPPORTED if cls is k or (isinstance(optimizer, k) and not _overridden(cls, k))), None)
     if known is None:
         why = REFUSED.get(cls.__name__)
-        if "8bit" in cls.__name__ or "bitsandbytes" in cls.__module__ or "bnb" in cls.__module__:
+        if any(part in cls.__name__ for part in ("8bit", "4bit", "Fp8")) or cls.__module__.startswith(("bitsandbytes", "torchao")):
             why = "its moments are quantized"
         if "deepspeed" in cls.__module__:
             why = REFUSED["DeepSpeedZeroOptimizer"]

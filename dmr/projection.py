@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .modification import LowRank, Modification, Target
+from .inputs import catchable, input_rows
+from .modification import Edit, LowRank, Modification, Target, stacks
+from .sharding import local, same_everywhere, shard_groups, sum_over, total
 from .strength import check_fraction
 from .subspace import Sketch, grow
 
@@ -57,6 +59,8 @@ class Projection(Modification):
         bases: Mapping[nn.Parameter | str, Tensor] | None = None,  # protect these directions: parameter or name -> U (fan_in, r)
         every: int = 10,  # feed the sketch every so many steps
         sketch_size: int | None = None,  # directions the sketch tells apart; None: 2 * rank, or max_rank with `energy`
+        source: str = "gradients",  # what the sketch is fed with: "gradients", or "inputs" of the layers
+        consolidate_every: int | None = None,  # take in what was seen every so many steps, too, for a stream without boundaries
     ):
         if rank is not None and energy is not None:
             raise ValueError(f"rank={rank} and energy={energy}: pass one of the two")
@@ -68,15 +72,20 @@ class Projection(Modification):
         self.importance = None if importance is None else check_fraction("importance", importance, high=float("inf"))
         self.every = _positive("every", every) or 1
         self.sketch_size = _positive("sketch_size", sketch_size)
+        if source not in ("gradients", "inputs"):
+            raise ValueError(f"source={source!r} is unknown; choose gradients or inputs")
+        self.source, self.consolidate_every = source, _positive("consolidate_every", consolidate_every)
         self.grows = self.rank is not None or self.energy is not None
-        self.needs_consolidate = self.grows and bases is None
+        self.needs_consolidate = self.grows and bases is None and consolidate_every is None
+        self.shards = self.grows or bool(bases)  # not for subclasses that look at data themselves
+        self._hooks: list = []
         self._given = dict(bases or {})
         self.bases: dict[str, Tensor] = {}  # name -> U (fan_in, r)
         self.energies: dict[str, Tensor] = {}  # name -> (r,)
         self.sketches: dict[str, Sketch] = {}
         self.fed = self.seen = 0  # gradients in the sketches; steps in this domain
         self._lam: dict[str, Tensor] = {}
-        self._C: dict[str, Tensor] = {}
+        self._C: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (U, gU), within a step
 
     def __repr__(self) -> str:
         given = {"rank": self.rank, "max_rank": self.max_rank, "energy": self.energy, "importance": self.importance}
@@ -85,6 +94,8 @@ class Projection(Modification):
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
+        targets = catchable(targets) if self.source == "inputs" and self.grows else targets
+        self.targets = targets
         names = {id(p): n for n, p in model.named_parameters()}
         given = {key if isinstance(key, str) else names.get(id(key), "?"): U for key, U in self._given.items()}
         if self._given and not self.grows:
@@ -103,6 +114,8 @@ class Projection(Modification):
         if not targets:
             message = "nothing to protect: the model has no linear or convolutional weight that include/exclude leave in"
             warnings.warn(message, stacklevel=4)
+        split = {name: shard_groups(name, target.param, target.transposed) for name, target in targets.items()}
+        self._groups = {name: over for name, over in split.items() if over}
         for name, target in targets.items():
             dtype = torch.float64 if target.param.dtype == torch.float64 else torch.float32
             device = target.param.device
@@ -113,6 +126,22 @@ class Projection(Modification):
             if U.shape[1] == target.fan_in:
                 self._warn_full(name)
         self._refresh()
+        if self.source == "inputs" and self.grows:
+            self._catch_inputs()
+
+    def _catch_inputs(self) -> None:
+        "Feed the sketches from hooks on the layers, in training passes of every `every`-th step."
+        self.detach()
+        for module in self.model.modules():
+            for name, target in self.targets.items():
+                if getattr(module, "weight", None) is target.param and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    here = Target(name, target.param, module, target.transposed)
+                    self._hooks.append(module.register_forward_pre_hook(_InputHook(self, here), with_kwargs=True))
+
+    def detach(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def _check_basis(self, target: Target, U: Tensor) -> None:
         name, fan_in, shape = target.name, target.fan_in, tuple(U.shape)
@@ -148,37 +177,59 @@ class Projection(Modification):
     def active(self) -> bool:
         return any(U.shape[1] for U in self.bases.values())
 
+    def feeds(self) -> bool:
+        "Does this step feed the sketches?"
+        return self.grows and self.seen % self.every == 0
+
     def learn(self, grads: Mapping[str, Tensor]) -> None:
-        if self.grows and self.seen % self.every == 0:
+        if self.feeds() and self.source == "gradients":
             fed = [name for name in self.sketches if name in grads]
-            for name in fed:
-                self.sketches[name].update(self.targets[name].matrix(grads[name]))
+            norms = getattr(grads, "square_norms", None)
+            for name, energy in zip(fed, norms(fed) if norms and fed else [None] * len(fed)):
+                self.sketches[name].update(self.targets[name].matrix(grads[name]), energy)
             self.fed += bool(fed)
         self.seen += 1
 
+    def _look(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "x U for every protected tensor, made once in a step."
+        names = [n for n in self.bases if n in vectors and self.bases[n].shape[1]]
+        missing = [n for n in names if n not in self._C or self._C[n][0] is not self.bases[n]]
+        if missing and not getattr(vectors, "made", False):  # they are there already: equal small ones in one product
+            odd = lambda n, x: self.targets[n].transposed or x.dtype != self.bases[n].dtype
+            agree = lambda n, x: n if odd(n, x) else self.bases[n].shape
+            grouped, missing = stacks({n: vectors[n] for n in missing}, agree)
+            for some in grouped:
+                C = torch.stack([vectors[n] for n in some]) @ torch.stack([self.bases[n] for n in some])  # (n, out, r)
+                self._C |= {n: (self.bases[n], part) for n, part in zip(some, C.unbind())}
+        for n in missing:
+            self._C[n] = (self.bases[n], self._components(n, vectors[n]))
+        return {n: self._C[n][1] for n in names}
+
+    def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._look(grads)  # a NaN or infinity in a row of g is one in that row of g U
+
     def begin(self, vectors: Mapping[str, Tensor], overlap: bool) -> Tensor | None:
-        self._C = {}
         if not overlap:
             return None
-        names = [n for n in self.bases if n in vectors and self.bases[n].shape[1]]
-        if not names:
+        components = self._look(vectors)
+        if not components:
             return None
-        for name in names:
-            self._C[name] = self._components(name, vectors[name])
-        inside = torch.stack([C.square().sum() for C in self._C.values()]).sum()
+        names = list(components)
+        inside = total(dict(zip(names, _squares(list(components.values())))), self._groups)
         squares = getattr(vectors, "square_norms", None)
-        whole = squares(names).sum() if squares else torch.stack([vectors[n].square().sum() for n in names]).sum()
+        whole = total(dict(zip(names, squares(names) if squares else _squares([vectors[n] for n in names]))), self._groups)
         return torch.where(whole > 0, inside / whole.clamp_min(torch.finfo(whole.dtype).tiny), torch.zeros_like(whole)).clamp(0, 1)
 
     def _components(self, name: str, x: Tensor) -> Tensor:
         U = self.bases[name]
         return self.targets[name].matrix(x).to(U.dtype) @ U  # (out, fan_in) @ (fan_in, r) -> (out, r)
 
-    def edit(self, name: str, x: Tensor) -> LowRank | None:
+    def edit(self, name: str, x: Tensor) -> Edit | None:
         U = self.bases.get(name)
         if U is None or not U.shape[1]:
             return None
-        C = self._C[name] if name in self._C else self._components(name, x)
+        kept = self._C.get(name)
+        C = kept[1] if kept is not None and kept[0] is U else self._components(name, x)
         return LowRank(C * self._lam[name] if name in self._lam else C, U, self.targets[name].transposed)
 
     def end(self) -> None:
@@ -188,15 +239,45 @@ class Projection(Modification):
         U = self.bases.get(name)
         return None if U is None or not U.shape[1] else self._components(name, x)
 
+    def after_step(self, vectors: Mapping[str, Tensor]) -> None:
+        if self.consolidate_every and self.seen >= self.consolidate_every and self.fed:
+            self.consolidate()
+
     # -- the boundary
+
+    def _gather(self) -> dict[str, dict]:
+        "The sketches' sums over all processes that hold other rows or, for inputs, other data."
+        others = (self.group,) if self.source == "inputs" and self.group is not None else ()
+        over = {n: self._groups.get(n, ()) + others for n in self.sketches}
+        kinds: dict[tuple, list[str]] = {}
+        for name in self.sketches:
+            kinds.setdefault((over[name], self.sketches[name].sums.dtype), []).append(name)
+        state = {name: sketch.state_dict() for name, sketch in self.sketches.items()}
+        for (groups, _), names in kinds.items():
+            if groups:  # one reduction for all layers
+                parts = [state[n]["sums"].flatten() for n in names]
+                sums, energies = sum_over(torch.cat(parts), groups), sum_over(torch.stack([state[n]["energy"] for n in names]), groups)
+                for n, part, energy in zip(names, sums.split([len(x) for x in parts]), energies):
+                    state[n] = {"sums": part.view_as(state[n]["sums"]), "energy": energy.clone()}
+        return state
 
     def consolidate(self) -> dict:
         if not self.grows:
             return self._report({})
         if not self.fed:
             raise ValueError("consolidate() came before any optimizer step of this domain, so there is nothing to protect yet; train first")
+        for name, state in (self._gather() if self._groups or self.group is not None else {}).items():
+            self.sketches[name].load_state_dict(state)
         growths = {}
         for name, sketch in self.sketches.items():
+            if not bool(sketch.energy.isfinite()):
+                for each in self.sketches.values():
+                    each.clear()
+                self.fed = self.seen = 0
+                raise ValueError(
+                    f"the sketch of {name!r} has taken in NaN or infinite {self.source}; this domain's sketches were emptied. Train on "
+                    "before the next consolidate(), and leave check_finite=True to find the step"
+                )
             target = self.targets[name]
             growths[name] = grow(
                 self.bases[name], self.energies[name], sketch.root(), rank=self.rank, threshold=self.energy,
@@ -220,13 +301,20 @@ class Projection(Modification):
         total = sum(U.shape[0] for U in self.bases.values())
         return {"layers": layers, "rank_fraction": sum(U.shape[1] for U in self.bases.values()) / total if total else 0.0}
 
+    def share(self) -> None:
+        kept = {"bases": self.bases, "energies": self.energies, "lam": self._lam}
+        for tensors in kept.values():
+            tensors.update(same_everywhere(tensors, self.group))
+
     # -- state
 
     def state_dict(self) -> dict:
+        "In several processes every one must call it: sketches are summed over shards."
+        sketches = self._gather() if self._groups else {n: s.state_dict() for n, s in self.sketches.items()}
         return {
             "bases": {n: U.clone() for n, U in self.bases.items()},
             "energies": {n: e.clone() for n, e in self.energies.items()},
-            "sketches": {n: s.state_dict() for n, s in self.sketches.items()},
+            "sketches": sketches,
             "fed": self.fed,
             "seen": self.seen,
         }
@@ -240,7 +328,7 @@ class Projection(Modification):
                     f"for {name!r}; load it into the model it was saved from"
                 )
         for name in self.sketches:
-            if name not in state["sketches"] or state["sketches"][name]["rows"].shape != self.sketches[name].rows.shape:
+            if name not in state["sketches"] or state["sketches"][name]["sums"].shape != self.sketches[name].sums.shape:
                 settings = "rank, max_rank and sketch_size"
                 raise ValueError(f"the state's sketch of {name!r} has another size; make the Projection with the same {settings}")
         for name, U in self.bases.items():
@@ -248,11 +336,14 @@ class Projection(Modification):
             self.energies[name] = state["energies"][name].to(U, copy=True)
         for name, sketch in self.sketches.items():
             sketch.load_state_dict(state["sketches"][name])
+            if any(group.rank() for group in self._groups.get(name, ())):  # the sum is kept by the first process
+                sketch.clear()
         self.fed, self.seen = state["fed"], state["seen"]
         self._refresh()
 
     def memory(self) -> int:
-        kept = [*self.bases.values(), *self.energies.values()]
+        probes = {id(s.probe): s.probe for s in self.sketches.values() if s.probe is not None}
+        kept = [*self.bases.values(), *self.energies.values(), *probes.values()]
         return sum(x.numel() * x.element_size() for x in kept) + sum(s.memory() for s in self.sketches.values())
 
     def summary_lines(self) -> list[str]:
@@ -260,6 +351,27 @@ class Projection(Modification):
         width = max([len(n) for n in self.bases], default=0)
         line = "  {:{width}}  fan_in {:5}  protected {:4}  cap {:5}"
         return [line.format(n, *U.shape, self.cap(self.targets[n]), width=width) for n, U in self.bases.items()]
+
+
+class _InputHook:
+    "Feeds a layer's inputs to its sketch; copied and pickled with the model."
+
+    def __init__(self, projection: Projection, target: Target):
+        self.projection, self.target = projection, target
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        projection = self.projection
+        if not (projection.feeds() and module.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
+            x = args[0] if args else next(iter(kwargs.values()))
+            projection.sketches[self.target.name].update(input_rows(self.target, local(x.detach())))
+        projection.fed = 1
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    "‖x‖² of each, at least in float32."
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)).square()
 
 
 def _positive(name: str, value: int | None) -> int | None:

@@ -186,7 +186,7 @@ class ReplayMix(Modification):
         g_r = self._g.get(name)
         return torch.zeros_like(like) if g_r is None else g_r
 
-    def edit(self, name: str, x: Tensor) -> Dense:
+    def edit(self, name: str, x: Tensor) -> Dense | None:
         return Dense(x - self._replayed(name, x))
 
     def end(self) -> None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .modification import Dense, Edit, LowRank, Modification, Target, find_targets
+from .modification import Dense, Edit, LowRank, Modification, Target, add_all, find_targets
 from .moments import Moments, check_group, moments_of, unwrap
+from .sharding import local, replicas, shard_groups, sum_over, total, unwrapped
 from .strength import Fixed, Strength, check_fraction
 
 # %% auto #0
-__all__ = ['ROUTINGS', 'GUARDS', 'routed_moments', 'check_routing', 'first_moment_factor', 'local', 'Vectors', 'Inflation',
-           'MomentRouter', 'clamped']
+__all__ = ['ROUTINGS', 'GUARDS', 'routed_moments', 'check_routing', 'first_moment_factor', 'Vectors', 'Inflation', 'MomentRouter',
+           'clamped']
 
 # %% ../nbs/13_routing.ipynb #e62f44fa
 ROUTINGS = ("shared", "decoupled", "denominator", "displacement")
@@ -52,20 +53,22 @@ def first_moment_factor(
     return (1.0 if maximize else -1.0) * (1 - beta1 if weight is None else weight) / beta1
 
 # %% ../nbs/13_routing.ipynb #4b0151a8
-def local(x: Any) -> Tensor:
-    "The rows that this process holds: the local shard of a DTensor, any other tensor itself."
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 class Vectors(Mapping[str, Tensor]):
     "Tensors by parameter name, made when asked for, with their squared norms remembered."
 
-    def __init__(self, names: list[str], make: Callable[[str], Tensor]):
-        self.names, self.make = names, make
+    def __init__(
+        self,
+        names: list[str],  # in order
+        make: Callable[[str], Tensor],  # name -> tensor
+        scale: Tensor | None = None,  # what each is divided by; None: it is given as it is
+        made: bool = False,  # is each a new tensor, made for this access?
+    ):
+        self.names, self.make, self.scale = dict.fromkeys(names), make, scale
+        self.made = made or scale is not None
         self._squares: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.make(name)
+        return self.make(name) if self.scale is None else self.make(name) / self.scale
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -78,11 +81,15 @@ class Vectors(Mapping[str, Tensor]):
 
     def square_norms(self, names: list[str]) -> Tensor:
         "‖x‖² for each name, at least in float32; a (len(names),) tensor on the device."
-        missing = [name for name in names if name not in self._squares]
-        if missing:
-            tensors = [self[name] for name in missing]
-            for name, norm in zip(missing, torch._foreach_norm(tensors, 2, dtype=_accumulator(tensors[0].dtype))):
-                self._squares[name] = norm.square()
+        kinds: dict[torch.dtype, list[str]] = {}
+        for name in names:
+            if name not in self._squares:
+                kinds.setdefault(_accumulator(self.make(name).dtype), []).append(name)
+        for dtype, missing in kinds.items():
+            norms = torch.stack(torch._foreach_norm([self.make(name) for name in missing], 2, dtype=dtype))
+            if self.scale is not None:
+                norms = norms / self.scale
+            self._squares |= zip(missing, norms.square().unbind())
         return torch.stack([self._squares[name] for name in names])
 
 
@@ -164,7 +171,10 @@ class MomentRouter:
         check_finite: bool = True,  # raise on NaN or infinite gradients, before anything changes
         track_step: int = 0,  # record ‖u‖ and ‖uU‖ every so many steps; 0: never
         track_inflation: bool = False,  # measure what sharing does, or would do, to the second moment
+        restore_grad: bool = True,  # give p.grad back after shared and denominator; False saves one product per weight
+        process_group: Any = None,  # processes whose gradients are averaged; None: found if the model is in DistributedDataParallel
     ):
+        wrapped, model = model, unwrapped(model)
         self.optimizer = unwrap(optimizer)
         self.moments: Moments = moments_of(self.optimizer)
         self.routing = check_routing(routing)
@@ -184,10 +194,14 @@ class MomentRouter:
             raise ValueError("this optimizer is routed already; call close() on its router first")
         self.model, self.modification, self.guard = model, modification, guard
         self.check_finite, self.track_step, self.track_inflation = check_finite, track_step, track_inflation
+        self.restore_grad, self.group = restore_grad, replicas(wrapped, process_group)
         self.steps = self.domains = 0
         self.warn_after = 10_000  # steps without a consolidate() before a warning
         self.names: dict[Tensor, str] = {p: n for n, p in model.named_parameters(remove_duplicate=True)}
         self.matrices: dict[str, Target] = find_targets(model)  # what ‖u‖ is taken over, the same for every modification
+        self.groups: dict[str, tuple] = {n: over for n, p in model.named_parameters() if (over := shard_groups(n, p))}
+        if self.groups and modification is not None and not modification.shards:
+            raise ValueError(f"{type(modification).__name__} needs whole weights, and these are sharded; use DistributedDataParallel")
         self._anchor: dict[str, Tensor] = {}
         self._inflation: dict[str, Inflation] = {}
         self._last: dict[str, float | Tensor] = {}
@@ -196,6 +210,7 @@ class MomentRouter:
         if strangers:
             warnings.warn(f"{strangers} parameters of the optimizer are not the model's: they are stepped, but never routed", stacklevel=2)
         if modification is not None:
+            modification.group = self.group
             modification.attach(model, find_targets(model, include, exclude))
         self._hook()
 
@@ -230,18 +245,23 @@ class MomentRouter:
         found_inf, scale = getattr(self.optimizer, "found_inf", None), getattr(self.optimizer, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             return  # the fused kernel will skip this step; so do we
-        scale = None if scale is None else scale.double()
         live = self._live()
         self._check_gradients(live)
         raw = lambda name: local(live[name][0].grad)
-        grads = Vectors(list(live), raw if scale is None else lambda name: raw(name) / scale)
+        grads = Vectors(list(live), raw, None if scale is None else scale.double())
+        modification = self.modification
         if self.check_finite and found_inf is None:
-            _check_finite(grads)
+            witnesses = {} if modification is None or self._idle() or not modification.active() else modification.witness(grads)
+            try:
+                _check_finite(grads, witnesses, self.groups)
+            except ValueError:
+                if modification is not None:
+                    modification.end()
+                raise
         self.steps += 1
         self._last = {}
-        flight: dict[str, Any] = {"live": live, "grads": grads, "scale": scale, "alpha": 0.0, "undo": [], "after": []}
+        flight: dict[str, Any] = {"live": live, "grads": grads, "scale": grads.scale, "alpha": 0.0, "undo": [], "after": []}
         self._flight = flight
-        modification = self.modification
         if modification is None:
             self._measure(flight, {})
             return
@@ -249,8 +269,7 @@ class MomentRouter:
         if modification.active():
             with torch.enable_grad():
                 modification.prepare()
-            tracked = self._tracked()
-            overlap = modification.begin(grads, overlap=self.strength.needs_overlap or tracked)
+            overlap = modification.begin(grads, overlap=self.strength.needs_overlap or self._tracked())
             alpha = self.strength.update(overlap)
             flight["alpha"] = alpha = float(alpha) if isinstance(alpha, Tensor) and alpha.device.type == "cpu" else alpha
             self._last |= {"alpha": alpha} | ({} if overlap is None else {"overlap": overlap})
@@ -266,6 +285,10 @@ class MomentRouter:
                 stacklevel=4,
             )
 
+    def _idle(self) -> bool:
+        "Is the strength fixed at nothing, or the edit made after the step? Then the gradients need no product with a basis."
+        return self.routing == "displacement" or (isinstance(self.strength, Fixed) and self.strength.alpha == 0.0)
+
     def _edits(self, flight: dict) -> dict[str, Edit]:
         "The full-strength edits of all gradients (for measurements only)."
         names = [name for name in flight["live"] if self._may_edit(name)]
@@ -280,6 +303,7 @@ class MomentRouter:
         "Send each tensor's edit to its moments; `edits`: those already made for a measurement."
         scale = flight["scale"]
         edited = self.modification.edited()  # type: ignore[union-attr]
+        thin: tuple[dict[str, Edit], dict[str, Tensor], dict[str, float | Tensor]] = ({}, {}, {})  # edits, moments, factors
         for name, (p, group) in flight["live"].items():
             if edited is not None and name not in edited:
                 continue
@@ -292,7 +316,9 @@ class MomentRouter:
                 edit, strength = clamped(edit, g, alpha), 1.0
             if self.routing in ("shared", "denominator"):
                 grad, scaled = local(p.grad), strength if scale is None else strength * scale
-                if isinstance(edit, LowRank):  # thin factors: take away now, give back after the step
+                if not self.restore_grad:
+                    edit.add_to(grad, -scaled)
+                elif isinstance(edit, LowRank):  # thin factors: take away now, give back after the step
                     edit.add_to(grad, -scaled)
                     flight["undo"].append(lambda grad=grad, edit=edit, strength=strength: edit.add_to(grad, strength))
                 else:
@@ -307,7 +333,13 @@ class MomentRouter:
                     continue
                 state = self._state(p, group)
                 factor = sign * first_moment_factor(float(beta1), group["maximize"])
-                edit.add_to(local(state[self.moments.first]), strength * factor)
+                moment = local(state[self.moments.first])
+                if isinstance(edit, LowRank):
+                    thin[0][name], thin[1][name], thin[2][name] = edit, moment, strength * factor
+                else:  # full size: one at a time
+                    edit.add_to(moment, strength * factor)
+        if thin[0]:
+            add_all(*thin)
 
     def _state(self, p: nn.Parameter, group: dict) -> dict:
         "The optimizer's state of a parameter, created as the optimizer would if this is its first step."
@@ -333,8 +365,9 @@ class MomentRouter:
         for name, edit, amount in flight["after"]:  # beta1 = 0: m is the gradient itself
             p, group = live[name]
             state, sign = self.optimizer.state[p], 1.0 if group["maximize"] else -1.0
-            gain, d = local(self.moments.gain(state, group)), edit.dense(local(p)) * amount
-            local(state[self.moments.first]).add_(d, alpha=sign)
+            state = {key: local(x) for key, x in state.items()}
+            gain, d = self.moments.gain(state, group), edit.dense(local(p)) * amount
+            state[self.moments.first].add_(d, alpha=sign)
             local(p).sub_(gain.mul_(d).mul_(group["lr"]), alpha=sign)
         if modification is not None:
             if self.routing == "displacement" and modification.active() and not (isinstance(alpha, float) and alpha == 0.0):
@@ -350,9 +383,9 @@ class MomentRouter:
     def _steps(self, flight: dict, names: list[str]) -> Vectors:
         def make(name: str) -> Tensor:
             p, group = flight["live"][name]
-            return local(self.moments.step(self.optimizer.state[p], group))
+            return self.moments.step({key: local(x) for key, x in self.optimizer.state[p].items()}, group)
 
-        return Vectors(names, make)
+        return Vectors(names, make, made=True)
 
     def _displace(self, flight: dict, alpha: float | Tensor) -> None:
         "Take the edit of the step itself back: W <- W + lr·α·P(u)."
@@ -378,21 +411,23 @@ class MomentRouter:
 
     def _record_steps(self, flight: dict, edits: dict[str, Edit] | None = None, alpha: float | Tensor = 0.0) -> None:
         "‖u‖ and ‖uU‖ over the model's weight matrices, of the step that was really taken."
-        total, protected, count = [], [], 0
+        energies: dict[str, Tensor] = {}
+        protected: dict[str, Tensor] = {}
+        count = 0
         names = [name for name in self.matrices if name in flight["live"]]
         for name, u in self._steps(flight, names).items():
             if edits and name in edits:
                 edits[name].add_to(u, -alpha)
-            count += u.numel()
-            total.append(u.to(_accumulator(u.dtype)).square().sum())
+            count += flight["live"][name][0].numel()
+            energies[name] = torch.linalg.vector_norm(u, dtype=_accumulator(u.dtype)).square()
             inside = None if self.modification is None else self.modification.protected(name, u)
             if inside is not None:
-                protected.append(inside.square().sum())
-        if total:
-            norm = torch.stack(total).sum().sqrt()
+                protected[name] = torch.linalg.vector_norm(inside).square()
+        if energies:
+            norm = total(energies, self.groups).sqrt()
             self._last |= {"step_norm": norm, "step_rms": norm / count**0.5}
         if protected:
-            self._last["protected_step_norm"] = torch.stack(protected).sum().sqrt()
+            self._last["protected_step_norm"] = total(protected, self.groups).sqrt()
 
     def _measure(self, flight: dict, edits: dict[str, Edit]) -> None:
         "Update the inflation meters with this step's gradients."
@@ -417,7 +452,16 @@ class MomentRouter:
         if not self.track_inflation:
             raise ValueError("the inflation was not measured; make the router with track_inflation=True")
         bases = getattr(self.modification, "bases", {})
-        return {name: meter.ratios(bases.get(name)) for name, meter in self._inflation.items() if meter.q is not None}
+        meters = {name: self._whole(name, meter) for name, meter in self._inflation.items() if meter.q is not None}
+        return {name: meter.ratios(bases.get(name)) for name, meter in meters.items()}
+
+    def _whole(self, name: str, meter: Inflation) -> Inflation:
+        "The meter over all rows, if other processes hold some of them."
+        if name not in self.groups:
+            return meter
+        out = Inflation()
+        out.load_state_dict({key: sum_over(x.clone(), self.groups[name]) for key, x in meter.state_dict().items()})
+        return out
 
     @property
     def last(self) -> dict[str, float]:
@@ -458,6 +502,8 @@ class MomentRouter:
         if interpolate is not None and check_fraction("interpolate", interpolate) == 0.0:
             raise ValueError("interpolate=0 would undo the whole domain; pass a number in (0, 1], for example 0.5, or None")
         report = {} if self.modification is None else self.modification.consolidate()
+        if self.modification is not None and self.group is not None:
+            self.modification.share()
         if interpolate is not None:
             for name, p in self._parameters():
                 if name in self._anchor:
@@ -526,6 +572,8 @@ class MomentRouter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.modification is not None:
+            self.modification.detach()
 
     def __enter__(self) -> MomentRouter:
         return self
@@ -534,11 +582,11 @@ class MomentRouter:
         self.close()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_flight", "names")} | {"attached": bool(self._handles)}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_flight", "names", "groups", "group")} | {"attached": bool(self._handles)}
 
     def __setstate__(self, state: dict) -> None:
         attached = state.pop("attached")
-        self.__dict__.update(state, _handles=[], _flight=None, names={p: n for n, p in state["model"].named_parameters()})
+        self.__dict__.update(state, _handles=[], _flight=None, names={p: n for n, p in state["model"].named_parameters()}, groups={}, group=None)
         if attached:
             self._hook()
 
@@ -579,13 +627,20 @@ def _check_meaning(cls: str, moments: Moments, routing: str, modification: Modif
         raise ValueError(f"{name} edits gradients, not steps, so routing='displacement' has no meaning; {instead}")
 
 
-def _check_finite(grads: Vectors) -> None:
+def _check_finite(grads: Vectors, witnesses: Mapping[str, Tensor], groups: Mapping[str, tuple]) -> None:
     "Raise ValueError naming the first parameter with a NaN or infinite gradient: one transfer to the host."
-    names = list(grads)
-    if names and not bool(grads.square_norms(names).sum().isfinite()):
-        for name in names:  # the sum may also have overflowed: look closely
-            if not bool(grads[name].isfinite().all()):
-                raise ValueError(
-                    f"the gradient of {name!r} has NaN or infinite values; nothing was changed. Lower the learning rate, clip gradients, "
-                    "or skip the step; check_finite=False turns this check off"
-                )
+    sums = {name: norm for name, norm in zip(witnesses, torch._foreach_norm(list(witnesses.values())))} if witnesses else {}
+    if rest := [name for name in grads if name not in witnesses]:
+        sums |= zip(rest, grads.square_norms(rest).unbind())
+    if not sums or bool(total({name: x.double() for name, x in sums.items()} if groups else sums, groups).isfinite()):
+        return
+    bad = next((name for name in grads if not bool(grads[name].isfinite().all())), None)  # a sum may also have overflowed
+    flag = torch.tensor(float(bad is not None), device=next(iter(sums.values())).device)
+    for over in dict.fromkeys(groups.values()):
+        sum_over(flag, over)
+    if flag:
+        where = "a parameter, in another process's rows," if bad is None else repr(bad)
+        raise ValueError(
+            f"the gradient of {where} has NaN or infinite values; nothing was changed. Lower the learning rate, clip gradients, "
+            "or skip the step; check_finite=False turns this check off"
+        )

@@ -6,19 +6,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Sketch', 'Growth', 'grow']
+__all__ = ['probe', 'Sketch', 'Growth', 'grow']
 
 # %% ../nbs/14_subspace.ipynb #292d9d7c
+_PROBES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+
+
+def probe(
+    dim: int,  # d
+    columns: int,  # k
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # (dim, columns)
+    "The random matrix Ω of all sketches of this size: the same on every machine and in every process, kept while one uses it."
+    key = (dim, columns, dtype, str(torch.device(device)))
+    found = _PROBES.get(key)
+    if found is None:
+        drawn = np.random.RandomState(0).standard_normal((dim, columns)) / dim**0.5  # this generator's stream is frozen for good
+        found = _PROBES[key] = torch.from_numpy(drawn).to(device=device, dtype=dtype)
+    return found
+
+# %% ../nbs/14_subspace.ipynb #d287665b
 class Sketch:
     """The leading directions of a stream of rows, in O(size × dim) memory.
 
-    Exact (the second-moment matrix) where dim <= 4 * size, else Frequent Directions with a buffer of 2 * size rows.
-    Source: Ghashami et al., SIAM J. Comput. 45(5), 2016.
+    Exact (the second moment) where dim <= 4 * size, else a Nyström sketch of 2 * size columns.
+    Source: Tropp et al., NeurIPS 2017, arXiv:1706.05736.
     """
 
     def __init__(
@@ -31,85 +51,71 @@ class Sketch:
         if not 1 <= size:
             raise ValueError(f"size={size} keeps no direction; pass size >= 1")
         self.dim, self.size, self.exact = dim, min(size, dim), dim <= 4 * size
-        self.rows = torch.zeros(dim if self.exact else 2 * self.size, dim, dtype=dtype, device=device)
-        self.filled = 0  # rows of the buffer in use
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)  # ‖A‖_F²
-        self.lost = torch.zeros((), dtype=torch.float64, device=device)  # Σ δ: the bound on what any direction lost
+        self.probe = None if self.exact else probe(dim, 2 * self.size, dtype, device)
+        self.sums = torch.zeros(dim, dim if self.exact else 2 * self.size, dtype=dtype, device=device)  # S, or S Ω
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)  # ‖A‖² = tr S
 
-    def update(self, A: Tensor) -> None:
-        "Take in the rows of A (n, dim)."
-        A = A.to(self.rows.dtype)
-        self.energy += A.square().sum()
-        self._add(A)
-
-    def _add(self, A: Tensor) -> None:
-        if self.exact:
-            self.rows.addmm_(A.mT, A)  # (dim, n) @ (n, dim)
-            return
-        for block in A.split(self.size):
-            if self.filled + len(block) > len(self.rows):
-                self._shrink()
-            self.rows[self.filled : self.filled + len(block)] = block
-            self.filled += len(block)
-
-    def _shrink(self) -> None:
-        "Rotate the buffer to its singular vectors and subtract the (ℓ+1)-th squared singular value."
-        B = self.rows
-        squares, Q = torch.linalg.eigh((B @ B.mT).double())  # ascending; (2ℓ, 2ℓ)
-        delta = squares[-self.size - 1].clamp_min(0)
-        kept, Q = squares[-self.size :].flip(0), Q[:, -self.size :].flip(1)
-        weight = ((kept - delta).clamp_min(0) / kept.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        self.rows[: self.size] = (Q * weight).mT.to(B) @ B  # (ℓ, 2ℓ) @ (2ℓ, dim)
-        self.rows[self.size :] = 0
-        self.filled = self.size
-        self.lost += delta
+    def update(
+        self,
+        A: Tensor,  # rows (n, dim)
+        energy: Tensor | None = None,  # ‖A‖², where it is known already
+    ) -> None:
+        "Take in the rows of A."
+        A = A.to(self.sums.dtype)
+        self.energy += torch.linalg.vector_norm(A).square() if energy is None else energy
+        if self.probe is None:
+            self.sums.addmm_(A.mT, A)  # (dim, n) @ (n, dim)
+        else:
+            self.sums.addmm_(A.mT, A @ self.probe)  # (dim, n) @ ((n, dim) @ (dim, 2ℓ))
 
     def merge(self, other: Sketch) -> None:
         "Take in what another sketch of the same shape has seen."
         if (other.dim, other.size) != (self.dim, self.size):
             mine, theirs = (self.dim, self.size), (other.dim, other.size)
             raise ValueError(f"sketches of (dim, size) = {mine} and {theirs} cannot be merged; make both alike")
-        if self.exact:
-            self.rows += other.rows.to(self.rows)
-        else:
-            self._add(other.rows[: other.filled].to(self.rows))
+        self.sums += other.sums.to(self.sums)
         self.energy += other.energy.to(self.energy)
-        self.lost += other.lost.to(self.lost)
 
     def second_moment(self) -> Tensor:
-        "AᵀA, exactly or within the bound: (dim, dim), float64."
-        rows = self.rows.double()
-        return rows if self.exact else rows.mT @ rows
+        "S = AᵀA, exactly, or from below within the bounds: (dim, dim), float64."
+        if self.exact:
+            return self.sums.double()
+        B = self.root()
+        return B.mT @ B
 
     def root(self) -> Tensor:
         "A matrix B (n, dim), float64, with BᵀB = second_moment()."
-        if not self.exact:
-            return self.rows[: max(self.filled, 1)].double()
-        squares, V = torch.linalg.eigh(self.rows.double())
-        return squares.clamp_min(0).sqrt()[:, None] * V.mT
+        if self.probe is None:
+            squares, V = torch.linalg.eigh(self.sums.double())
+            return squares.clamp_min(0).sqrt()[:, None] * V.mT
+        Y = self.sums.double()
+        core = self.probe.double().mT @ Y  # Ωᵀ S Ω, (2ℓ, 2ℓ)
+        weight, Q = torch.linalg.eigh((core + core.mT) / 2)
+        held = weight > 10 * len(weight) * torch.finfo(self.sums.dtype).eps * weight[-1].clamp_min(0)  # the rest is rounding
+        return (Y @ (Q[:, held] / weight[held].sqrt())).mT  # (n, dim)
+
+    def gap(self) -> Tensor:
+        "tr S - tr Ŝ: no direction has lost more than this. 0-dim, float64."
+        return (self.energy - self.root().square().sum()).clamp_min(0)
 
     def clear(self) -> None:
         "Forget everything."
-        self.rows.zero_()
+        self.sums.zero_()
         self.energy.zero_()
-        self.lost.zero_()
-        self.filled = 0
 
     def memory(self) -> int:
-        "Bytes kept."
-        return self.rows.numel() * self.rows.element_size()
+        "Bytes kept, without the matrix Ω that all sketches of a size share."
+        return self.sums.numel() * self.sums.element_size()
 
     def state_dict(self) -> dict:
-        return {"rows": self.rows.clone(), "filled": self.filled, "energy": self.energy.clone(), "lost": self.lost.clone()}
+        return {"sums": self.sums.clone(), "energy": self.energy.clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["rows"].shape != self.rows.shape:
-            mine, theirs = tuple(self.rows.shape), tuple(state["rows"].shape)
-            raise ValueError(f"the sketch has {mine} rows and columns, the state {theirs}; make it with the same size")
-        self.rows.copy_(state["rows"])
-        self.filled = state["filled"]
+        if state["sums"].shape != self.sums.shape:
+            mine, theirs = tuple(self.sums.shape), tuple(state["sums"].shape)
+            raise ValueError(f"the sketch has shape {mine}, the state {theirs}; make it with the same size")
+        self.sums.copy_(state["sums"])
         self.energy.copy_(state["energy"])
-        self.lost.copy_(state["lost"])
 
 # %% ../nbs/14_subspace.ipynb #e15912ab
 @dataclass
@@ -147,7 +153,7 @@ def grow(
     residual = B - (B @ U) @ U.mT
     _, sigma, Vh = torch.linalg.svd(residual, full_matrices=False)
     squares = sigma.square()
-    room = int((squares > 1e-12 * whole).sum())  # beyond that lies rounding, not a direction
+    room = int((squares > 1e-7 * whole).sum())  # beyond that lies rounding, not a direction
     room = min(room, fan_in - U.shape[1])
     if rank is not None:
         added = min(rank, room)
