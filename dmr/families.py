@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .agem import AGEM
 from .controls import CurrentBasis, RandomBasis
 from .gpm import GPM, NSCL, SGP
+from .model import next_byte_loss
 from .modification import Modification
 from .ogd import OGD
 from .penalty import EWC, SI
@@ -22,7 +23,7 @@ from .replay import ReplayBuffer, ReplayMix
 from .routing import ROUTINGS
 
 # %% auto #0
-__all__ = ['FAMILIES', 'Family', 'make', 'next_byte_logit']
+__all__ = ['FAMILIES', 'Family', 'make', 'next_byte_logit', 'for_language_model']
 
 # %% ../nbs/19b_families.ipynb #f5c0d916
 @dataclass(frozen=True)
@@ -115,3 +116,16 @@ def next_byte_logit(
     "The logits of the true next bytes, summed over positions and windows."
     logits = model(windows[:, :-1]).float()  # (batch, time, 256)
     return logits.gather(-1, windows[:, 1:, None].long()).sum()
+
+# %% ../nbs/19b_families.ipynb #66ff6fb2
+def for_language_model(
+    name: str,  # a key of FAMILIES
+    model: nn.Module,  # bytes (batch, time) -> logits (batch, time, 256), not compiled
+    loss_fn: Callable[[Any], Tensor] | None = None,  # for a batch's gradient at each step; may call a compiled model
+    seed: int = 0,  # of the method's own random stream
+    **options: Any,  # further arguments of the method
+) -> Modification:
+    "Build a method for a byte-level language model. What a method asks at boundaries calls `model` itself: hooks see no compiled one."
+    plain = lambda windows: next_byte_loss(model, windows)
+    each_step = plain if loss_fn is None or "buffer" not in FAMILIES[name].needs else loss_fn
+    return make(name, loss_fn=each_step, logit_fn=lambda windows: next_byte_logit(model, windows), seed=seed, **options)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .families import FAMILIES, for_language_model
 from .metrics import loss_matrix, summarize
 from .model import SIZES, ByteLM, build_model, next_byte_loss
 from .modification import Modification
@@ -284,6 +285,24 @@ MODIFICATIONS: dict[str, Callable[[Config, nn.Module, Loss], Modification | None
         ReplayBuffer(seed=seed_for(c.seed, "replay")), loss_fn, fraction=c.fraction, **(c.options or {})
     ),
 }
+
+
+def _family(name: str) -> Callable[[Config, nn.Module, Loss], Modification]:
+    "How a run makes one of the other families: defaults of its own, changed by `options`."
+
+    def build(c: Config, model: nn.Module, loss_fn: Loss) -> Modification:
+        common: dict[str, Any] = {"fraction": c.fraction} if "buffer" in FAMILIES[name].needs else {}
+        learned = {"rank": c.rank, "max_rank": c.max_rank, "energy": c.energy, "importance": c.importance}
+        if FAMILIES[name].kind == "control":  # a projection with other directions
+            common |= learned
+        elif given := [key for key, value in learned.items() if value is not None]:
+            raise ValueError(f"{given[0]} is a parameter of 'projection'; modification={name!r} takes its own in options={{...}}")
+        return for_language_model(name, model, loss_fn, seed_for(c.seed, name), **common | (c.options or {}))
+
+    return build
+
+
+MODIFICATIONS |= {name: _family(name) for name in FAMILIES if name not in MODIFICATIONS}
 
 
 def build_router(
