@@ -349,8 +349,11 @@ def hand_out(w: Work) -> None:
             return
         if at > time.monotonic():
             continue
+        try:
+            run = prepare_planned(p, w.plan)
+        except OSError as e:
+            return w.stop(f"cannot write to {w.plan.project.runs}: {e}; make room and start it again to go on")
         w.waiting.remove(entry)
-        run = prepare_planned(p, w.plan)
         state = run.state()
         if state["state"] == RUNNING and is_locked(run.folder / "lock"):  # another batch has it: look again later
             w.waiting.append((time.monotonic() + 1.0, p))
@@ -373,6 +376,8 @@ def collect(w: Work) -> None:
             w.waiting.append((time.monotonic() + 1.0, p))
             continue
         w.tries[p.name] = w.tries.get(p.name, 0) + 1
+        if outcome.get("changed"):
+            w.stop(f"{outcome['error']}; start it again to plan with the present code")
         again = outcome["state"] == KILLED and not w.stopping and w.tries[p.name] < ATTEMPTS
         if again:
             w.waiting.append((time.monotonic() + 0.5, p))

@@ -342,6 +342,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, LookupError, OSError, ImportError) as e:
         print(f"dmr {args.command}: {e.args[0] if isinstance(e, LookupError) and e.args else e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except Exception as e:
         if type(e).__name__ != "Refused":
             raise

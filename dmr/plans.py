@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['UNKNOWN', 'folder_stamp', 'stream_hash', 'Found', 'ledger_of', 'find_runs', 'Planned', 'Plan', 'run_folder',
            'make_plan', 'rank_of', 'prepare_planned', 'keep_sources', 'template_source', 'normal_source', 'source_diff',
-           'find_run', 'why', 'explain', 'accept', 'about', 'row_of_found', 'missing_row', 'table_rows',
+           'find_run', 'why', 'explain', 'accept', 'about', 'row_of_found', 'missing_row', 'choose', 'table_rows',
            'results_table', 'load_records', 'load_stages', 'results_of', 'result_of_row', 'write_plan', 'status',
            'studies_with_runs']
 
@@ -302,29 +302,30 @@ def missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
     return row_of(about(p, plan), p.identity, state, None)
 
 # %% ../nbs/44_plans.ipynb #3fb8bfb2
-def table_rows(
+def choose(
     plan: Plan,
     code: str = "current",  # "current" or "any"
-) -> list[dict[str, Any]]:
-    "One row for each cell, the missing ones included; warns about results of other code."
+) -> list[tuple[Planned, Found | None]]:  # each cell with what is shown for it; None: missing
+    "What a table or report shows: the results of one version of the code. Warns about those of other versions."
     if code not in ("current", "any"):
         raise ValueError(f"code={code!r}; pass 'current', or 'any' for the results of every version")
-    current = [p for p in plan.runs if p.state["state"] == OK]
-    old_codes = {f.code for p in plan.runs for f in p.stale if p not in current}
-    rows = []
-    borrow = not current and len(old_codes) == 1  # a table made once and not yet made again
+    have = [p for p in plan.runs if p.state["state"] == OK]
+    others = {f.code for p in plan.runs for f in p.stale if p not in have}
+    borrow = code == "current" and not have and len(others) == 1  # a study made once, and not yet made again
+    out: list[tuple[Planned, Found | None]] = []
     for p in plan.runs:
-        if p.found and p.state["state"] in (OK, *FINAL):
-            rows.append(row_of_found(p.found, p, plan))
-        elif not (p.stale and (code == "any" or borrow)):
-            rows.append(missing_row(p, plan))
-        if code == "any" or (borrow and p.found is None):
-            rows += [row_of_found(f, p, plan) for f in (p.stale if code == "any" else p.stale[-1:])]
-    old = sum(bool(p.stale) for p in plan.runs if p not in current)
+        shown = [p.found] if p.found and p.state["state"] in (OK, *FINAL) else []
+        shown += p.stale if code == "any" else p.stale[-1:] if borrow and not shown else ()
+        out += [(p, f) for f in shown] or [(p, None)]
+    old = sum(bool(p.stale) for p in plan.runs if p not in have)
     if code == "current" and old:
         what = "are shown, since there are no others" if borrow else "are left out (code='any' shows them)"
-        warnings.warn(f"{plan.study.name}: {old} results were made by other code and {what}; `dmr why {plan.study.name}` says what changed", stacklevel=3)
-    return rows
+        warnings.warn(f"{plan.study.name}: {old} results were made by other code and {what}; `dmr why {plan.study.name}` says what changed", stacklevel=4)
+    return out
+
+def table_rows(plan: Plan, code: str = "current") -> list[dict[str, Any]]:
+    "One row for each cell, the missing ones included; see `choose`."
+    return [row_of_found(f, p, plan) if f else missing_row(p, plan) for p, f in choose(plan, code)]
 
 def results_table(study: Study, project: Project, code: str = "current") -> pd.DataFrame:
     "The table of a study; see `dmr.studies.load_results`."
@@ -364,12 +365,12 @@ def _long(table: pd.DataFrame, keep: Iterable[str], unpack: Any) -> pd.DataFrame
 def results_of(plan: Plan) -> list[dict[str, Any]]:
     "Every cell's result as a dict for `dmr.report`: parameters, records, stages, metrics, status, error."
     out = []
-    for p in plan.runs:
-        state, result = p.state, {}
-        if p.found and p.found.run:
-            result = p.found.run.result or {}
-        elif p.found and p.found.row:
-            result = result_of_row(p.found.row, p.identity.parameters)
+    for p, found in choose(plan):
+        state, result = found.state() if found else p.state, {}
+        if found and found.run:
+            result = found.run.result or {}
+        elif found and found.row:
+            result = result_of_row(found.row, p.identity.parameters)
         status = "missing" if state["state"] in (WAITING, KILLED, RUNNING) else state["state"]
         error = state.get("error") or (state["state"] if status == "missing" else None)
         out.append({**result, "run_id": p.name, "study": plan.study.name, "status": status, "error": error, "parameters": dict(p.identity.parameters)})

@@ -31,8 +31,8 @@ __all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAI
            'POLL_S', 'KERNEL_GONE_S', 'ANSI', 'EXIT_BUSY', 'THREAD_VARIABLES', 'write_atomic', 'sync_folder',
            'write_json', 'read_json', 'Busy', 'locked', 'is_locked', 'Run', 'Limits', 'prepare', 'kernel_manager',
            'scratch_folder', 'began', 'kill_tree', 'read_result', 'state_of_exception', 'now', 'Supervisor',
-           'MemoryMeter', 'check', 'watch', 'finish', 'succeed', 'clear_leftovers', 'execute', 'supervise', 'start',
-           'launch']
+           'MemoryMeter', 'check', 'watch', 'finish', 'succeed', 'clear_leftovers', 'code_changed', 'execute',
+           'supervise', 'start', 'launch']
 
 # %% ../nbs/40_runs.ipynb #e148e32b
 def write_atomic(
@@ -193,6 +193,7 @@ def prepare(
 def kernel_manager(
     scratch: Path,  # a fresh folder with a short path
     started: Any,  # called with the kernel's process id
+    stopping: Any,  # called when papermill itself ends the kernel
 ) -> type:
     "A kernel manager class that talks through Unix sockets in `scratch` and runs this very interpreter."
     from jupyter_client.kernelspec import KernelSpec
@@ -212,6 +213,10 @@ def kernel_manager(
             await super()._async_launch_kernel(kernel_cmd, **kwargs)
             started(self.provisioner.pid)
 
+        async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> None:
+            stopping()
+            await super().shutdown_kernel(*args, **kwargs)
+
     return SocketKernelManager
 
 def scratch_folder() -> Path:
@@ -221,11 +226,12 @@ def scratch_folder() -> Path:
 
 # %% ../nbs/40_runs.ipynb #087465f0
 def began(pid: int) -> float | None:
-    "When a process began; None if there is none."
+    "When a process began; None if there is none, or only its exit code is left of it."
     import psutil
 
     try:
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.Error:
         return None
 
@@ -305,6 +311,7 @@ class Supervisor:
         self.kernel: tuple[int, float | None] | None = None
         self.verdict: tuple[str, str] | None = None  # why the kernel was ended, if we ended it
         self.verdict_at = 0.0
+        self.closes = False  # papermill has the result and ends the kernel
         self.peak = 0  # bytes
         self.finished = threading.Event()
         self.closing = threading.Lock()
@@ -320,6 +327,9 @@ class Supervisor:
             self.verdict, self.verdict_at = (state, error), time.monotonic()
         if self.kernel:
             kill_tree(*self.kernel)
+
+    def kernel_stopping(self) -> None:
+        self.closes = True
 
     def kernel_started(self, pid: int) -> None:
         self.kernel = (pid, began(pid))
@@ -374,7 +384,7 @@ def watch(s: Supervisor) -> None:
         s.peak = max(s.peak, memory)
         if (reason := check(s, memory)) and not s.verdict:
             s.end(*reason)
-        if s.kernel and began(s.kernel[0]) != s.kernel[1]:
+        if s.kernel and not s.closes and began(s.kernel[0]) is None:
             gone = gone or time.monotonic()
         if (gone and time.monotonic() - gone > KERNEL_GONE_S) or (s.verdict and time.monotonic() - s.verdict_at > KERNEL_GONE_S):
             finish(s, *(s.verdict or (KILLED, "the kernel died")))
@@ -433,7 +443,20 @@ def clear_leftovers(run: Run) -> int:  # attempts so far
             part.unlink()
     return int(old.get("attempts", 0))
 
-# %% ../nbs/40_runs.ipynb #710d0ec9
+# %% ../nbs/40_runs.ipynb #d5c36a29
+def code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
+    "Whether the code is still the one in the run's identity."
+    identity = spec.get("identity") or {}
+    if "cells" not in identity:
+        return None
+    from dmr.identity import Identity, code_of, differences
+    from dmr.templates import read_template
+
+    planned = Identity.from_dict(identity)
+    present = Identity(planned.parameters, planned.stream, *code_of(read_template(spec["template"])))
+    return f"the code is not the one that was planned: {'; '.join(differences(planned, present))}" if present.code != planned.code else None
+
+# %% ../nbs/40_runs.ipynb #d9e64500
 ANSI = re.compile(r"\x1b\[[0-9;]*m")  # colours in tracebacks
 
 def execute(s: Supervisor, scratch: Path) -> None:
@@ -450,11 +473,15 @@ def execute(s: Supervisor, scratch: Path) -> None:
         (folder / "checkpoint").mkdir(exist_ok=True)
         parameters["checkpoint"] = str(folder / "checkpoint")
     try:
+        if (changed := code_changed(s.spec)) is not None:
+            return finish(s, KILLED, changed, changed=True)
         if s.verdict:
             raise RuntimeError("ended before the kernel started")
         papermill.execute_notebook(
             s.spec["template"], folder / "running.ipynb", parameters, kernel_name="python3", language="python", progress_bar=False,
-            cwd=s.spec["cwd"], kernel_manager_class=kernel_manager(scratch, s.kernel_started), stdout_file=sys.stdout, stderr_file=sys.stderr)
+            cwd=s.spec["cwd"], kernel_manager_class=kernel_manager(scratch, s.kernel_started, s.kernel_stopping), stdout_file=sys.stdout, stderr_file=sys.stderr)
+        if (changed := code_changed(s.spec)) is not None:
+            return finish(s, KILLED, changed, changed=True)
         succeed(s)
     except PapermillExecutionError as e:
         state = state_of_exception(e.ename, e.evalue)
@@ -465,7 +492,7 @@ def execute(s: Supervisor, scratch: Path) -> None:
         dead = type(e).__name__ in ("DeadKernelError", "RuntimeError") and "ernel" in str(e)
         finish(s, *(s.verdict or ((KILLED, "the kernel died") if dead else (FAILED, f"{type(e).__name__}: {e}"))))
 
-# %% ../nbs/40_runs.ipynb #d5c36a29
+# %% ../nbs/40_runs.ipynb #dbef96fd
 EXIT_BUSY = 75
 
 def supervise(
@@ -486,7 +513,7 @@ def supervise(
                 signal.signal(number, stop)
             try:
                 s.note(state=RUNNING, pid=os.getpid(), began=began(os.getpid()), host=platform.node(), started=now(), attempts=attempts,
-                       scratch=str(scratch), kernel=None, error=None, traceback=None)
+                       scratch=str(scratch))
                 threading.Thread(target=watch, args=(s,), daemon=True).start()
                 execute(s, scratch)
             finally:

@@ -1,0 +1,108 @@
+"""The command line: quick, one line for what a user gets wrong, and exit codes that tell."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dmr.cli import last_lines, main, parse_value, parser
+from tiny import dmr, project
+
+
+def call(capsys, root, *argv):
+    code = main([*argv, "--runs", str(root / "runs"), "--results", str(root / "results")])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["status"], ["batch", "--list"], ["batch", "--help"]])
+def test_looking_needs_no_torch(argv, tmp_path):
+    project(tmp_path, "seeds: [0]\n")
+    code = ("import sys\nfrom dmr.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+            "print('loaded', [m for m in ('torch', 'numpy', 'pandas', 'papermill', 'matplotlib') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1] == "loaded []", out
+
+
+def test_every_command_has_a_line_of_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for name in ("run", "batch", "status", "tail", "why", "accept", "report", "streams"):
+        assert f"    {name}" in said
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("text, value", [("1e-3", 0.001), ("16", 16), ("true", True), ("null", None), ("None", None), ("kept", "kept"),
+                                         ("['python', 'cpp']", ["python", "cpp"]), ('["a"]', ["a"]), ("-0.5", -0.5), ("0.5 %", "0.5 %")])
+def test_values(text, value):
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["batch", "nothing"], "no study 'nothing'"),
+    (["batch", "tiny", "-p", "moed", "plain"], "did you mean 'mode'"),
+    (["batch", "tiny", "-p", "lr", "-1"], "outside (0, inf)"),
+    (["batch", "tiny", "-p", "seed", "7"], "the same run"),
+    (["batch", "tiny", "--workers", "0"], "at least 1"),
+    (["run", "missing.ipynb"], "no template notebook"),
+    (["tail", "nothing"], "no run begins with 'nothing'"),
+    (["why", "nothing"], "no run begins with 'nothing'"),
+    (["status", "tiny"], "no batch of 'tiny' was started"),
+])
+def test_what_a_user_gets_wrong(capsys, tmp_path, monkeypatch, argv, said):
+    project(tmp_path, "seeds: [0, 1]\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, tmp_path, *argv)
+    assert code == 2 and said in err and "Traceback" not in err
+    assert err.startswith(f"dmr {argv[0]}: ") and not (tmp_path / "runs/tiny").exists()
+
+
+def test_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
+    project(tmp_path, "seeds: 0..3\nestimate: 10 s\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, tmp_path, "batch", "tiny", "--dry-run", "--workers", "2")
+    assert code == 0 and "4 runs, 4 waiting; 4 to make" in out and "about 10 s each, 20 s in all" in out
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+
+
+def test_options_of_the_brief():
+    p = parser()
+    args = p.parse_args(["batch", "eight", "--workers", "3", "--scheduler", "tcp://h:1", "--retry-failed", "--quiet", "--json", "--budget-hours", "2"])
+    assert (args.workers, args.scheduler, args.budget_hours, args.retry_failed) == (3, "tcp://h:1", 2.0, True)
+    assert p.parse_args(["streams", "fetch", "text8", "--quiet"]).names == ["text8"]
+
+
+def test_the_last_lines_of_a_log(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_bytes("one\ntwo\r\nstep 1\rstep 2\rstep 3\n\nfour".encode())
+    assert last_lines(log, 3) == ["two", "step 3", "four"]
+    assert last_lines(tmp_path / "none", 3) == []
+
+
+@pytest.mark.slow
+def test_one_run_from_the_shell(tmp_path):
+    project(tmp_path, "seeds: [0]\n")
+    first = dmr(tmp_path, "run", "nbs/experiments/tiny.ipynb", "-p", "lr", "0.25")
+    out, _ = first.communicate(timeout=120)
+    assert first.returncode == 0 and "loss 2.5" in out
+    second = dmr(tmp_path, "run", "nbs/experiments/tiny.ipynb", "-p", "lr", "0.25", "--json")
+    out, _ = second.communicate(timeout=120)
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["plan", "summary"] and events[0]["todo"] == 0
+    assert list((tmp_path / "runs").rglob("output.ipynb")) and not list((tmp_path / "nbs").rglob("output.ipynb"))
+
+
+@pytest.mark.slow
+def test_exit_codes(tmp_path):
+    project(tmp_path, "arms: {good: {}, bad: {mode: raise}}\n")
+    batch = dmr(tmp_path, "batch", "tiny", "--workers", "2")
+    out, _ = batch.communicate(timeout=120)
+    assert batch.returncode == 1 and "bad: failed: FloatingPointError: diverged at lr=0.001" in out
+    status = dmr(tmp_path, "status", "tiny")
+    assert "1 of 2 done, 1 failed" in status.communicate()[0] and status.returncode == 1
+    tail = dmr(tmp_path, "tail", "bad")
+    assert "raise FloatingPointError" in tail.communicate()[0]
+    budget = dmr(tmp_path, "batch", "tiny", "--retry-failed", "--budget-hours", "0.00000001")
+    out, _ = budget.communicate(timeout=120)
+    assert budget.returncode == 3 and "time budget" in out

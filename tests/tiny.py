@@ -1,0 +1,91 @@
+"""Tiny projects for the engine's tests: a template of a few lines and a study made of it."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PARAMETERS = """\
+lr = 1e-3                          # learning rate, (0, inf)
+mode = "plain"                     # what the run does, {plain, raise, die, hang, greedy, stages}
+seed = 0                           # [0, inf)
+arm = ""                           # a label
+checkpoint: "Optional[str]" = None  # folder, set by the engine
+"""
+BODY = """\
+import os, signal, time
+from pathlib import Path
+print("mode", mode, flush=True)
+if mode == "raise":
+    raise FloatingPointError(f"diverged at lr={lr}")
+if mode == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "hang":
+    time.sleep(600)
+if mode == "greedy":
+    heap = []
+    while True:
+        heap.append(bytearray(60_000_000)); time.sleep(0.05)
+done = []
+if mode == "stages":  # four stages of half a second; each leaves a checkpoint and a line in a journal
+    kept = Path(checkpoint) / "done.txt"
+    done = kept.read_text().split() if kept.exists() else []
+    for stage in range(len(done), 4):
+        with open(os.environ["DMR_TEST_JOURNAL"], "a") as f:
+            f.write(f"{arm}-{seed} {stage} {os.getpid()}\\n")
+        time.sleep(0.5)
+        done.append(str(stage))
+        part = kept.with_suffix(".tmp"); part.write_text(" ".join(done)); os.replace(part, kept)
+"""
+EMIT = """\
+from IPython.display import display
+display({"application/vnd.dmr.result+json": dict(schema=1, metrics=dict(loss=lr * 10 + seed, stages=len(done)))}, raw=True)
+"""
+
+
+def notebook(path: Path, *cells: str) -> Path:
+    "A notebook whose first cell is the parameters cell."
+    kernel = dict(name="python3", language="python", display_name="python3")
+    made = [dict(cell_type="code", id=f"c{i}", source=c, outputs=[], execution_count=None,
+                 metadata=dict(tags=["parameters"][i:])) for i, c in enumerate(cells)]
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel), cells=made)))
+    return path
+
+
+def project(root: Path, study: str, name: str = "tiny", cells: tuple[str, ...] = (PARAMETERS, BODY, EMIT)):
+    "A project folder with one template and one study; returns its folders."
+    from dmr.studies import find_project
+
+    (root / "nbs/experiments/studies").mkdir(parents=True, exist_ok=True)
+    notebook(root / "nbs/experiments/tiny.ipynb", *cells)
+    (root / f"nbs/experiments/studies/{name}.yaml").write_text("template: ../tiny.ipynb\n" + study)
+    return find_project(root)
+
+
+def dmr(root: Path, *argv: str, **env: str) -> subprocess.Popen:
+    "The command line in a process of its own, as a user starts it."
+    return subprocess.Popen([sys.executable, "-c", "import sys; from dmr.cli import main; sys.exit(main())", *argv], cwd=root,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}, start_new_session=True)
+
+
+def wait_for(what, seconds: float = 60.0):
+    "Wait until `what()` is true; returns its value, or fails."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := what():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s in vain")
+
+
+def processes(root: Path) -> list[str]:
+    "Command lines of live processes that belong to a project: its supervisors, and kernels that they started."
+    import psutil
+
+    found = []
+    for p in psutil.process_iter(["cmdline", "status", "environ"]):
+        line = " ".join(p.info["cmdline"] or ())
+        if p.info["status"] != psutil.STATUS_ZOMBIE and (str(root) in line or (p.info["environ"] or {}).get("DMR_TEST_ROOT") == str(root)):
+            found.append(line)
+    return found
