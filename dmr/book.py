@@ -11,7 +11,7 @@ __all__ = ['SECTIONS', 'OPENING_PAGES', 'CLOSING_PAGES', 'cell_source', 'Chapter
 import ast
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,13 @@ class Chapter:
     order: tuple[int, int, str]  # place in the book
     cells: tuple[dict[str, Any], ...] = field(repr=False, compare=False)  # the notebook's cells, as JSON
     module: str | None = None  # module that it exports to, such as 'dmr.routing'
+    numbered: bool = False  # whether its page keeps the number, because an earlier chapter has the name
 
     @property
     def page(self) -> str:
         "Path of its page without ending: the file's path without the number that sorts it."
         folder, _, name = self.path.removesuffix(".ipynb").rpartition("/")
-        name = re.sub(r"^\d+[a-z]?_", "", name)
+        name = name if self.numbered else re.sub(r"^\d+[a-z]?_", "", name)
         return f"{folder}/{name}" if folder else name
 
     @property
@@ -99,15 +100,11 @@ def read_book(
 ) -> list[Chapter]:  # the home page first
     """Read every notebook of the book, in reading order; names that begin with `_` or `.` are left out.
 
-    Raises ValueError as `read_chapter` does, and for two notebooks that would give the same page."""
+    Where two notebooks would give the same page, the later one's keeps its number. Raises ValueError as `read_chapter` does."""
     paths = [p for p in folder.rglob("*.ipynb") if not any(s[0] in "._" for s in p.relative_to(folder).parts)]
     chapters = sorted((read_chapter(p, folder) for p in paths), key=lambda c: c.order)
-    taken: dict[str, str] = {}
-    for chapter in chapters:
-        if chapter.page in taken:
-            raise ValueError(f"{taken[chapter.page]} and {chapter.path} both give the page {chapter.page}; rename one")
-        taken[chapter.page] = chapter.path
-    return chapters
+    pages = [c.page for c in chapters]
+    return [replace(c, numbered=True) if c.page in pages[:place] else c for place, c in enumerate(chapters)]
 
 # %% ../nbs/50_book.ipynb #ad718947
 def project_root(
@@ -123,8 +120,9 @@ def project_root(
     raise FileNotFoundError(f"no settings.ini in {here} or above; run this inside the project")
 
 # %% ../nbs/50_book.ipynb #6f1f5c09
-#: Pages that the build makes, before and after the chapters: page, title.
+#: Pages that the build makes, before the chapters: page, title.
 OPENING_PAGES: tuple[tuple[str, str], ...] = (("contents", "Contents and reading path"), ("gallery", "Figures"))
+#: Pages that the build makes, after the chapters: page, title.
 CLOSING_PAGES: tuple[tuple[str, str], ...] = (("changelog", "Changelog"), ("cite", "Cite"))
 
 

@@ -78,6 +78,7 @@ def chapter_hash(
     return digest.hexdigest()[:16]
 
 # %% ../nbs/51_freshness.ipynb #eda905f4
+#: Where executions are recorded, below the project.
 RECORD = "nbs/_executed.json"
 
 
@@ -214,7 +215,7 @@ def output_text(
 
 def compare_outputs(
     before: str,  # text of a cell's outputs
-    after: str,
+    after: str,  # the same of a later execution
     rtol: float = 0.02,  # relative tolerance of numbers
     atol: float = 1e-6,  # absolute tolerance of numbers
 ) -> str:  # the first difference in words, empty where there is none

@@ -13,6 +13,7 @@ import html
 import io
 import json
 import re
+import textwrap
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def read_parameters(
     for (stars, arg, default), line in zip(rows, lines):
         if arg.arg in ("self", "cls") and not stars:
             continue
-        alone = lines.count(line) == 1 and line != node.lineno
+        alone = lines.count(line) == 1 and (line != node.lineno or max(lines) > node.lineno)
         found.append(Parameter(
             stars + arg.arg, ast.unparse(arg.annotation) if arg.annotation else "",
             ast.unparse(default) if default else "", comments.get(line, "") if alone else "",
@@ -97,7 +98,12 @@ def _signature(name: str, parameters: tuple[Parameter, ...], returns: str, keywo
     return flat if len(flat) <= 84 else f"{name}(\n" + "".join(f"    {t},\n" for t in texts) + f"){tail}"
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str, module: str, comments: dict[int, str], owner: str) -> Symbol:
+def _segment(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: list[str]) -> str:
+    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    return textwrap.dedent("\n".join(lines[start - 1 : node.end_lineno]))
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], module: str, comments: dict[int, str], owner: str) -> Symbol:
     parameters = read_parameters(node, comments)
     returns = ast.unparse(node.returns) if node.returns else ""
     end = max([node.lineno, *[n.end_lineno or 0 for n in (node.returns,) if n]])
@@ -105,27 +111,27 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str, module: s
     kind = "property" if marks & {"property", "cached_property"} else "method" if owner else "function"
     name = f"{owner}.{node.name}" if owner else node.name
     signature = f"{name}: {returns}" if kind == "property" else _signature(name, parameters, returns, len(node.args.kwonlyargs))
-    doc, source = ast.get_docstring(node) or "", ast.get_source_segment(text, node) or ""
+    doc, source = ast.get_docstring(node) or "", _segment(node, lines)
     return Symbol(name, module, kind, signature, doc, parameters, (returns, comments.get(end, "")), source)
 
 
-def _class(node: ast.ClassDef, text: str, module: str, comments: dict[int, str]) -> Symbol:
+def _class(node: ast.ClassDef, lines: list[str], module: str, comments: dict[int, str]) -> Symbol:
     functions = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     init = next((f for f in functions if f.name == "__init__"), None)
     parameters: tuple[Parameter, ...] = ()
     keyword_only = 0
     if init is not None:
         parameters, keyword_only = read_parameters(init, comments), len(init.args.kwonlyargs)
-    elif any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+    elif any("dataclass" in ast.unparse(d) for d in node.decorator_list) or "NamedTuple" in map(ast.unparse, node.bases):
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         default = lambda n: ast.unparse(n.value) if n.value else ""
         comment = lambda n: comments.get(n.end_lineno or 0, "")
         parameters = tuple(Parameter(ast.unparse(n.target), ast.unparse(n.annotation), default(n), comment(n)) for n in fields)
     public = [f for f in functions if not f.name.startswith("_") and ast.get_docstring(f)]
-    members = tuple(_function(f, text, module, comments, node.name) for f in public)
+    members = tuple(_function(f, lines, module, comments, node.name) for f in public)
     doc = "\n\n".join(t for t in (ast.get_docstring(node), ast.get_docstring(init) if init else None) if t)
     signature = _signature(node.name, parameters, "", keyword_only)
-    source = ast.get_source_segment(text, node) or ""
+    source = _segment(node, lines)
     return Symbol(node.name, module, "class", signature, doc, parameters, ("", ""), source, members)
 
 
@@ -143,9 +149,9 @@ def read_module(
     symbols: dict[str, Symbol] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in names:
-            symbols[node.name] = _function(node, text, module, comments, "")
+            symbols[node.name] = _function(node, lines, module, comments, "")
         elif isinstance(node, ast.ClassDef) and node.name in names:
-            symbols[node.name] = _class(node, text, module, comments)
+            symbols[node.name] = _class(node, lines, module, comments)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             name = ast.unparse(target)
@@ -153,7 +159,8 @@ def read_module(
                 above = lines[node.lineno - 2].strip() if node.lineno > 1 else ""
                 doc = above.removeprefix("#:").strip() if above.startswith("#:") else comments.get(node.end_lineno or 0, "")
                 kind = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
-                symbols[name] = Symbol(name, module, "value", name + kind, doc, (), ("", ""), ast.get_source_segment(text, node) or "")
+                code = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                symbols[name] = Symbol(name, module, "value", name + kind, doc, (), ("", ""), code)
     return sorted(symbols.values(), key=lambda s: s.kind == "value")  # values last
 
 # %% ../nbs/52_reference.ipynb #b02e04ff
@@ -255,8 +262,8 @@ def parameter_table(
 
 
 def symbol_section(
-    symbol: Symbol,
-    usages: list[Usage],
+    symbol: Symbol,  # the name to document
+    usages: list[Usage],  # cells that can serve as examples
     seconds: dict[str, float],  # notebook → wall time of its last execution
 ) -> str:  # Markdown
     "Document one name: signature, docstring, parameters, example, the chapters that use it, source."
