@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .modification import Dense, Modification, Target, squared_cosine
+from .sharding import sum_over
 from .strength import check_fraction
 
 # %% auto #0
@@ -176,6 +177,14 @@ class ReplayMix(Modification):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {what}; it must return a scalar tensor")
         self._g = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True)))
+        if self.group is not None:  # each process replays examples of its own: the mean of their gradients is everyone's
+            self._average(trained)
+
+    def _average(self, trained: Mapping[str, Tensor]) -> None:
+        for name, p in trained.items():
+            g_r = self._g[name]
+            whole = torch.zeros_like(p) if g_r is None else g_r.contiguous()
+            self._g[name] = sum_over(whole, [self.group]).div_(self.group.size())
 
     def begin(self, vectors: Mapping[str, Tensor], overlap: bool) -> Tensor | None:
         if not overlap:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .modification import Dense, Edit, LowRank, Modification, Target, add_all, find_targets
 from .moments import Moments, check_group, moments_of, unwrap
-from .sharding import local, replicas, shard_groups, sum_over, total, unwrapped
+from .sharding import local, placed_like, replicas, shard_groups, sum_over, total, unwrapped
 from .strength import Fixed, Strength, check_fraction
 
 # %% auto #0
@@ -137,6 +137,12 @@ class Inflation:
             weight = U.to(self.q).square().sum(1)
             out["protected"] = ((self.q @ weight) / (self.q_shared @ weight)).sqrt().item()
         return out
+
+    def clear(self) -> None:
+        "Forget the sums."
+        for x in self.state_dict().values():
+            if x is not None:
+                x.zero_()
 
     def state_dict(self) -> dict:
         return {"q": self.q, "q_shared": self.q_shared, "energy": self.energy, "removed": self.removed}
@@ -523,7 +529,10 @@ class MomentRouter:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        "Plain tensors and numbers, keyed by parameter name; save it beside the model's and the optimizer's."
+        """Plain tensors and numbers, keyed by parameter name; save it beside the model's and the optimizer's.
+
+        With sharded parameters every process must call it: it holds sums over all of them, so any number of processes can load it.
+        """
         return {
             "version": 1,
             "routing": self.routing,
@@ -533,8 +542,8 @@ class MomentRouter:
             "domains": self.domains,
             "strength": self.strength.state_dict(),
             "edit": {} if self.modification is None else self.modification.state_dict(),
-            "anchor": {name: x.clone() for name, x in self._anchor.items()},
-            "inflation": {name: meter.state_dict() for name, meter in self._inflation.items()},
+            "anchor": {name: x.full_tensor() if hasattr(x, "full_tensor") else x.clone() for name, x in self._anchor.items()},
+            "inflation": {name: self._whole(name, meter).state_dict() for name, meter in self._inflation.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -559,11 +568,13 @@ class MomentRouter:
             raise
         self.steps, self.domains = state["steps"], state["domains"]
         params = dict(self._parameters())
-        self._anchor = {name: x.to(params[name].device, copy=True) for name, x in state["anchor"].items()}
+        self._anchor = {name: placed_like(x, params[name]) for name, x in state["anchor"].items()}
         self._inflation = {}
         for name, saved in state["inflation"].items():
             self._inflation[name] = Inflation()
             self._inflation[name].load_state_dict(saved)
+            if any(group.rank() for group in self.groups.get(name, ())):  # the sums over all rows are kept by the first process
+                self._inflation[name].clear()
 
     def close(self) -> None:
         "Detach: the optimizer is plain again. Its state keeps what routing made of it."
@@ -582,11 +593,13 @@ class MomentRouter:
         self.close()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_handles", "_flight", "names", "groups", "group")} | {"attached": bool(self._handles)}
+        transient = ("_handles", "_flight", "names", "groups", "group")  # process groups cannot be copied
+        return {k: v for k, v in self.__dict__.items() if k not in transient} | {"attached": bool(self._handles)}
 
     def __setstate__(self, state: dict) -> None:
         attached = state.pop("attached")
-        self.__dict__.update(state, _handles=[], _flight=None, names={p: n for n, p in state["model"].named_parameters()}, groups={}, group=None)
+        names = {p: n for n, p in state["model"].named_parameters()}
+        self.__dict__.update(state, _handles=[], _flight=None, names=names, groups={}, group=None)
         if attached:
             self._hook()
 
@@ -598,7 +611,7 @@ class MomentRouter:
 
     def summary(self) -> str:
         "What is protected, with which rank, at what memory, as text."
-        head = f"{self!r}\n{self.steps} steps, {self.domains} domains consolidated, {self.memory() / 2**20:.2f} MiB kept"
+        head = f"{self!r}\n{self.steps} steps, {self.domains} domains consolidated, {_bytes(self.memory())} kept"
         lines: list[str] = [] if self.modification is None else getattr(self.modification, "summary_lines", lambda: [])()
         return "\n".join([head, *lines])
 
@@ -606,6 +619,11 @@ class MomentRouter:
         return f"MomentRouter({type(self.optimizer).__name__}, {self.modification!r}, routing={self.routing!r}, strength={self.strength!r})"
 
 # %% ../nbs/13_routing.ipynb #299a4740
+def _bytes(n: int) -> str:
+    "A size to read."
+    return f"{n / 2**10:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
+
+
 def clamped(
     edit: Edit,  # full-strength difference
     g: Tensor,  # gradient

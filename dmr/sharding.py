@@ -5,6 +5,7 @@
 # %% ../nbs/12b_sharding.ipynb #95e0d6b4
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['local', 'shard_groups', 'sum_over', 'total', 'replicas', 'unwrapped', 'same_everywhere']
+__all__ = ['local', 'shard_groups', 'sum_over', 'total', 'placed_like', 'Packed', 'replicas', 'unwrapped', 'same_everywhere']
 
 # %% ../nbs/12b_sharding.ipynb #61a19abc
 def local(x: Any) -> Tensor:
@@ -63,6 +64,41 @@ def total(
     for name, part in parts.items():
         kinds.setdefault(groups.get(name, ()), []).append(part)
     return torch.stack([sum_over(torch.stack(some).sum(), over) for over, some in kinds.items()]).sum()
+
+# %% ../nbs/12b_sharding.ipynb #b093a183
+def placed_like(
+    x: Tensor,  # a whole tensor, the same in every process
+    p: Tensor,  # a parameter of its shape
+) -> Tensor:
+    "A copy of `x` on the parameter's device, split as the parameter is."
+    if not hasattr(p, "device_mesh"):
+        return x.to(p.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)  # type: ignore[attr-defined]
+
+
+class Packed:
+    """An object with state_dict and load_state_dict as one item of a `torch.distributed.checkpoint`.
+
+    Such checkpoints fill tensors in place, so they must know every shape before they load; a router's bases grow.
+    """
+
+    def __init__(
+        self,
+        item: Any,  # a MomentRouter
+    ):
+        self.item = item
+
+    def state_dict(self) -> dict:
+        "The whole state as bytes."
+        file = io.BytesIO()
+        torch.save(self.item.state_dict(), file)
+        return {"packed": file.getvalue()}
+
+    def load_state_dict(self, state: dict) -> None:
+        "Take over a state written by `state_dict`."
+        self.item.load_state_dict(torch.load(io.BytesIO(state["packed"]), weights_only=True))
 
 # %% ../nbs/12b_sharding.ipynb #f60a5547
 def replicas(
