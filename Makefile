@@ -7,7 +7,7 @@ STAMP    := $(VENV)/.installed
 STUDY    ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lab book docs docs-quarto preview bench export clean
+.PHONY: help setup run test test-slow lab docs docs-quarto preview bench readme export clean fetch
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,7 @@ run: fetch  ## the main job: compare the routings on text8; table, figures and H
 test: fetch  ## the fast tier: notebooks, pytest, export sync, lint, types (under 15 minutes on 2 cores)
 	$(BIN)/ruff check nbs tests dmr setup.py
 	$(BIN)/mypy
-	$(BIN)/codespell README.md CHANGELOG.md tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 	$(BIN)/nbdev_test --n_workers 2
 
 test-slow: fetch  ## the rest: several processes, cluster, browser, small real studies
@@ -49,6 +48,14 @@ docs: $(STAMP)  ## build the site into _docs/ from the committed outputs, withou
 
 preview: docs  ## build and serve the site
 	@$(BIN)/python -m dmr.site serve
+
+bench: fetch  ## measure the router's cost; writes results/performance.csv
+	@$(BIN)/python -m dmr.performance
+
+readme: fetch  ## take the last `make run` into results/readme.csv, the home page and README.md
+	@cp runs/demo/report/runs.csv results/readme.csv
+	@$(BIN)/python -m dmr.freshness execute nbs/index.ipynb
+	@$(BIN)/python -m dmr.readme
 
 export: $(STAMP)  ## write dmr/ and README.md from the notebooks
 	@$(BIN)/nbdev_export

@@ -91,6 +91,19 @@ def test_words_that_must_not_be_there():
     assert not found, found
 
 
+def test_spelling(tmp_path):
+    "codespell over the prose: markdown cells, exported docstrings and comments, README, changelog."
+    for path in project_files():
+        if path.suffix == ".ipynb":
+            cells = json.loads(path.read_text())["cells"]
+            prose = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+            (tmp_path / f"{path.stem}.md").write_text(prose)
+        elif path.suffix == ".md" or path.parent.name == "dmr" and path.suffix == ".py":
+            shutil.copy(path, tmp_path / path.name)
+    done = subprocess.run([Path(sys.executable).parent / "codespell", "-L", "nd,te,ot", "."], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def settings():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
