@@ -88,8 +88,12 @@ class CurrentBasis(Projection):
         **options: Any,  # as for Projection
     ):
         super().__init__(*args, **options)
-        if not self.grows or self.importance is not None:
-            raise ValueError("CurrentBasis takes only ranks from a growing Projection; pass rank=... or energy=..., no bases or importance")
+        if not self.grows or self.importance is not None or self.consolidate_every is not None:
+            raise ValueError(
+                "CurrentBasis takes only ranks from a growing Projection with boundaries; pass rank=... or energy=..., "
+                "and no bases, importance or consolidate_every"
+            )
+        self.shards = False  # it asks its sketch within a domain, when each process has seen its own rows only
         if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
             raise ValueError(f"refresh={refresh!r} is not a positive number of steps; pass for example refresh=50")
         self.refresh = refresh

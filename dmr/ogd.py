@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .inputs import DomainSample, evaluating, scalar_of
 from .modification import Dense, Modification, Target
+from .sharding import same_everywhere
 from .strength import check_fraction
 
 # %% auto #0
@@ -125,6 +126,9 @@ class OGD(Modification):
         self.V = orthonormal_rows(self.V, new)
         self.sample.clear()
         return {"vectors": len(self.V), "added": len(self.V) - before, "bytes": self.V.numel() * self.V.element_size()}
+
+    def share(self) -> None:
+        self.V = same_everywhere({"V": self.V}, self.group)["V"]  # each process has seen other examples: the first one's vectors
 
     def state_dict(self) -> dict:
         return {"V": self.V.clone(), "sample": self.sample.state_dict()}

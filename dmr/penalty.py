@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .inputs import DomainSample, evaluating, scalar_of
 from .modification import Dense, Modification, Target, squared_cosine
+from .sharding import same_everywhere
 from .strength import check_fraction
 
 # %% auto #0
@@ -91,6 +92,11 @@ class Penalty(Modification):
         "The rescaling form's factors follow the importances."
         if self.form == "rescale":
             self._share = clipped_share(self.importance, self.weight, self.normalise)
+
+    def share(self) -> None:
+        for tensors in (self.importance, self.anchors):  # measured on each process's own examples: the first one's count
+            tensors.update(same_everywhere(tensors, self.group))
+        self.refresh()
 
     def report(self) -> dict:
         "What is known of the importances, as plain numbers."
