@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import DomainSample, InputMoment, capture_inputs, catchable, evaluating, scalar_of
-from .modification import Dense, Edit, LowRank, Target
+from .modification import Dense, Edit, Target
 from .projection import Projection, importances
 from .strength import check_fraction
 from .subspace import Growth, grow
@@ -212,8 +212,8 @@ class NSCL(InputProjection):
     def active(self) -> bool:
         return self.domains > 0 if self.normalise else super().active()
 
-    def edit(self, name: str, x: Tensor) -> Edit | None:  # type: ignore[override]
-        inside: LowRank | None = super().edit(name, x)
+    def edit(self, name: str, x: Tensor) -> Edit | None:
+        inside = super().edit(name, x)
         if not self.normalise or name not in self.bases or not self.domains:
             return inside
         free = x if inside is None else x - inside.dense(x)

@@ -708,7 +708,8 @@ def replica(rank, store, names, out):
         problem = Problem(torch.float64)
         model = nn.parallel.DistributedDataParallel(problem.model)
         shift = [(x + 0.5 * rank, y) for x, y in problem.domains]  # other examples in each process
-        options = {"fraction": 0.5} if "buffer" in FAMILIES[name].needs else {"every": 1, "rank": 2} if FAMILIES[name].kind == "control" else {}
+        options = {"fraction": 0.5} if "buffer" in FAMILIES[name].needs else {}
+        options |= {"every": 1, "rank": 2} if FAMILIES[name].kind == "control" else {}
         options |= {"threshold": 0.7} if name in ("gpm", "sgp") else {}
         modification = make(name, loss_fn=problem.loss_fn, logit_fn=problem.logit_fn, seed=rank, **options)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
