@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE_LINES', 'Parameter', 'Symbol', 'line_comments', 'read_parameters', 'read_module', 'public_modules',
-           'name_addresses', 'names_used', 'Usage', 'read_usages', 'example_of', 'parameter_table', 'symbol_section',
-           'reference_pages']
+           'name_addresses', 'names_used', 'Usage', 'read_usages', 'example_of', 'inline_html', 'parameter_table',
+           'symbol_section', 'reference_pages']
 
 # %% ../nbs/52_reference.ipynb #e419a71f
 import ast
@@ -237,6 +237,13 @@ def example_of(
     return next((u for u in candidates if u.output), candidates[0] if candidates else None)
 
 # %% ../nbs/52_reference.ipynb #44873c1d
+def inline_html(
+    text: str,  # a sentence, names in backticks
+) -> str:
+    "Escape a sentence, and set what stands in backticks as code."
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _markdown_doc(text: str) -> str:
     return re.sub(r"\n(?!\n)", " ", text.replace("\n\n", "\0")).replace("\0", "\n\n")
 
@@ -249,12 +256,13 @@ def parameter_table(
     code = lambda text: f"<code>{e(text)}</code>" if text else ""
     rows = [
         f'<tr><th scope="row"><code>{e(p.name)}</code></th><td>{code(p.annotation)}</td>'
-        f"<td>{code(p.default) or ('' if p.name.startswith('*') else '<em>required</em>')}</td><td>{e(p.comment)}</td></tr>"
+        f"<td>{code(p.default) or ('' if p.name.startswith('*') else '<em>required</em>')}</td><td>{inline_html(p.comment)}</td></tr>"
         for p in symbol.parameters
     ]
     annotation, comment = symbol.returns
     if annotation not in ("", "None") or comment:
-        rows.append(f'<tr class="returns"><th scope="row">returns</th><td>{code(annotation)}</td><td></td><td>{e(comment)}</td></tr>')
+        cells = f"<td>{code(annotation)}</td><td></td><td>{inline_html(comment)}</td>"
+        rows.append(f'<tr class="returns"><th scope="row">returns</th>{cells}</tr>')
     if not rows:
         return ""
     head = "<thead><tr><th>name</th><th>type</th><th>default</th><th>meaning</th></tr></thead>"
@@ -311,7 +319,7 @@ def reference_pages(
         sections = [symbol_section(s, usages, seconds or {}) for s in modules[name]]
         front = f"---\ntitle: {json.dumps('dmr.' + name)}\ndescription: {json.dumps(chapter.description, ensure_ascii=False)}\n---\n"
         pages[name] = "\n\n".join([front, about, *sections, ""])
-        first_line = lambda s: html.escape(s.doc.split("\n")[0])
+        first_line = lambda s: inline_html(s.doc.split("\n")[0])
         rows = "".join(f'<li><a href="{name}.html#{s.name}"><code>{s.name}</code></a> {first_line(s)}</li>' for s in modules[name])
-        index.append(f"## dmr.{name}\n\n<p>{html.escape(chapter.description)}</p>\n\n<ul class=\"names\">{rows}</ul>\n")
+        index.append(f"## dmr.{name}\n\n<p>{inline_html(chapter.description)}</p>\n\n<ul class=\"names\">{rows}</ul>\n")
     return {"index": "\n".join(index), **pages}

@@ -164,6 +164,9 @@ def test_small_book(project):
     assert "katex.min.js" not in damping and not any(site.other_hosts(t) for t in text.values())
     assert (docs / "assets/katex/fonts/KaTeX_Main-Regular.woff2").is_file()
 
+    sheet = (docs / "assets/katex/katex.min.css").read_text()
+    assert "url(data:font/woff2" in sheet and "fonts/KaTeX_Main-Regular.woff2" not in sheet and "fonts/KaTeX_AMS-Regular.woff2" in sheet
+
     # cells: hidden ones are gone, exported ones are shown under their module's name, directives are not
     assert "secret" not in damping and "default_exp" not in damping and "#|" not in damping
     assert 'data-module="dmr.damping"' in damping and "the damped step" in damping
