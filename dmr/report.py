@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['STAGE_COLUMNS', 'COLUMNS', 'tidy_run', 'arm_label', 'tidy', 'tidy_records', 'read_results', 'ArmRuns', 'base_rate',
-           'Study', 'group_arms', 'ArmSummary', 'summarize_arms', 'text_table', 'headline', 'plane_finding',
-           'plot_plane', 'stream_arms', 'plot_stream', 'stream_finding', 'html_report', 'Report', 'write_report']
+__all__ = ['STAGE_COLUMNS', 'COLUMNS', 'MARGIN', 'tidy_run', 'arm_label', 'tidy', 'tidy_records', 'read_results', 'ArmRuns',
+           'base_rate', 'Study', 'group_arms', 'ArmSummary', 'summarize_arms', 'text_table', 'headline',
+           'plane_finding', 'plot_plane', 'stream_arms', 'plot_stream', 'stream_finding', 'html_report', 'Report',
+           'write_report']
 
 # %% ../nbs/42_report.ipynb #418bb9f1
 #: What a row takes from a run's stages: column -> how the stages' values are joined.
@@ -452,6 +453,9 @@ def headline(
     return f"{regime}n = {study.n} seeds, 95 % intervals of paired differences."
 
 # %% ../nbs/42_report.ipynb #d86d7a1d
+MARGIN = 0.01  # nats: what the figure's title counts as below the control
+
+
 def plane_finding(
     study: Study,
 ) -> str:
@@ -460,9 +464,9 @@ def plane_finding(
     comparable = [s for s in lines if s.matched is not None]
     if not comparable:
         return "No arm is comparable with the control"
-    below = sum(s.matched.estimate < 0 for s in comparable if s.matched)
+    below = sum(s.matched.estimate < -MARGIN for s in comparable if s.matched)
     out = len(lines) - len(comparable)
-    return f"{below} of {len(lines)} arms lie below the control" + (f", {out} not comparable" if out else "")
+    return f"{below} of {len(lines)} arms lie over {MARGIN:g} nats below the control" + (f", {out} not comparable" if out else "")
 
 
 def plot_plane(
