@@ -7,7 +7,7 @@ STAMP    := $(VENV)/.installed
 STUDY    ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lab docs docs-quarto preview bench readme export clean fetch
+.PHONY: help setup run test test-slow lab book docs docs-quarto preview bench readme export clean fetch
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ lab: $(STAMP)  ## open the book in JupyterLab with this environment's kernel
 
 docs: $(STAMP)  ## build the site into _docs/ from the committed outputs, without Quarto
 	@$(BIN)/python -m dmr.site build
+
+docs-quarto: $(STAMP)  ## the same site with Quarto, where it is installed
+	@$(BIN)/python -m dmr.site build --quarto
+
+book: fetch  ## execute the chapters whose cells or code changed since they were last executed
+	@$(BIN)/python -m dmr.freshness execute
 
 preview: docs  ## build and serve the site
 	@$(BIN)/python -m dmr.site serve
