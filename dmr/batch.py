@@ -53,12 +53,21 @@ class LocalExecutor(ThreadPoolExecutor):
     def stop(self) -> None:
         self.halt.set()
 
+
 def cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/45_batch.ipynb #b49967a0
-CARRIED = ("output.ipynb", "failed.ipynb", "result.json", "state.json", "log.txt", "done.json")  # in this order: the marker last
+CARRIED = (
+    "output.ipynb",
+    "failed.ipynb",
+    "result.json",
+    "state.json",
+    "log.txt",
+    "done.json",
+)  # in this order: the marker last
+
 
 def launch_there(
     folder: str,
@@ -77,6 +86,7 @@ def launch_there(
         write_json(path / "run.json", {**spec, "cwd": spec["cwd"] if Path(spec["cwd"]).is_dir() else str(path)})
     outcome = launch(path)
     return outcome, {n: zlib.compress((path / n).read_bytes()) for n in CARRIED if (path / n).is_file()}
+
 
 def bring_back(folder: Path, files: Mapping[str, bytes]) -> None:
     "Write files that came from another machine, unless they are here already."
@@ -103,7 +113,8 @@ class DaskExecutor:
         return max(1, sum(w["nthreads"] for w in self.client.scheduler_info(n_workers=-1)["workers"].values()))
 
     def start_run(self, folder: Path) -> Future:
-        inner, outer = self.pool.submit(launch_there, str(folder), Run(folder).spec), Future()
+        inner = self.pool.submit(launch_there, str(folder), Run(folder).spec)
+        outer: Future = Future()
 
         def hand_on(done: Future) -> None:
             try:
@@ -111,7 +122,9 @@ class DaskExecutor:
                 bring_back(folder, files)
                 outer.set_result(outcome)
             except BaseException as e:  # the cluster lost the run: a worker was killed too often, or the scheduler died
-                outer.set_result(dict(run=folder.name, state=KILLED, error=f"the cluster lost the run: {type(e).__name__}: {e}"))
+                outer.set_result(
+                    dict(run=folder.name, state=KILLED, error=f"the cluster lost the run: {type(e).__name__}: {e}")
+                )
 
         inner.add_done_callback(hand_on)
         return outer
@@ -129,17 +142,22 @@ DISK_FLOOR = 200e6  # bytes that stay free
 RUN_DISK = 5e6  # bytes of one run, until one has been measured
 RUN_MEMORY = 800e6  # bytes of one run, until one has been measured
 
+
 class Refused(Exception):
     "The batch cannot start; says why and how to mend it."
 
+
 def measured(plan: Plan, what: str) -> list[float]:  # newest last
     "A number that finished runs of this study left in their markers or rows: wall_s or peak_memory."
-    values = [p.state.get(what) or (p.found.row.get(what) if p.found and p.found.row else None) for p in plan.runs if p.state["state"] == OK]
+    done = [p for p in plan.runs if p.state["state"] == OK]
+    values = [p.state.get(what) or (p.found.row.get(what) if p.found and p.found.row else None) for p in done]
     return [float(v) for v in values if v]
+
 
 def run_memory(plan: Plan) -> float:  # bytes
     "Memory to set aside for one run: the most that one took so far, else its limit, else a guess."
     return max(measured(plan, "peak_memory"), default=0.0) or plan.study.limits.memory_bytes or RUN_MEMORY
+
 
 def preflight(plan: Plan, todo: int, local: bool = True) -> None:
     "Refuse a batch that cannot succeed; raises Refused."
@@ -153,14 +171,25 @@ def preflight(plan: Plan, todo: int, local: bool = True) -> None:
         raise Refused(f"{where} cannot be written to; give another folder by --runs")
     free, need = shutil.disk_usage(where).free, DISK_FLOOR + RUN_DISK * todo
     if free < need:
-        raise Refused(f"{todo} runs need about {need / 1e6:.0f} MB in {where}, {free / 1e6:.0f} MB are free; make room or give another folder by --runs")
+        raise Refused(
+            f"{todo} runs need about {need / 1e6:.0f} MB in {where}, {free / 1e6:.0f} MB are free; "
+            "make room or give another folder by --runs"
+        )
     memory, one = psutil.virtual_memory().available, run_memory(plan)
     if local and memory < one:
-        raise Refused(f"one run needs about {one / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free; end other programs or run it elsewhere")
+        raise Refused(
+            f"one run needs about {one / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free; "
+            "end other programs or run it elsewhere"
+        )
+
 
 def need_streams(plan: Plan, todo: list[Planned]) -> None:
     "Make sure that the streams of the runs to come are here, and are the text that the plan speaks of; raises Refused."
-    specs = {json.dumps([p.cell.parameters.get(k) for k in ("stream", "cap", "domains")]): p for p in todo if p.identity.stream}
+    specs = {
+        json.dumps([p.cell.parameters.get(k) for k in ("stream", "cap", "domains")]): p
+        for p in todo
+        if p.identity.stream
+    }
     for p in specs.values():
         from dmr.streams import load_stream
 
@@ -171,7 +200,9 @@ def need_streams(plan: Plan, todo: list[Planned]) -> None:
             raise Refused(f"stream {p.cell.parameters['stream']!r}: {e}") from None
         if stream.hash != p.identity.stream:
             (plan.project.runs / "streams.json").unlink(missing_ok=True)
-            raise Refused(f"stream {p.cell.parameters['stream']!r} is not the text that it was; start again to plan with the new text")
+            raise Refused(
+                f"stream {p.cell.parameters['stream']!r} is not the text that it was; start again to plan with the new text"
+            )
 
 # %% ../nbs/45_batch.ipynb #33417c4c
 def run_seconds(plan: Plan) -> float | None:
@@ -179,22 +210,37 @@ def run_seconds(plan: Plan) -> float | None:
     walls = measured(plan, "wall_s")
     return statistics.median(walls) if walls else plan.study.estimate_s
 
+
 def clock(seconds: float) -> str:
     "A duration to read."
     s = int(round(seconds))
-    return f"{s} s" if s < 100 else f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return (
+        f"{s} s"
+        if s < 100
+        else f"{s // 60} min {s % 60:02d} s"
+        if s < 3600
+        else f"{s // 3600} h {s % 3600 // 60:02d} min"
+    )
+
 
 def describe(plan: Plan, todo: list[Planned], slots: int) -> list[str]:
     "The plan in words, for --dry-run."
     counts = plan.counts()
-    out = [f"{plan.study.name}: {len(plan.runs)} runs, " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) + f"; {len(todo)} to make"]
+    states = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
+    out = [f"{plan.study.name}: {len(plan.runs)} runs, {states}; {len(todo)} to make"]
     redo = [p for p in todo if p.stale]
     if redo:
         out.append(f"  {len(redo)} of them were made by other code or on other text: dmr why {redo[0].stale[0].run_id}")
     one = run_seconds(plan)
     if todo:
-        out.append(f"  {slots} at a time" + (f", about {clock(one)} each, {clock(one * -(-len(todo) // slots))} in all" if one else
-                                             "; no run has finished yet, so there is no estimate (the study's 'estimate' would give one)"))
+        out.append(
+            f"  {slots} at a time"
+            + (
+                f", about {clock(one)} each, {clock(one * -(-len(todo) // slots))} in all"
+                if one
+                else "; no run has finished yet, so there is no estimate (the study's 'estimate' would give one)"
+            )
+        )
     return out
 
 # %% ../nbs/45_batch.ipynb #0b1e68e7
@@ -208,8 +254,14 @@ class Voice:
         if how == "bar" and todo:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=len(todo), unit="run", file=self.out, dynamic_ncols=True, disable=not self.out.isatty(),
-                            bar_format="{desc}{bar} {n_fmt}/{total_fmt} runs, {elapsed}, {remaining} left{postfix}")
+            self.bar = tqdm(
+                total=len(todo),
+                unit="run",
+                file=self.out,
+                dynamic_ncols=True,
+                disable=not self.out.isatty(),
+                bar_format="{desc}{bar} {n_fmt}/{total_fmt} runs, {elapsed}, {remaining} left{postfix}",
+            )
 
     def say(self, line: str) -> None:
         if self.bar is not None and not self.bar.disable:
@@ -219,7 +271,11 @@ class Voice:
 
     def event(self, event: str, **entries: Any) -> None:
         if self.how == "json":
-            print(json.dumps(dict(event=event, time=round(time.time(), 3), **entries), default=str), file=self.out, flush=True)
+            print(
+                json.dumps(dict(event=event, time=round(time.time(), 3), **entries), default=str),
+                file=self.out,
+                flush=True,
+            )
 
     def started(self, name: str, running: int) -> None:
         self.event("start", run=name, label=self.labels.get(name))
@@ -228,7 +284,15 @@ class Voice:
 
     def ended(self, name: str, outcome: Mapping[str, Any], again: bool) -> None:
         state, label = outcome["state"], self.labels.get(name, name)
-        self.event("end", run=name, label=label, state=state, error=outcome.get("error"), wall_s=outcome.get("wall_s"), again=again)
+        self.event(
+            "end",
+            run=name,
+            label=label,
+            state=state,
+            error=outcome.get("error"),
+            wall_s=outcome.get("wall_s"),
+            again=again,
+        )
         if not again:
             self.done += 1
             if self.bar is not None:
@@ -237,8 +301,10 @@ class Voice:
         if self.how == "json" or (self.how == "quiet" and state == OK):
             return
         took = f" in {clock(outcome['wall_s'])}" if outcome.get("wall_s") and state == OK else ""
-        self.say(f"{'' if again else f'[{self.done}/{self.total}] '}{label}: {state}{took}" + (f": {first[0]}" if first and state != OK else "")
-                 + (" (tried again)" if again else ""))
+        reason = f": {first[0]}" if first and state != OK else ""
+        self.say(
+            f"{'' if again else f'[{self.done}/{self.total}] '}{label}: {state}{took}{reason}{' (tried again)' if again else ''}"
+        )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -248,9 +314,11 @@ class Voice:
 ATTEMPTS = 3  # for runs that were killed
 DONE, SOME_FAILED, REFUSED, UNFINISHED = 0, 1, 2, 3  # exit codes
 
+
 @dataclass
 class Batch:
     "What came of a batch."
+
     plan: Plan
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)  # run -> outcome, of the runs made now
     interrupted: str = ""  # why it ended before all was done
@@ -261,12 +329,18 @@ class Batch:
     def failed(self) -> list[tuple[Planned, Mapping[str, Any]]]:
         "Runs that did not come to a result, with their state."
         states = [(p, self.outcomes.get(p.name, p.state)) for p in self.plan.runs]
-        return [(p, s) for p, s in states if s["state"] in (*FINAL, KILLED) and not (self.interrupted and s["state"] == KILLED)]
+        return [
+            (p, s)
+            for p, s in states
+            if s["state"] in (*FINAL, KILLED) and not (self.interrupted and s["state"] == KILLED)
+        ]
 
     @property
     def left(self) -> int:
         "Runs without a final state."
-        return sum(self.outcomes.get(p.name, p.state)["state"] in (WAITING, RUNNING, KILLED, "busy") for p in self.plan.runs)
+        return sum(
+            self.outcomes.get(p.name, p.state)["state"] in (WAITING, RUNNING, KILLED, "busy") for p in self.plan.runs
+        )
 
     @property
     def exit_code(self) -> int:
@@ -274,10 +348,14 @@ class Batch:
         return SOME_FAILED if self.failed or self.table_error else UNFINISHED if self.interrupted or self.left else DONE
 
     def summary(self) -> str:
-        made = [o for o in self.outcomes.values() if o["state"] == OK]
-        out = [f"{self.plan.study.name}: {len(made)} runs made in {clock(self.wall_s)}, "
-               f"{sum(self.outcomes.get(p.name, p.state)['state'] == OK for p in self.plan.runs)} of {len(self.plan.runs)} done"]
-        out += [f"  {p.cell.label}: {s['state']}: {(s.get('error') or '').splitlines()[0] if s.get('error') else ''} (dmr tail {p.name})" for p, s in self.failed]
+        made = sum(o["state"] == OK for o in self.outcomes.values())
+        done = sum(self.outcomes.get(p.name, p.state)["state"] == OK for p in self.plan.runs)
+        out = [
+            f"{self.plan.study.name}: {made} runs made in {clock(self.wall_s)}, {done} of {len(self.plan.runs)} done"
+        ]
+        for p, s in self.failed:
+            first = str(s.get("error") or "no reason known").splitlines()[0]
+            out.append(f"  {p.cell.label}: {s['state']}: {first} (dmr tail {p.name})")
         if self.failed:
             out.append(f"  again: dmr batch {self.plan.study.name} --retry-failed")
         return "\n".join(out + [f"  {t}" for t in (self.interrupted, self.table_error) if t])
@@ -285,7 +363,12 @@ class Batch:
 # %% ../nbs/45_batch.ipynb #0169cfd8
 def runs_to_make(plan: Plan, retry_failed: bool = False) -> list[Planned]:
     "The runs of a plan that a batch would make: those without a result; failed ones only if asked."
-    return [p for p in plan.runs if p.state["state"] in (WAITING, KILLED, RUNNING) or (retry_failed and p.state["state"] in FINAL)]
+    return [
+        p
+        for p in plan.runs
+        if p.state["state"] in (WAITING, KILLED, RUNNING) or (retry_failed and p.state["state"] in FINAL)
+    ]
+
 
 @contextmanager
 def stoppable(act: Callable[[str], None]) -> Iterator[None]:
@@ -305,6 +388,7 @@ def stoppable(act: Callable[[str], None]) -> Iterator[None]:
 @dataclass
 class Work:
     "A batch at work."
+
     plan: Plan
     executor: Any
     voice: Voice
@@ -336,10 +420,12 @@ def room(w: Work) -> bool:
     growing = sum(time.monotonic() - w.begun[p.name] < 10 for p in w.running.values())
     return psutil.virtual_memory().available > run_memory(w.plan) * (1 + growing)
 
+
 def in_budget(w: Work) -> bool:
     "Whether a run that begins now is likely to end in time."
     one = statistics.median(w.walls) if w.walls else run_seconds(w.plan) or 0.0
     return time.monotonic() + one <= w.deadline
+
 
 def hand_out(w: Work) -> None:
     "Begin the runs that may begin now."
@@ -357,8 +443,10 @@ def hand_out(w: Work) -> None:
         state = run.state()
         if state["state"] == RUNNING and is_locked(run.folder / "lock"):  # another batch has it: look again later
             w.waiting.append((time.monotonic() + 1.0, p))
-        elif state["state"] == OK or (state["state"] in FINAL and p.state["state"] not in FINAL):  # another batch made it
-            book(w, p, dict(run=p.name, **{**state, "run": p.name}))
+        elif state["state"] == OK or (
+            state["state"] in FINAL and p.state["state"] not in FINAL
+        ):  # another batch made it
+            book(w, p, {**state, "run": p.name})
         else:
             w.begun[p.name] = time.monotonic()
             w.running[w.executor.start_run(run.folder)] = p
@@ -371,7 +459,11 @@ def collect(w: Work) -> None:
         time.sleep(0.1)
     for future in wait(w.running, timeout=0.3, return_when=FIRST_COMPLETED).done:
         p = w.running.pop(future)
-        outcome = future.result() if future.exception() is None else dict(run=p.name, state=KILLED, error=repr(future.exception()))
+        outcome = (
+            future.result()
+            if future.exception() is None
+            else dict(run=p.name, state=KILLED, error=repr(future.exception()))
+        )
         if outcome["state"] == "busy":
             w.waiting.append((time.monotonic() + 1.0, p))
             continue
@@ -384,6 +476,7 @@ def collect(w: Work) -> None:
             w.voice.ended(p.name, outcome, again=True)
         else:
             book(w, p, outcome)
+
 
 def book(w: Work, p: Planned, outcome: dict[str, Any]) -> None:
     "Write down how a run ended: in the table, for the caller, for the reader."
@@ -408,7 +501,9 @@ def drive(w: Work) -> Batch:
         while w.running or (w.waiting and not w.stopping):
             hand_out(w)
             if time.monotonic() > w.deadline:
-                w.stop(f"the time budget is used up, {len(w.waiting) + len(w.running)} runs are left; start it again to go on")
+                w.stop(
+                    f"the time budget is used up, {len(w.waiting) + len(w.running)} runs are left; start it again to go on"
+                )
             if not w.running and w.waiting and not w.stopping and not in_budget(w):
                 w.stop(f"no further run fits into the time budget, {len(w.waiting)} are left; start it again to go on")
             collect(w)
@@ -423,9 +518,16 @@ def book_earlier(plan: Plan) -> None:
     if ledger.table is None:
         return
     known = {row_key(r): r["status"] for r in ledger.rows()}
-    rows = [row_of_found(p.found, p, plan) for p in plan.runs if p.found and p.found.run and p.state["state"] in (OK, *FINAL)
-            and known.get((p.found.cell, p.found.stream or "", p.found.code)) != p.state["state"]]
+    rows = [
+        row_of_found(p.found, p, plan)
+        for p in plan.runs
+        if p.found
+        and p.found.run
+        and p.state["state"] in (OK, *FINAL)
+        and known.get((p.found.cell, p.found.stream or "", p.found.code)) != p.state["state"]
+    ]
     ledger.record(rows)
+
 
 def run_batch(
     study: Study,
@@ -469,5 +571,6 @@ def run_batch(
     finally:
         executor.stop() if sys.exc_info()[0] else None
         executor.shutdown()
-    voice.event("summary", exit_code=batch.exit_code, failed=[p.name for p, _ in batch.failed], left=batch.left, interrupted=batch.interrupted)
+    failed = [p.name for p, _ in batch.failed]
+    voice.event("summary", exit_code=batch.exit_code, failed=failed, left=batch.left, interrupted=batch.interrupted)
     return batch

@@ -32,9 +32,11 @@ def parse_value(text: str) -> Any:
             continue
     return text
 
+
 def given(args: argparse.Namespace) -> dict[str, Any]:
     "The parameters given by -p."
     return {name: parse_value(value) for name, value in args.parameter}
+
 
 def project_of(args: argparse.Namespace) -> Project:
     "The project's folders, from the current folder and the options."
@@ -45,7 +47,7 @@ def project_of(args: argparse.Namespace) -> Project:
 # %% ../nbs/49_cli.ipynb #b4d25acc
 def batch(args: argparse.Namespace) -> int:
     "`dmr batch`: make the runs that a study lacks."
-    from dmr.batch import cores, describe, run_batch, runs_to_make
+    from dmr.batch import cores, describe, runs_to_make
     from dmr.plans import make_plan
     from dmr.studies import find_study
 
@@ -58,20 +60,32 @@ def batch(args: argparse.Namespace) -> int:
         todo = runs_to_make(plan, args.retry_failed)
         print("\n".join(describe(plan, todo, args.workers or cores())))
         for p in plan.runs:
-            print(f"  {p.state['state']:14} {p.cell.label}" + (" (changed since it was made)" if p.stale and p in todo else ""))
+            print(
+                f"  {p.state['state']:14} {p.cell.label}"
+                + (" (changed since it was made)" if p.stale and p in todo else "")
+            )
         return 0
     done = run_study(args, study, project)
     if not args.json:
         print(done.summary())
     return done.exit_code
 
+
 def run_study(args: argparse.Namespace, study: Study, project: Project) -> Batch:
     "Make a study's missing runs with the options of the command line."
     from dmr.batch import run_batch
 
     how = "json" if args.json else "quiet" if args.quiet else "bar"
-    return run_batch(study, project, workers=args.workers, scheduler=args.scheduler, retry_failed=args.retry_failed,
-                     budget_s=args.budget_hours * 3600 if args.budget_hours else None, how=how, mirror=args.output)
+    return run_batch(
+        study,
+        project,
+        workers=args.workers,
+        scheduler=args.scheduler,
+        retry_failed=args.retry_failed,
+        budget_s=args.budget_hours * 3600 if args.budget_hours else None,
+        how=how,
+        mirror=args.output,
+    )
 
 # %% ../nbs/49_cli.ipynb #20fd66a3
 def run(args: argparse.Namespace) -> int:
@@ -89,10 +103,15 @@ def run(args: argparse.Namespace) -> int:
         write_report(study, project, command=f"dmr run {args.study or ''}".strip(), quiet=args.json)
     return done.exit_code
 
+
 def tell_one(done: Batch, args: argparse.Namespace) -> int:
     "Say what came of a single run."
     planned = done.plan.runs[0]
-    folder = planned.run.folder if planned.state["state"] == "ok" else done.plan.project.runs / done.plan.study.name / planned.name
+    folder = (
+        planned.run.folder
+        if planned.state["state"] == "ok"
+        else done.plan.project.runs / done.plan.study.name / planned.name
+    )
     from dmr.runs import Run
 
     if (result := Run(folder).result) is None:
@@ -110,7 +129,8 @@ def write_report(study: Study, project: Project, command: str, quiet: bool = Fal
     from dmr.report import write_report as write
 
     folder = project.runs / study.name / "report"
-    report = write(results_of(make_plan(study, project, load=False)), folder, command=command, **({"title": study.title} if study.title else {}))
+    results = results_of(make_plan(study, project, load=False))
+    report = write(results, folder, command=command, title=study.title or study.name)
     if not quiet:
         print(f"\n{report}")
     if study.analysis:
@@ -120,6 +140,7 @@ def write_report(study: Study, project: Project, command: str, quiet: bool = Fal
             print(f"analysis: {target}")
     return 1 if report.failed else 0
 
+
 def execute_analysis(study: Study, project: Project, target: Path) -> None:
     "Execute a study's analysis notebook; its parameter `study`, if it has one, is the study's name."
     import papermill
@@ -127,6 +148,7 @@ def execute_analysis(study: Study, project: Project, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"study": study.name} if "study" in papermill.inspect_notebook(study.analysis) else {}
     papermill.execute_notebook(study.analysis, target, parameters, cwd=project.root, progress_bar=False)
+
 
 def report(args: argparse.Namespace) -> int:
     "`dmr report STUDY`: the report of what is there, without running anything."
@@ -151,6 +173,7 @@ def list_studies(project: Project) -> int:
         print(f"no studies in {project.studies}")
     return 0
 
+
 def status(args: argparse.Namespace) -> int:
     "`dmr status [STUDY]`: the state of every run, from the file system."
     from collections import Counter
@@ -165,7 +188,10 @@ def status(args: argparse.Namespace) -> int:
         print(json.dumps(states, indent=1))
     for name, runs in states.items() if not args.json else ():
         counts = Counter(r["state"] for r in runs)
-        print(f"{name}: {counts['ok']} of {len(runs)} done" + "".join(f", {n} {s}" for s, n in sorted(counts.items()) if s != "ok"))
+        print(
+            f"{name}: {counts['ok']} of {len(runs)} done"
+            + "".join(f", {n} {s}" for s, n in sorted(counts.items()) if s != "ok")
+        )
         for r in runs:
             if args.study or r["state"] not in ("ok", "waiting"):
                 error = f": {r['error'].splitlines()[0]}" if r.get("error") and r["state"] != "ok" else ""
@@ -182,6 +208,7 @@ def last_lines(path: Path, n: int) -> list[str]:
         return []
     lines = path.read_bytes()[-200_000:].decode(errors="replace").replace("\r\n", "\n").split("\n")
     return [line.rstrip("\r").rpartition("\r")[2] for line in lines if line.strip()][-n:]
+
 
 def tail(args: argparse.Namespace) -> int:
     "`dmr tail RUN`: what a run printed last, and its error."
@@ -223,9 +250,12 @@ def why(args: argparse.Namespace) -> int:
     stale = {f.code: (f, p) for p in plan.runs for f in p.stale}
     print(f"{args.run}: " + ", ".join(f"{n} {s}" for s, n in plan.counts().items()))
     for found, planned in stale.values():
-        print(f"{sum(f.code == found.code for p in plan.runs for f in p.stale)} results by code {found.code}, such as {found.run_id}:")
+        print(
+            f"{sum(f.code == found.code for p in plan.runs for f in p.stale)} results by code {found.code}, such as {found.run_id}:"
+        )
         print("\n".join(explain(found, planned, plan)))
     return 0
+
 
 def accept(args: argparse.Namespace) -> int:
     "`dmr accept STUDY`: declare that a change of code leaves its results as they are."
@@ -237,8 +267,13 @@ def accept(args: argparse.Namespace) -> int:
     changes = bless(make_plan(find_study(args.study, project), project, load=False), args.reason)
     for c in changes:
         print(f"{c['part']}: {(c['old'] or 'none')[:8]} -> {(c['new'] or 'none')[:8]}")
-    print(f"accepted {len(changes)} changes" if changes else "nothing to accept: no finished run differs from the present code")
+    print(
+        f"accepted {len(changes)} changes"
+        if changes
+        else "nothing to accept: no finished run differs from the present code"
+    )
     return 0
+
 
 def streams(args: argparse.Namespace) -> int:
     "`dmr streams`: the streams on offer; `dmr streams fetch NAME` brings one here."
@@ -258,7 +293,8 @@ def streams(args: argparse.Namespace) -> int:
         return 0
     print(f"{'domain':12} {'MB':>6}  {'leak':>6}  {'here':4}  {'streams':16} licence")
     for r in rows():
-        print(f"{r['domain']:12} {r['bytes'] / 1e6:6.1f}  {r['leak']:6.2%}  {'yes' if r['cached'] else 'no':4}  {r['streams']:16} {r['licence']}")
+        here = "yes" if r["cached"] else "no"
+        print(f"{r['domain']:12} {r['bytes'] / 1e6:6.1f}  {r['leak']:6.2%}  {here:4}  {r['streams']:16} {r['licence']}")
     return 0
 
 # %% ../nbs/49_cli.ipynb #ca9eeea0
@@ -266,11 +302,22 @@ def add_folders(p: argparse.ArgumentParser) -> None:
     p.add_argument("--runs", metavar="FOLDER", help="where runs are kept (default: runs/ in the project)")
     p.add_argument("--results", metavar="FOLDER", help="where tables are kept (default: results/ in the project)")
 
+
 def add_batch_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter of every run")
+    p.add_argument(
+        "-p",
+        dest="parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter of every run",
+    )
     p.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: one for each core)")
     p.add_argument("--scheduler", metavar="ADDRESS", help="a dask scheduler, such as tcp://host:8786")
-    p.add_argument("--output", metavar="URL", help="also copy finished runs to an fsspec URL, and count those found there")
+    p.add_argument(
+        "--output", metavar="URL", help="also copy finished runs to an fsspec URL, and count those found there"
+    )
     p.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     p.add_argument("--budget-hours", type=float, metavar="H", help="stop after so many hours; start again to go on")
     p.add_argument("--quiet", action="store_true", help="say only what went wrong")
@@ -280,8 +327,11 @@ def add_batch_options(p: argparse.ArgumentParser) -> None:
 # %% ../nbs/49_cli.ipynb #d96f1474
 def parser() -> argparse.ArgumentParser:
     "The command line."
-    top = argparse.ArgumentParser(prog="dmr", description="Continual learning through Adam: runs, studies, reports.",
-                                  epilog="exit codes: 0 done, 1 some runs failed, 2 refused, 3 not finished")
+    top = argparse.ArgumentParser(
+        prog="dmr",
+        description="Continual learning through Adam: runs, studies, reports.",
+        epilog="exit codes: 0 done, 1 some runs failed, 2 refused, 3 not finished",
+    )
     top.add_argument("--version", action="store_true", help="print the version")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 

@@ -17,6 +17,7 @@ __all__ = ['COPIED', 'file_system', 'push', 'pull']
 # %% ../nbs/46_mirror.ipynb #fa1729fb
 COPIED = ("run.json", "output.ipynb", "result.json", "done.json")  # in this order: the marker last
 
+
 def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     "The file system behind an fsspec URL."
     try:
@@ -24,6 +25,7 @@ def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     except ImportError as e:
         raise ImportError("copies elsewhere need fsspec: pip install 'moment-routing[cluster]'") from e
     return url_to_fs(url)
+
 
 def push(
     folder: Path,  # of a finished run
@@ -38,6 +40,7 @@ def push(
             part = f"{target}/.{name}.part"
             fs.pipe_file(part, (folder / name).read_bytes())
             fs.mv(part, f"{target}/{name}")
+
 
 def pull(
     plan: Plan,

@@ -16,10 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .identity import (Identity, changed_parts, code_of, code_parts, differences, digest, module_hashes, package_folder, read_module,
-                          same_code, short)
+from dmr.identity import (
+    Identity,
+    changed_parts,
+    code_of,
+    code_parts,
+    differences,
+    digest,
+    module_hashes,
+    package_folder,
+    read_module,
+    same_code,
+    short,
+)
 from .runs import FINAL, KILLED, OK, RUNNING, WAITING, Run, now, prepare, read_json, write_atomic, write_json
-from .studies import Cell, Project, Study, find_study, list_studies
+from .studies import Cell, Project, Study, find_study
 from .tables import Ledger, row_of, rows_text, unpack_losses, unpack_stages
 from .templates import Template
 
@@ -27,18 +38,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'folder_stamp', 'stream_hash', 'Found', 'ledger_of', 'find_runs', 'Planned', 'Plan', 'run_folder',
-           'make_plan', 'rank_of', 'prepare_planned', 'keep_sources', 'template_source', 'normal_source', 'source_diff',
-           'find_run', 'why', 'explain', 'accept', 'about', 'row_of_found', 'missing_row', 'choose', 'table_rows',
-           'results_table', 'load_records', 'load_stages', 'results_of', 'result_of_row', 'write_plan', 'status',
-           'studies_with_runs']
+__all__ = ['UNKNOWN', 'LOSS_COLUMNS', 'folder_stamp', 'stream_hash', 'Found', 'ledger_of', 'find_runs', 'Planned', 'Plan',
+           'run_folder', 'make_plan', 'rank_of', 'prepare_planned', 'keep_sources', 'module_source', 'template_source',
+           'normal_source', 'source_diff', 'find_run', 'why', 'explain', 'accept', 'about', 'row_of_found',
+           'missing_row', 'choose', 'table_rows', 'results_table', 'load_records', 'load_stages', 'results_of',
+           'result_of_row', 'write_plan', 'status', 'studies_with_runs']
 
 # %% ../nbs/44_plans.ipynb #fa6643d9
 UNKNOWN = "unknown"  # a stream whose text has not been read on this machine
 
+
 def folder_stamp(folder: Path) -> list[Any]:
     "Names, sizes and times of a folder's files."
-    return sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file())
+    return sorted(
+        (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    )
+
 
 def stream_hash(
     parameters: Mapping[str, Any],  # of a run; `stream`, `cap` and `domains` count
@@ -59,13 +74,16 @@ def stream_hash(
     found = load_stream(parameters["stream"], **arguments).hash
     project.runs.mkdir(parents=True, exist_ok=True)
     known = read_json(project.runs / "streams.json") or {}
-    write_json(project.runs / "streams.json", {**known, key: dict(stream=parameters["stream"], **arguments, hash=found)})
+    write_json(
+        project.runs / "streams.json", {**known, key: dict(stream=parameters["stream"], **arguments, hash=found)}
+    )
     return found
 
 # %% ../nbs/44_plans.ipynb #c419b3da
 @dataclass(frozen=True)
 class Found:
     "A run that was made once: a folder, or a row of the table."
+
     run_id: str
     cell: str  # hash of the parameters
     stream: str | None
@@ -75,12 +93,22 @@ class Found:
     row: Mapping[str, str] | None = None
 
     def state(self) -> dict[str, Any]:
-        return self.run.state() if self.run else dict(state=self.row["status"], error=self.row["error"] or None) if self.row else {}
+        return (
+            self.run.state()
+            if self.run
+            else dict(state=self.row["status"], error=self.row["error"] or None)
+            if self.row
+            else {}
+        )
+
 
 def ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
     "Table and versions of a study: beside the results if it is recorded, else in its run folder."
     folder = project.results if record else project.runs / study
-    return Ledger(folder / f"{study}.csv" if record else None, folder / (f"{study}.code.json" if record else "code.json"))
+    return Ledger(
+        folder / f"{study}.csv" if record else None, folder / (f"{study}.code.json" if record else "code.json")
+    )
+
 
 def find_runs(study: str, project: Project, record: bool = True) -> Iterator[Found]:
     "Everything that was run for a study."
@@ -89,16 +117,26 @@ def find_runs(study: str, project: Project, record: bool = True) -> Iterator[Fou
         spec = read_json(path / "run.json") if path.is_dir() else None
         if spec and spec.get("identity"):
             i = Identity.from_dict(spec["identity"])
-            yield Found(path.name, digest(dict(i.parameters)), i.stream, spec["identity"]["code"], code_parts(i.cells, i.modules), run=Run(path))
+            yield Found(
+                path.name,
+                digest(dict(i.parameters)),
+                i.stream,
+                spec["identity"]["code"],
+                code_parts(i.cells, i.modules),
+                run=Run(path),
+            )
     ledger = ledger_of(study, project, record)
     codes = ledger.versions()["codes"]
     for row in ledger.rows():
-        yield Found(row["run_id"], row["cell"], row["stream_hash"] or None, row["code"], codes.get(row["code"], {}), row=row)
+        yield Found(
+            row["run_id"], row["cell"], row["stream_hash"] or None, row["code"], codes.get(row["code"], {}), row=row
+        )
 
 # %% ../nbs/44_plans.ipynb #f2a006f6
 @dataclass(frozen=True)
 class Planned:
     "A cell of a study and the state of its run."
+
     cell: Cell
     identity: Identity
     run: Run  # where it is, or would be
@@ -110,9 +148,11 @@ class Planned:
     def name(self) -> str:
         return self.run.folder.name
 
+
 @dataclass(frozen=True)
 class Plan:
     "A study's cells, each with the state of its run."
+
     study: Study
     project: Project
     runs: tuple[Planned, ...]
@@ -129,6 +169,7 @@ class Plan:
 def run_folder(study: Study, cell: Cell, identity: Identity, project: Project) -> Path:
     "The folder of a run: readable first, then its cell, then its identity."
     return project.runs / study.name / f"{cell.slug}-{cell.hash[:6]}-{digest(identity.id, 8)}"
+
 
 def make_plan(
     study: Study,
@@ -158,9 +199,18 @@ def make_plan(
         best = min(states, key=lambda s: rank_of(s[1]["state"]), default=None)
         stale = tuple(f for f in candidates if f not in fits and f.state()["state"] == OK)
         folder = run_folder(study, cell, identity, project)
-        planned.append(Planned(cell, identity, best[0].run if best and best[0].run else Run(folder), best[1] if best else dict(state=WAITING),
-                               best[0] if best else None, stale))
+        planned.append(
+            Planned(
+                cell,
+                identity,
+                best[0].run if best and best[0].run else Run(folder),
+                best[1] if best else dict(state=WAITING),
+                best[0] if best else None,
+                stale,
+            )
+        )
     return Plan(study, project, tuple(planned), code)
+
 
 def rank_of(state: str) -> int:
     "What counts when a cell has several runs: a finished one, else one under way, else one that failed."
@@ -172,9 +222,23 @@ def prepare_planned(p: Planned, plan: Plan, attempt_here: bool = False) -> Run:
     "Write down a planned run, ready to be launched."
     t, s, c = plan.study.template, plan.study, p.cell
     folder = run_folder(s, c, p.identity, plan.project)
-    return prepare(folder, t.path, p.identity.parameters, p.identity.to_dict(), s.limits, int(p.identity.parameters.get("threads") or 1),
-                   plan.project.root, study=s.name, run_id=folder.name, part=c.part, arm=c.arm, seed=c.seed, label=c.label, cell=c.hash,
-                   checkpoint="checkpoint" in t.parameters)
+    return prepare(
+        folder,
+        t.path,
+        p.identity.parameters,
+        p.identity.to_dict(),
+        s.limits,
+        int(p.identity.parameters.get("threads") or 1),
+        plan.project.root,
+        study=s.name,
+        run_id=folder.name,
+        part=c.part,
+        arm=c.arm,
+        seed=c.seed,
+        label=c.label,
+        cell=c.hash,
+        checkpoint="checkpoint" in t.parameters,
+    )
 
 # %% ../nbs/44_plans.ipynb #213afc9f
 def keep_sources(plan: Plan) -> None:
@@ -182,30 +246,34 @@ def keep_sources(plan: Plan) -> None:
     folder = plan.project.runs / ".code"
     folder.mkdir(parents=True, exist_ok=True)
     cells, modules = plan.code
-    sources = {digest(list(cells)): lambda: template_source(plan.study.template)}
-    sources |= {h: lambda name=name: read_module((package_folder() / name.partition(".")[2].replace(".", "/")).with_suffix(".py"))[0]
-                for name, h in modules.items()}
-    for h, source in sources.items():
+    for name, h in {"template": digest(list(cells)), **modules}.items():
         if not (folder / f"{h}.py").exists():
-            write_atomic(folder / f"{h}.py", normal_source(source()))
+            source = template_source(plan.study.template) if name == "template" else module_source(name)
+            write_atomic(folder / f"{h}.py", normal_source(source))
+
+
+def module_source(name: str) -> str:
+    "Source of a module of the package."
+    return read_module(package_folder().joinpath(*name.split(".")[1:]).with_suffix(".py"))[0]
+
 
 def template_source(template: Template) -> str:
     "The code cells of a template that count, one below the other."
     return "\n".join(c.source for c in template.cells if not c.cosmetic)
 
+
 def normal_source(source: str) -> str:
     "Source without comments, in one format."
     return ast.unparse(ast.parse(source)) + "\n"
 
+
 def source_diff(old: str | None, new: str | None, project: Project, lines: int = 30) -> list[str]:
     "How the code behind two hashes differs, if both are kept."
-    texts = []
-    for h in (old, new):
-        try:
-            texts.append((project.runs / ".code" / f"{h}.py").read_text(encoding="utf-8").splitlines())
-        except OSError:
-            return []
-    diff = [d for d in difflib.unified_diff(*texts, lineterm="", n=1) if not d.startswith(("---", "+++"))]
+    try:
+        a, b = ((project.runs / ".code" / f"{h}.py").read_text(encoding="utf-8").splitlines() for h in (old, new))
+    except OSError:
+        return []
+    diff = [d for d in difflib.unified_diff(a, b, lineterm="", n=1) if not d.startswith(("---", "+++"))]
     return diff[:lines] + ([f"... {len(diff) - lines} more lines"] if len(diff) > lines else [])
 
 # %% ../nbs/44_plans.ipynb #ea083848
@@ -214,17 +282,30 @@ def find_run(
     project: Project,
 ) -> tuple[str, Found]:  # study, what was found
     "Find a run by its name; raises LookupError where none or several begin so."
-    studies = {p.name for p in project.runs.iterdir() if p.is_dir() and not p.name.startswith(".")} if project.runs.is_dir() else set()
+    studies = (
+        {p.name for p in project.runs.iterdir() if p.is_dir() and not p.name.startswith(".")}
+        if project.runs.is_dir()
+        else set()
+    )
     studies |= {p.stem for p in project.results.glob("*.csv")}
     name = Path(name).name
-    hits = {f.run_id: (s, f) for s in sorted(studies, reverse=True) for record in (True, False) for f in find_runs(s, project, record)
-            if f.run_id.startswith(name)}
+    hits = {
+        f.run_id: (s, f)
+        for s in sorted(studies, reverse=True)
+        for record in (True, False)
+        for f in find_runs(s, project, record)
+        if f.run_id.startswith(name)
+    }
     if name in hits:
         return hits[name]
     if len(hits) != 1:
-        raise LookupError(f"no run begins with {name!r}; `dmr status` lists them" if not hits
-                          else f"{len(hits)} runs begin with {name!r}: {', '.join(list(hits)[:8])}")
+        raise LookupError(
+            f"no run begins with {name!r}; `dmr status` lists them"
+            if not hits
+            else f"{len(hits)} runs begin with {name!r}: {', '.join(list(hits)[:8])}"
+        )
     return next(iter(hits.values()))
+
 
 def why(
     name: str,  # a run's name or its beginning
@@ -235,14 +316,21 @@ def why(
     study_name, found = find_run(name, project)
     study = study or find_study(study_name, project)
     plan, state = make_plan(study, project, load=False), found.state()
-    out = [f"{found.run_id} of study {study.name}: {state['state']}" + (f" ({state['error'].splitlines()[0]})" if state.get("error") else "")]
+    out = [
+        f"{found.run_id} of study {study.name}: {state['state']}"
+        + (f" ({state['error'].splitlines()[0]})" if state.get("error") else "")
+    ]
     spec = found.run.spec if found.run else {}
     same = next((p for p in plan.runs if p.cell.hash == found.cell), None)
     if same is None:
         near = [p for p in plan.runs if spec and (p.cell.arm, p.cell.seed) == (spec.get("arm"), spec.get("seed"))]
         out.append("the study has no cell with these parameters any more")
         if near:
-            out += ["  " + d for d in differences(Identity.from_dict(spec["identity"]), near[0].identity) if d.startswith("parameter")]
+            out += [
+                "  " + d
+                for d in differences(Identity.from_dict(spec["identity"]), near[0].identity)
+                if d.startswith("parameter")
+            ]
         return out
     return out + explain(found, same, plan)
 
@@ -253,13 +341,20 @@ def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
     if p.identity.stream not in (found.stream, UNKNOWN):
         return [f"its stream's text changed: {short(found.stream)} -> {short(p.identity.stream)}; it must run again"]
     if found.code == p.identity.code:
-        return ["its identity is the present one: it stands" if found.state()["state"] == OK else "its identity is the present one"]
+        return [
+            "its identity is the present one: it stands"
+            if found.state()["state"] == OK
+            else "its identity is the present one"
+        ]
     if not found.parts:
         return [f"it was made by code {found.code}, of which no parts are known"]
     changes = changed_parts(found.parts, now_parts)
     accepted = same_code(found.parts, now_parts, plan.ledger.versions()["accepted"])
-    out = ["these parts of the code changed since, and the change was accepted: it stands" if accepted
-           else f"these parts of the code changed since; it must run again, or `dmr accept {plan.study.name}` if no number can differ"]
+    out = [
+        "these parts of the code changed since, and the change was accepted: it stands"
+        if accepted
+        else f"these parts of the code changed since; it must run again, or `dmr accept {plan.study.name}` if no number can differ"
+    ]
     for c in changes:
         out.append(f"  {c['part']}: {short(c['old'])} -> {short(c['new'])}")
         out += [f"      {line}" for line in source_diff(c["old"], c["new"], plan.project)]
@@ -278,7 +373,11 @@ def accept(
     changes: list[dict[str, Any]] = []
     for p in plan.runs:
         for f in p.stale:
-            if p.identity.stream in (f.stream, UNKNOWN) and f.parts and not same_code(f.parts, parts, [*known, *changes]):
+            if (
+                p.identity.stream in (f.stream, UNKNOWN)
+                and f.parts
+                and not same_code(f.parts, parts, [*known, *changes])
+            ):
                 changes += [{**c, "reason": reason.strip(), "on": now()[:10]} for c in changed_parts(f.parts, parts)]
     if changes:
         plan.ledger.accept(changes)
@@ -287,14 +386,28 @@ def accept(
 # %% ../nbs/44_plans.ipynb #7f2d1fcc
 def about(p: Planned, plan: Plan) -> dict[str, Any]:
     "Who a planned run is, for its row."
-    return dict(run_id=p.name, study=plan.study.name, part=p.cell.part or None, arm=p.cell.arm or None, seed=p.cell.seed, cell=p.cell.hash)
+    return dict(
+        run_id=p.name,
+        study=plan.study.name,
+        part=p.cell.part or None,
+        arm=p.cell.arm or None,
+        seed=p.cell.seed,
+        cell=p.cell.hash,
+    )
+
 
 def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
     "The row of a run that was found."
     if f.row is not None:
         return {k: v if v != "" else None for k, v in f.row.items()}
     spec = f.run.spec if f.run else {}
-    return row_of({**about(p, plan), "run_id": f.run_id}, Identity.from_dict(spec["identity"]), f.state(), f.run.result if f.run else None)
+    return row_of(
+        {**about(p, plan), "run_id": f.run_id},
+        Identity.from_dict(spec["identity"]),
+        f.state(),
+        f.run.result if f.run else None,
+    )
+
 
 def missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
     "The row of a cell without a result."
@@ -320,12 +433,17 @@ def choose(
     old = sum(bool(p.stale) for p in plan.runs if p not in have)
     if code == "current" and old:
         what = "are shown, since there are no others" if borrow else "are left out (code='any' shows them)"
-        warnings.warn(f"{plan.study.name}: {old} results were made by other code and {what}; `dmr why {plan.study.name}` says what changed", stacklevel=4)
+        warnings.warn(
+            f"{plan.study.name}: {old} results were made by other code and {what}; `dmr why {plan.study.name}` says what changed",
+            stacklevel=4,
+        )
     return out
+
 
 def table_rows(plan: Plan, code: str = "current") -> list[dict[str, Any]]:
     "One row for each cell, the missing ones included; see `choose`."
     return [row_of_found(f, p, plan) if f else missing_row(p, plan) for p, f in choose(plan, code)]
+
 
 def results_table(study: Study, project: Project, code: str = "current") -> pd.DataFrame:
     "The table of a study; see `dmr.studies.load_results`."
@@ -338,28 +456,36 @@ def results_table(study: Study, project: Project, code: str = "current") -> pd.D
     return pandas.read_csv(io.StringIO(rows_text(table_rows(make_plan(study, project, load=False), code))))
 
 # %% ../nbs/44_plans.ipynb #1a85875f
+LOSS_COLUMNS = ("loss_rows", "loss_columns", "loss_matrix", "loss_untrained")
+
+
 def load_records(
     table: pd.DataFrame,  # from `load_results`
     keep: Iterable[str] = ("run_id", "part", "arm", "seed"),  # columns to repeat in each row
 ) -> pd.DataFrame:
     "One row for each measured loss of each run: stage (-1 before training), domain, trained_domain, eval_domain, loss."
-    return _long(table, keep, lambda row: unpack_losses({k: _json(row.get(k)) for k in ("trained", "domains", "losses", "untrained")}))
+    return _long(table, keep, lambda row: unpack_losses({k: _json(row.get(k)) for k in LOSS_COLUMNS}))
+
 
 def load_stages(
     table: pd.DataFrame,  # from `load_results`
     keep: Iterable[str] = ("run_id", "part", "arm", "seed"),  # columns to repeat in each row
 ) -> pd.DataFrame:
     "One row for each stage of each run: steps, wall time, step norms, strength, rank."
-    return _long(table, keep, lambda row: unpack_stages(_json(row.get("stages")) or {}))
+    return _long(table, keep, lambda row: unpack_stages(_json(row.get("stage_values")) or {}))
+
 
 def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else None
+
 
 def _long(table: pd.DataFrame, keep: Iterable[str], unpack: Any) -> pd.DataFrame:
     import pandas
 
     keep = [k for k in keep if k in table.columns]
-    return pandas.DataFrame([{**{k: row[k] for k in keep}, **r} for row in table.to_dict("records") for r in unpack(row)])
+    return pandas.DataFrame(
+        [{**{k: row[k] for k in keep}, **r} for row in table.to_dict("records") for r in unpack(row)]
+    )
 
 # %% ../nbs/44_plans.ipynb #9df726a0
 def results_of(plan: Plan) -> list[dict[str, Any]]:
@@ -373,12 +499,22 @@ def results_of(plan: Plan) -> list[dict[str, Any]]:
             result = result_of_row(found.row, p.identity.parameters)
         status = "missing" if state["state"] in (WAITING, KILLED, RUNNING) else state["state"]
         error = state.get("error") or (state["state"] if status == "missing" else None)
-        out.append({**result, "run_id": p.name, "study": plan.study.name, "status": status, "error": error, "parameters": dict(p.identity.parameters)})
+        out.append(
+            {
+                **result,
+                "run_id": p.name,
+                "study": plan.study.name,
+                "status": status,
+                "error": error,
+                "parameters": dict(p.identity.parameters),
+            }
+        )
     return out
+
 
 def result_of_row(row: Mapping[str, str], parameters: Mapping[str, Any]) -> dict[str, Any]:
     "A result put together from its row."
-    packed = {k: json.loads(row[k]) for k in ("trained", "domains", "losses", "untrained", "stages") if row.get(k)}
+    packed = {k: json.loads(row[k]) for k in (*LOSS_COLUMNS, "stage_values") if row.get(k)}
     metrics, environment = {}, {}
     for k, v in row.items():
         if v and k not in parameters and k not in packed and not k.startswith(("identity_", "environment_", "stage_")):
@@ -387,16 +523,40 @@ def result_of_row(row: Mapping[str, str], parameters: Mapping[str, Any]) -> dict
         if v and k.startswith("environment_"):
             environment[k.removeprefix("environment_")] = v
     wall = metrics.pop("wall_s", None)
-    return dict(schema=1, parameters=dict(parameters), records=unpack_losses(packed), stages=unpack_stages(packed.get("stages") or {}),
-                metrics=metrics, environment=environment, wall_s=wall)
+    return dict(
+        schema=1,
+        parameters=dict(parameters),
+        records=unpack_losses(packed),
+        stages=unpack_stages(packed.get("stage_values") or {}),
+        metrics=metrics,
+        environment=environment,
+        wall_s=wall,
+    )
 
 # %% ../nbs/44_plans.ipynb #40349b3d
 def write_plan(plan: Plan) -> None:
     "Leave the plan in the study's folder, for `status`."
     folder = plan.project.runs / plan.study.name
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "plan.json", dict(schema=1, study=plan.study.name, title=plan.study.title, written=now(), runs=[
-        dict(run=p.name, label=p.cell.label, recorded=p.found is not None and p.found.run is None, state=p.state["state"]) for p in plan.runs]))
+    write_json(
+        folder / "plan.json",
+        dict(
+            schema=1,
+            study=plan.study.name,
+            title=plan.study.title,
+            written=now(),
+            runs=[
+                dict(
+                    run=p.name,
+                    label=p.cell.label,
+                    recorded=p.found is not None and p.found.run is None,
+                    state=p.state["state"],
+                )
+                for p in plan.runs
+            ],
+        ),
+    )
+
 
 def status(
     study: str,  # a study's name
@@ -411,6 +571,7 @@ def status(
         state = dict(state=entry["state"]) if entry["recorded"] else Run(project.runs / study / entry["run"]).state()
         out.append({**state, "run": entry["run"], "label": entry["label"], "recorded": entry["recorded"]})
     return out
+
 
 def studies_with_runs(project: Project) -> list[str]:
     "The studies that have a plan in the run folder."

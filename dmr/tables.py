@@ -25,9 +25,12 @@ def significant(x: Any, digits: int = 7) -> Any:
     "A float with so many significant digits; anything else as it is."
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
+
 def pack_losses(
     records: Iterable[Mapping[str, Any]],  # a run's records: stage, domain, trained_domain, eval_domain, loss
-) -> dict[str, Any]:  # trained (a name for each row), domains (for each column), losses, untrained (losses before any training)
+) -> dict[
+    str, Any
+]:  # loss_rows (trained domains), loss_columns (evaluated ones), loss_matrix, loss_untrained (before any training)
     "The loss matrix of a run's records; entries that were not measured are None."
     cells = {(int(r["stage"]), int(r["domain"])): r for r in records if {"stage", "domain", "loss"} <= r.keys()}
     columns = range(1 + max((j for _, j in cells), default=-1))
@@ -35,16 +38,28 @@ def pack_losses(
     names = {j: str(r.get("eval_domain", j)) for (_, j), r in cells.items()}
     trained = {i: str(r.get("trained_domain", i)) for (i, _), r in cells.items()}
     matrix = [[significant(cells[i, j]["loss"]) if (i, j) in cells else None for j in columns] for i in rows]
-    return dict(trained=[trained.get(i, str(i)) for i in rows[1:]], domains=[names.get(j, str(j)) for j in columns], losses=matrix[1:],
-                untrained=matrix[0] if any(x is not None for x in matrix[0]) else [])
+    return dict(
+        loss_rows=[trained.get(i, str(i)) for i in rows[1:]],
+        loss_columns=[names.get(j, str(j)) for j in columns],
+        loss_matrix=matrix[1:],
+        loss_untrained=matrix[0] if any(x is not None for x in matrix[0]) else [],
+    )
+
 
 def unpack_losses(
     packed: Mapping[str, Any],  # from `pack_losses`
 ) -> list[dict[str, Any]]:
     "Records from a loss matrix: the inverse of `pack_losses`."
-    rows = [(-1, None, packed.get("untrained") or []), *((i, packed["trained"][i], row) for i, row in enumerate(packed.get("losses") or []))]
-    return [dict(stage=i, domain=j, trained_domain=name, eval_domain=packed["domains"][j], loss=x)
-            for i, name, row in rows for j, x in enumerate(row) if x is not None]
+    rows = [
+        (-1, None, packed.get("loss_untrained") or []),
+        *((i, packed["loss_rows"][i], row) for i, row in enumerate(packed.get("loss_matrix") or [])),
+    ]
+    return [
+        dict(stage=i, domain=j, trained_domain=name, eval_domain=packed["loss_columns"][j], loss=x)
+        for i, name, row in rows
+        for j, x in enumerate(row)
+        if x is not None
+    ]
 
 # %% ../nbs/43_tables.ipynb #b178b5ed
 def pack_stages(stages: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -52,12 +67,14 @@ def pack_stages(stages: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     stages = list(stages)
     return {k: [significant(s.get(k)) for s in stages] for k in dict.fromkeys(k for s in stages for k in s)}
 
+
 def unpack_stages(packed: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     "The inverse of `pack_stages`."
     return [dict(zip(packed, values)) for values in zip(*packed.values())]
 
 # %% ../nbs/43_tables.ipynb #3bc42053
 IDENTITY = ("run_id", "study", "part", "arm", "seed", "status", "error", "cell", "stream_hash", "code", "finished")
+
 
 def row_of(
     about: Mapping[str, Any],  # run_id, study, part, arm, seed, cell: who the run is
@@ -69,15 +86,22 @@ def row_of(
     from dmr.report import tidy_run
 
     error = str(state.get("error") or "").splitlines()[:1]
-    who = dict(run_id=about["run_id"], study=about["study"], status=state["state"], error=error[0][:300] if error else None)
+    who = dict(
+        run_id=about["run_id"], study=about["study"], status=state["state"], error=error[0][:300] if error else None
+    )
     flat = tidy_run({**(result or {}), **who, "parameters": dict(identity.parameters)})
     packed = pack_losses((result or {}).get("records") or [])
     stages = pack_stages((result or {}).get("stages") or [])
-    row = {**{k: about.get(k) for k in IDENTITY}, **who, "stream_hash": identity.stream, "code": identity.code,
-           "finished": state.get("finished") or state.get("ended")}
+    row = {
+        **{k: about.get(k) for k in IDENTITY},
+        **who,
+        "stream_hash": identity.stream,
+        "code": identity.code,
+        "finished": state.get("finished") or state.get("ended"),
+    }
     row |= {k: v for k, v in flat.items() if k not in row}
     row |= {k: state[k] for k in ("wall_s", "peak_memory", "attempts") if state.get(k) is not None}
-    long = {**packed, "stages": stages}
+    long = {**packed, "stage_values": stages}
     return row | {k: json.dumps(v, separators=(",", ":"), ensure_ascii=False) if v else None for k, v in long.items()}
 
 # %% ../nbs/43_tables.ipynb #921b857a
@@ -90,6 +114,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     csv.field_size_limit(1 << 27)
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
+
 def rows_text(rows: Iterable[Mapping[str, Any]]) -> str:
     "Rows as CSV, with every column that one of them has."
     rows = list(rows)
@@ -100,6 +125,7 @@ def rows_text(rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
     return out.getvalue()
 
+
 def row_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     "What makes two rows the same run."
     return tuple(str(row.get(k) or "") for k in ("cell", "stream_hash", "code"))  # type: ignore[return-value]
@@ -108,6 +134,7 @@ def row_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 @dataclass(frozen=True)
 class Ledger:
     "What is known of a study beyond its run folders: its table, and the versions of the code behind it."
+
     table: Path | None  # results/<study>.csv; None: this study keeps no table
     codes: Path  # JSON: parts of each version of the code, and accepted changes
 

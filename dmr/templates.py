@@ -25,9 +25,11 @@ __all__ = ['INTERVAL', 'CHOICES', 'KINDS', 'ENGINE_PARAMETERS', 'Interval', 'rea
 INTERVAL = re.compile(r"([\[(])\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*,\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*([\])])")
 CHOICES = re.compile(r"\{([^{}]+)\}")
 
+
 @dataclass(frozen=True)
 class Interval:
     "A range of numbers with open or closed ends."
+
     low: float
     high: float
     open_low: bool = False
@@ -57,6 +59,7 @@ def read_range(
 @dataclass(frozen=True)
 class Parameter:
     "One line of a template's parameters cell."
+
     name: str
     default: Any
     types: tuple[str, ...] = ()  # annotation split at "|", such as ("int", "None"); empty: any
@@ -92,6 +95,7 @@ def as_type(
 # %% ../nbs/38_templates.ipynb #e01041b9
 KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "None": "null"}
 
+
 def check_value(
     p: Parameter,
     value: Any,
@@ -105,16 +109,21 @@ def check_value(
             continue
     else:
         wanted = " or ".join(KINDS.get(k, k) for k in p.types)
-        raise ValueError(f"{p.name}={value!r} is {KINDS.get(type(value).__name__, type(value).__name__)}, but {p.name} takes {wanted}")
+        raise ValueError(
+            f"{p.name}={value!r} is {KINDS.get(type(value).__name__, type(value).__name__)}, but {p.name} takes {wanted}"
+        )
     if p.choices and value is not None:
         unknown = [v for v in (value if isinstance(value, list) else [value]) if str(v) not in p.choices]
         if unknown:
-            raise ValueError(f"{p.name}={unknown[0]!r} is unknown{nearest(str(unknown[0]), p.choices)}; it takes one of {', '.join(p.choices)}")
+            raise ValueError(
+                f"{p.name}={unknown[0]!r} is unknown{nearest(str(unknown[0]), p.choices)}; it takes one of {', '.join(p.choices)}"
+            )
     if p.interval and isinstance(value, (int, float)) and not isinstance(value, bool) and value not in p.interval:
-        raise ValueError(f"{p.name}={value!r} lies outside {p.interval} ({p.help})")
+        raise ValueError(f"{p.name}={value!r} lies outside {p.interval}{f' ({p.help})' if p.help else ''}")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{p.name} is not a number (nan)")
     return value
+
 
 def nearest(word: str, words: Any) -> str:
     "The question 'did you mean ...?' where a known word is near, else nothing."
@@ -127,6 +136,7 @@ def comments_by_line(source: str) -> dict[int, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
 
+
 def read_parameters(
     source: str,  # source of the parameters cell
 ) -> dict[str, Parameter]:
@@ -135,35 +145,52 @@ def read_parameters(
     for node in ast.parse(source).body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+        targets = (
+            [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+        )
         target = targets[0] if len(targets) == 1 else None
         try:
-            if not isinstance(target, ast.Name) or not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            if (
+                not isinstance(target, ast.Name)
+                or not isinstance(node, (ast.Assign, ast.AnnAssign))
+                or node.value is None
+            ):
                 raise ValueError("not an assignment of a value")
             default = ast.literal_eval(node.value)
         except ValueError:
-            raise ValueError(f"line {node.lineno} of the parameters cell, {ast.unparse(node)!r}, is not 'name = plain value'; "
-                             "move it to a cell of its own") from None
+            raise ValueError(
+                f"line {node.lineno} of the parameters cell, {ast.unparse(node)!r}, is not 'name = plain value'; "
+                "move it to a cell of its own"
+            ) from None
         note = ast.unparse(node.annotation).strip("'\"") if isinstance(node, ast.AnnAssign) else type(default).__name__
-        types = () if note == "NoneType" else tuple(t.strip() for t in re.sub(r"Optional\[(.*)\]", r"\1 | None", note).split("|"))
-        help = comments.get(node.end_lineno or 0, "")
-        out[target.id] = Parameter(target.id, default, types, help, *read_range(help))
+        types = (
+            ()
+            if note == "NoneType"
+            else tuple(t.strip() for t in re.sub(r"Optional\[(.*)\]", r"\1 | None", note).split("|"))
+        )
+        comment = comments.get(node.end_lineno or 0, "")
+        help = CHOICES.sub("", INTERVAL.sub("", comment)).strip(" ,;")
+        out[target.id] = Parameter(target.id, default, types, help, *read_range(comment))
     return out
 
 # %% ../nbs/38_templates.ipynb #7b8dac87
 @dataclass(frozen=True)
 class CodeCell:
     "A code cell of a template, the parameters cell left out."
+
     index: int
     source: str
     cosmetic: bool = False
 
+
 @dataclass(frozen=True)
 class Template:
     "A notebook with one cell tagged `parameters`."
+
     path: Path
     parameters: dict[str, Parameter]
     cells: tuple[CodeCell, ...] = field(default_factory=tuple)
+
 
 def plain_python(source: str) -> str:
     "Python source of a cell: IPython's magics become calls."
@@ -187,13 +214,19 @@ def read_template(
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is not a notebook of format 4: {e}") from None
-    code = [(i, "".join(c["source"]), c.get("metadata", {}).get("tags", [])) for i, c in enumerate(cells) if c["cell_type"] == "code"]
+    code = [
+        (i, "".join(c["source"]), c.get("metadata", {}).get("tags", []))
+        for i, c in enumerate(cells)
+        if c["cell_type"] == "code"
+    ]
     tagged = [(i, s) for i, s, tags in code if "parameters" in tags]
     if len(tagged) != 1:
         raise ValueError(f"{path} has {len(tagged)} cells tagged 'parameters'; a template needs exactly one")
     try:
         parameters = read_parameters(tagged[0][1])
-        others = tuple(CodeCell(i, plain_python(s), "cosmetic" in tags) for i, s, tags in code if i != tagged[0][0] and s.strip())
+        others = tuple(
+            CodeCell(i, plain_python(s), "cosmetic" in tags) for i, s, tags in code if i != tagged[0][0] and s.strip()
+        )
         for c in others:
             ast.parse(c.source)
     except (ValueError, SyntaxError) as e:
@@ -202,6 +235,7 @@ def read_template(
 
 # %% ../nbs/38_templates.ipynb #f4d9d5bd
 ENGINE_PARAMETERS = ("checkpoint",)  # set by the engine, no part of what a run is
+
 
 def problems(
     template: Template,
@@ -213,14 +247,20 @@ def problems(
         if name in ENGINE_PARAMETERS:
             out.append((name, f"{name} is set by the engine: it is a folder inside the run's own; leave it out"))
         elif name not in template.parameters:
-            out.append((name, f"{template.path.name} has no parameter {name!r}{nearest(name, template.parameters)}; "
-                              f"it takes {', '.join(n for n in template.parameters if n not in ENGINE_PARAMETERS)}"))
+            out.append(
+                (
+                    name,
+                    f"{template.path.name} has no parameter {name!r}{nearest(name, template.parameters)}; "
+                    f"it takes {', '.join(n for n in template.parameters if n not in ENGINE_PARAMETERS)}",
+                )
+            )
         else:
             try:
                 check_value(template.parameters[name], value)
             except ValueError as e:
                 out.append((name, str(e)))
     return out
+
 
 def resolve(
     template: Template,
@@ -230,8 +270,12 @@ def resolve(
     wrong = problems(template, given)
     if wrong:
         raise ValueError("\n".join(message for _, message in wrong))
-    return {n: check_value(p, given[n]) if n in given else check_default(p) for n, p in template.parameters.items()
-            if n not in ENGINE_PARAMETERS}
+    return {
+        n: check_value(p, given[n]) if n in given else check_default(p)
+        for n, p in template.parameters.items()
+        if n not in ENGINE_PARAMETERS
+    }
+
 
 def check_default(p: Parameter) -> Any:
     "The default in its declared type."

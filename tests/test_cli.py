@@ -1,12 +1,13 @@
 """The command line: quick, one line for what a user gets wrong, and exit codes that tell."""
+
 import json
 import subprocess
 import sys
 
 import pytest
+from tiny import dmr, project
 
 from dmr.cli import last_lines, main, parse_value, parser
-from tiny import dmr, project
 
 
 def call(capsys, root, *argv):
@@ -18,8 +19,10 @@ def call(capsys, root, *argv):
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["status"], ["batch", "--list"], ["batch", "--help"]])
 def test_looking_needs_no_torch(argv, tmp_path):
     project(tmp_path, "seeds: [0]\n")
-    code = ("import sys\nfrom dmr.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-            "print('loaded', [m for m in ('torch', 'numpy', 'pandas', 'papermill', 'matplotlib') if m in sys.modules])")
+    code = (
+        "import sys\nfrom dmr.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('loaded', [m for m in ('torch', 'numpy', 'pandas', 'papermill', 'matplotlib') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True)
     assert out.stdout.splitlines()[-1] == "loaded []", out
 
@@ -33,23 +36,39 @@ def test_every_command_has_a_line_of_help(capsys):
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("text, value", [("1e-3", 0.001), ("16", 16), ("true", True), ("null", None), ("None", None), ("kept", "kept"),
-                                         ("['python', 'cpp']", ["python", "cpp"]), ('["a"]', ["a"]), ("-0.5", -0.5), ("0.5 %", "0.5 %")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-3", 0.001),
+        ("16", 16),
+        ("true", True),
+        ("null", None),
+        ("None", None),
+        ("kept", "kept"),
+        ("['python', 'cpp']", ["python", "cpp"]),
+        ('["a"]', ["a"]),
+        ("-0.5", -0.5),
+        ("0.5 %", "0.5 %"),
+    ],
+)
 def test_values(text, value):
     assert parse_value(text) == value
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["batch", "nothing"], "no study 'nothing'"),
-    (["batch", "tiny", "-p", "moed", "plain"], "did you mean 'mode'"),
-    (["batch", "tiny", "-p", "lr", "-1"], "outside (0, inf)"),
-    (["batch", "tiny", "-p", "seed", "7"], "the same run"),
-    (["batch", "tiny", "--workers", "0"], "at least 1"),
-    (["run", "missing.ipynb"], "no template notebook"),
-    (["tail", "nothing"], "no run begins with 'nothing'"),
-    (["why", "nothing"], "no run begins with 'nothing'"),
-    (["status", "tiny"], "no batch of 'tiny' was started"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["batch", "nothing"], "no study 'nothing'"),
+        (["batch", "tiny", "-p", "moed", "plain"], "did you mean 'mode'"),
+        (["batch", "tiny", "-p", "lr", "-1"], "outside (0, inf)"),
+        (["batch", "tiny", "-p", "seed", "7"], "the same run"),
+        (["batch", "tiny", "--workers", "0"], "at least 1"),
+        (["run", "missing.ipynb"], "no template notebook"),
+        (["tail", "nothing"], "no run begins with 'nothing'"),
+        (["why", "nothing"], "no run begins with 'nothing'"),
+        (["status", "tiny"], "no batch of 'tiny' was started"),
+    ],
+)
 def test_what_a_user_gets_wrong(capsys, tmp_path, monkeypatch, argv, said):
     project(tmp_path, "seeds: [0, 1]\n")
     monkeypatch.chdir(tmp_path)
@@ -68,14 +87,28 @@ def test_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
 
 def test_options_of_the_brief():
     p = parser()
-    args = p.parse_args(["batch", "eight", "--workers", "3", "--scheduler", "tcp://h:1", "--retry-failed", "--quiet", "--json", "--budget-hours", "2"])
+    args = p.parse_args(
+        [
+            "batch",
+            "eight",
+            "--workers",
+            "3",
+            "--scheduler",
+            "tcp://h:1",
+            "--retry-failed",
+            "--quiet",
+            "--json",
+            "--budget-hours",
+            "2",
+        ]
+    )
     assert (args.workers, args.scheduler, args.budget_hours, args.retry_failed) == (3, "tcp://h:1", 2.0, True)
     assert p.parse_args(["streams", "fetch", "text8", "--quiet"]).names == ["text8"]
 
 
 def test_the_last_lines_of_a_log(tmp_path):
     log = tmp_path / "log.txt"
-    log.write_bytes("one\ntwo\r\nstep 1\rstep 2\rstep 3\n\nfour".encode())
+    log.write_bytes(b"one\ntwo\r\nstep 1\rstep 2\rstep 3\n\nfour")
     assert last_lines(log, 3) == ["two", "step 3", "four"]
     assert last_lines(tmp_path / "none", 3) == []
 
@@ -98,7 +131,7 @@ def test_exit_codes(tmp_path):
     project(tmp_path, "arms: {good: {}, bad: {mode: raise}}\n")
     batch = dmr(tmp_path, "batch", "tiny", "--workers", "2")
     out, _ = batch.communicate(timeout=120)
-    assert batch.returncode == 1 and "bad: failed: FloatingPointError: diverged at lr=0.001" in out
+    assert batch.returncode == 1 and "bad seed 0: failed: FloatingPointError: diverged at lr=0.001" in out
     status = dmr(tmp_path, "status", "tiny")
     assert "1 of 2 done, 1 failed" in status.communicate()[0] and status.returncode == 1
     tail = dmr(tmp_path, "tail", "bad")

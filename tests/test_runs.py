@@ -1,4 +1,5 @@
 """One run: it ends in a state that can be trusted, whatever is done to its processes."""
+
 import json
 import os
 import resource
@@ -11,10 +12,26 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from dmr.runs import (FAILED, KILLED, OK, OUT_OF_MEMORY, TIMEOUT, Busy, Limits, Run, clear_leftovers, is_locked, launch, locked,
-                      prepare, read_json, start, write_atomic)
 from tiny import BODY, EMIT, PARAMETERS, notebook, wait_for
+
+from dmr.runs import (
+    FAILED,
+    KILLED,
+    OK,
+    OUT_OF_MEMORY,
+    TIMEOUT,
+    Busy,
+    Limits,
+    Run,
+    clear_leftovers,
+    is_locked,
+    launch,
+    locked,
+    prepare,
+    read_json,
+    start,
+    write_atomic,
+)
 
 
 @pytest.fixture
@@ -25,13 +42,18 @@ def make(tmp_path, monkeypatch):
 
     def made(name: str = "run", limits: Limits | None = None, **parameters) -> Run:
         return prepare(tmp_path / "runs" / name, template, parameters, dict(id="a.b"), limits, checkpoint=True)
+
     return made
 
 
 def alive(run: Run) -> bool:
     "Whether the run's kernel lives."
     kernel = (read_json(run.folder / "state.json") or {}).get("kernel") or {}
-    return bool(kernel) and psutil.pid_exists(kernel["pid"]) and psutil.Process(kernel["pid"]).status() != psutil.STATUS_ZOMBIE
+    return (
+        bool(kernel)
+        and psutil.pid_exists(kernel["pid"])
+        and psutil.Process(kernel["pid"]).status() != psutil.STATUS_ZOMBIE
+    )
 
 
 def kernel_of(run: Run) -> int:
@@ -41,9 +63,11 @@ def kernel_of(run: Run) -> int:
 def test_a_file_is_whole_or_untouched(tmp_path):
     path = tmp_path / "a.txt"
     write_atomic(path, "old")
-    script = ("import resource, signal, sys; from dmr.runs import write_atomic\n"
-              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-              "try: write_atomic(sys.argv[1], 'x' * 5000)\nexcept OSError as e: print(e.errno)")
+    script = (
+        "import resource, signal, sys; from dmr.runs import write_atomic\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_atomic(sys.argv[1], 'x' * 5000)\nexcept OSError as e: print(e.errno)"
+    )
     out = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
     assert out.stdout.strip().isdigit(), out.stderr
     assert path.read_text() == "old"
@@ -89,7 +113,9 @@ def test_the_marker_alone_is_not_trusted(make):
     assert run.done is None
 
 
-@pytest.mark.parametrize("left", [dict(state="running", pid=2**22 + 1, host="elsewhere", attempts=2), dict(state="killed", attempts=1)])
+@pytest.mark.parametrize(
+    "left", [dict(state="running", pid=2**22 + 1, host="elsewhere", attempts=2), dict(state="killed", attempts=1)]
+)
 def test_a_dead_run_says_killed(make, left):
     run = make()
     write_atomic(run.folder / "state.json", json.dumps(left))
@@ -103,7 +129,12 @@ def test_clearing_leaves_strangers_alone(make):
     stranger = subprocess.Popen(["sleep", "60"])
     try:
         import platform
-        state = dict(state="running", host=platform.node(), kernel=dict(pid=stranger.pid, began=psutil.Process(stranger.pid).create_time() - 50))
+
+        state = dict(
+            state="running",
+            host=platform.node(),
+            kernel=dict(pid=stranger.pid, began=psutil.Process(stranger.pid).create_time() - 50),
+        )
         write_atomic(run.folder / "state.json", json.dumps(state))
         clear_leftovers(run)
         assert stranger.poll() is None
@@ -113,12 +144,15 @@ def test_clearing_leaves_strangers_alone(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, limits, state, error", [
-    ("raise", None, FAILED, "FloatingPointError: diverged at lr=0.001"),
-    ("die", None, KILLED, "the kernel died"),
-    ("hang", Limits(wall_s=10), TIMEOUT, "took longer than its limit of 10 s"),
-    ("greedy", Limits(memory_bytes=900_000_000), OUT_OF_MEMORY, "more than its limit of 900 MB"),
-])
+@pytest.mark.parametrize(
+    "mode, limits, state, error",
+    [
+        ("raise", None, FAILED, "FloatingPointError: diverged at lr=0.001"),
+        ("die", None, KILLED, "the kernel died"),
+        ("hang", Limits(wall_s=10), TIMEOUT, "took longer than its limit of 10 s"),
+        ("greedy", Limits(memory_bytes=900_000_000), OUT_OF_MEMORY, "more than its limit of 900 MB"),
+    ],
+)
 def test_each_way_to_fail(make, mode, limits, state, error):
     run = make(limits=limits, mode=mode)
     outcome = launch(run.folder)
@@ -212,7 +246,9 @@ def test_full_disk(make):
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
 
     code = "import sys; from dmr.runs import launch; print(launch(sys.argv[1])['state'])"
-    out = subprocess.run([sys.executable, "-c", code, str(run.folder)], preexec_fn=small, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(run.folder)], preexec_fn=small, capture_output=True, text=True
+    )
     assert out.stdout.split() == [KILLED], out
     assert run.done is None and not alive(run)
     assert launch(run.folder)["state"] == OK
@@ -226,7 +262,9 @@ def test_ten_at_once_all_succeed_and_leave_nothing(make):
     before = set(Path(tempfile.gettempdir()).glob("dmr-*"))
     runs = [make(f"r{i}", seed=i) for i in range(10)]
     outcomes = {}
-    threads = [threading.Thread(target=lambda r=r: outcomes.update({r.folder.name: launch(r.folder)["state"]})) for r in runs]
+    threads = [
+        threading.Thread(target=lambda r=r: outcomes.update({r.folder.name: launch(r.folder)["state"]})) for r in runs
+    ]
     for t in threads:
         t.start()
     for t in threads:
@@ -240,9 +278,11 @@ def test_ten_at_once_all_succeed_and_leave_nothing(make):
 @pytest.mark.slow
 def test_overhead_is_small(make):
     "Beyond the notebook itself a run costs less than 5 s of processor time."
+
     def spent() -> float:
         u = resource.getrusage(resource.RUSAGE_CHILDREN)
         return u.ru_utime + u.ru_stime
+
     before = spent()
     assert launch(make().folder)["state"] == OK
     assert spent() - before < 5

@@ -1,4 +1,5 @@
 """Study files, plans and tables: what counts as done, what changed, and what a table shows."""
+
 import json
 import shutil
 import time
@@ -7,13 +8,13 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import BODY, EMIT, PARAMETERS, notebook, project
 
 from dmr.identity import code_digest, module_hashes, package_folder
 from dmr.plans import accept, make_plan, prepare_planned, results_of, table_rows, why
 from dmr.runs import OK
 from dmr.studies import StudyError, combinations, find_project, list_studies, load_results, read_study
 from dmr.tables import Ledger, pack_losses, read_rows, row_key, unpack_losses
-from tiny import BODY, EMIT, PARAMETERS, notebook, project
 
 STUDY = "seeds: [0, 1]\narms: {slow: {lr: 1e-3}, fast: {lr: 1e-2}}\n"
 
@@ -26,26 +27,31 @@ def finish(plan, only=slice(None), loss=1.0):
         run = prepare_planned(p, plan)
         result = json.dumps(dict(metrics=dict(loss=loss)))
         (run.folder / "result.json").write_text(result)
-        (run.folder / "done.json").write_text(json.dumps(dict(id=p.identity.id, wall_s=1.0, sha256=hashlib.sha256(result.encode()).hexdigest())))
+        (run.folder / "done.json").write_text(
+            json.dumps(dict(id=p.identity.id, wall_s=1.0, sha256=hashlib.sha256(result.encode()).hexdigest()))
+        )
 
 
 def plan_of(folders, name="tiny"):
     return make_plan(read_study(folders.studies / f"{name}.yaml"), folders)
 
 
-@pytest.mark.parametrize("text, line, said", [
-    ("sedes: [1]", 2, "did you mean 'seeds'"),
-    ("arms:\n  a: {lr: -1}", 3, "outside (0, inf)"),
-    ("arms:\n  a: {}\n  b: {lr: quick}", 4, "lr takes a number"),
-    ("defaults:\n  moed: plain", 3, "did you mean 'mode'"),
-    ("defaults: {mode: plian}", 2, "did you mean 'plain'"),
-    ("grid:\n  seed: [1]\n  lr: []", 4, "grid takes a list"),
-    ("seeds: 5..1", 2, "such as 0..9"),
-    ("limits:\n  wall: soon", 3, "no quantity"),
-    ("defaults: {checkpoint: /tmp}", 2, "set by the engine"),
-    ("arms: {a: {lr: 1, lr: 2}}", 2, "appears twice"),
-    ("arms: {a: {}\n", 3, ""),
-])
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        ("sedes: [1]", 2, "did you mean 'seeds'"),
+        ("arms:\n  a: {lr: -1}", 3, "outside (0, inf)"),
+        ("arms:\n  a: {}\n  b: {lr: quick}", 4, "lr takes a number"),
+        ("defaults:\n  moed: plain", 3, "did you mean 'mode'"),
+        ("defaults: {mode: plian}", 2, "did you mean 'plain'"),
+        ("grid:\n  seed: [1]\n  lr: []", 4, "grid takes a list"),
+        ("seeds: 5..1", 2, "such as 0..9"),
+        ("limits:\n  wall: soon", 3, "no quantity"),
+        ("defaults: {checkpoint: /tmp}", 2, "set by the engine"),
+        ("arms: {a: {lr: 1, lr: 2}}", 2, "appears twice"),
+        ("arms: {a: {}\n", 3, ""),
+    ],
+)
 def test_errors_name_the_line(tmp_path, text, line, said):
     folders = project(tmp_path, text)
     with pytest.raises(StudyError) as e:
@@ -68,16 +74,33 @@ def test_the_projects_own_studies_can_be_read():
     for path in paths:
         assert read_study(path).cells
     demo = read_study(folders.studies / "demo.yaml")
-    assert {c.seed for c in demo.cells} == {0, 1} and len(demo.cells) == 2 * len({c.arm for c in demo.cells}) and not demo.record
-    assert all(c.parameters["steps"] * (1 - c.parameters["beta2"]) >= 5 and c.parameters["state"] == "kept" for c in demo.cells)
-    assert {(c.parameters["modification"], c.parameters["routing"], c.parameters["strength"]) for c in demo.cells if c.parameters["modification"] != "none"} >= {
-        ("projection", "shared", "fixed"), ("projection", "decoupled", "fixed"), ("projection", "decoupled", "overlap"),
-        ("projection", "displacement", "fixed"), ("replay", "shared", "fixed"), ("replay", "decoupled", "fixed")}
+    assert (
+        {c.seed for c in demo.cells} == {0, 1}
+        and len(demo.cells) == 2 * len({c.arm for c in demo.cells})
+        and not demo.record
+    )
+    assert all(
+        c.parameters["steps"] * (1 - c.parameters["beta2"]) >= 5 and c.parameters["state"] == "kept" for c in demo.cells
+    )
+    assert {
+        (c.parameters["modification"], c.parameters["routing"], c.parameters["strength"])
+        for c in demo.cells
+        if c.parameters["modification"] != "none"
+    } >= {
+        ("projection", "shared", "fixed"),
+        ("projection", "decoupled", "fixed"),
+        ("projection", "decoupled", "overlap"),
+        ("projection", "displacement", "fixed"),
+        ("replay", "shared", "fixed"),
+        ("replay", "decoupled", "fixed"),
+    }
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(), min_size=1, max_size=3, unique=True), max_size=3),
-       st.integers(0, 3))
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(), min_size=1, max_size=3, unique=True), max_size=3),
+    st.integers(0, 3),
+)
 def test_a_grid_is_the_whole_product_without_repeats(grid, n):
     zipped = dict(y=list(range(n)), z=list(range(n))) if n else {}
     found = [tuple(sorted(c.items())) for c in combinations(grid, zipped)]
@@ -88,9 +111,19 @@ def test_a_grid_is_the_whole_product_without_repeats(grid, n):
     assert all(dict(c).get("y") == dict(c).get("z") for c in found)
 
 
-SOURCES = ["x = f(1, b=2)", "def f(a, *b, c=1, **d):\n    return [i for i in a if i]", "async def g():\n    await h()\n", "x: int = 3\nx += 1",
-           "with a as b, c: pass", "f'{x!r:>{w}} {y}'", "lambda *, a: a", "try:\n    pass\nexcept (A, B) as e:\n    raise C from e",
-           "match x:\n    case {'a': [1, *r]} if r: pass\n    case _: pass", "a[1:2, ::3] = b @ c ** -d", "x = 1; y = None; z = ...; w = 1j; v = b'a'"]
+SOURCES = [
+    "x = f(1, b=2)",
+    "def f(a, *b, c=1, **d):\n    return [i for i in a if i]",
+    "async def g():\n    await h()\n",
+    "x: int = 3\nx += 1",
+    "with a as b, c: pass",
+    "f'{x!r:>{w}} {y}'",
+    "lambda *, a: a",
+    "try:\n    pass\nexcept (A, B) as e:\n    raise C from e",
+    "match x:\n    case {'a': [1, *r]} if r: pass\n    case _: pass",
+    "a[1:2, ::3] = b @ c ** -d",
+    "x = 1; y = None; z = ...; w = 1j; v = b'a'",
+]
 
 
 def test_code_in_normal_form_tells_code_from_layout():
@@ -112,7 +145,9 @@ def test_identity_follows_the_imports_of_the_real_package():
 def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
-    for name, text in dict(__init__="__version__ = '1'", used="from .deep import x", deep="x = 1", other="y = 1").items():
+    for name, text in dict(
+        __init__="__version__ = '1'", used="from .deep import x", deep="x = 1", other="y = 1"
+    ).items():
         (package / f"{name}.py").write_text(text)
     monkeypatch.setattr("dmr.identity.package_folder", lambda package_name="dmr": package)
     folders = project(tmp_path / "p", STUDY, cells=(PARAMETERS, "from dmr.used import x", EMIT))
@@ -129,14 +164,17 @@ def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
     assert any("dmr.deep" in line for line in said) and not any("dmr.used" in line for line in said)
 
 
-@pytest.mark.parametrize("edit, done", [
-    (lambda p, b, e: (p, "# a comment\n" + b, e), True),
-    (lambda p, b, e: (p.replace("# a label", "# another label"), b, e), True),
-    (lambda p, b, e: (p, b.replace("60_000_000", "50_000_000"), e), False),
-    (lambda p, b, e: (p.replace("lr = 1e-3 ", "lr = 5e-1 "), b, e), True),   # every run gives its own lr
-    (lambda p, b, e: (p + "new = 1\n", b, e), False),
-    (lambda p, b, e: (p, b, e, "1 + 1"), False),
-])
+@pytest.mark.parametrize(
+    "edit, done",
+    [
+        (lambda p, b, e: (p, "# a comment\n" + b, e), True),
+        (lambda p, b, e: (p.replace("# a label", "# another label"), b, e), True),
+        (lambda p, b, e: (p, b.replace("60_000_000", "50_000_000"), e), False),
+        (lambda p, b, e: (p.replace("lr = 1e-3 ", "lr = 5e-1 "), b, e), True),  # every run gives its own lr
+        (lambda p, b, e: (p + "new = 1\n", b, e), False),
+        (lambda p, b, e: (p, b, e, "1 + 1"), False),
+    ],
+)
 def test_edits_of_the_template(tmp_path, edit, done):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders))
@@ -211,8 +249,11 @@ def test_a_damaged_result_is_made_again(tmp_path):
 def test_the_loss_matrix_survives_its_row(n, untrained, data):
     order = data.draw(st.permutations([f"d{i}" for i in range(n)]))
     loss = st.floats(0.1, 9)
-    records = [dict(stage=i, domain=j, trained_domain=order[i] if i >= 0 else None, eval_domain=f"d{j}", loss=data.draw(loss))
-               for i in range(-1 if untrained else 0, n) for j in range(n)]
+    records = [
+        dict(stage=i, domain=j, trained_domain=order[i] if i >= 0 else None, eval_domain=f"d{j}", loss=data.draw(loss))
+        for i in range(-1 if untrained else 0, n)
+        for j in range(n)
+    ]
     again = unpack_losses(json.loads(json.dumps(pack_losses(records))))
     assert len(again) == len(records)
     for a, b in zip(again, records):
@@ -222,7 +263,12 @@ def test_the_loss_matrix_survives_its_row(n, untrained, data):
 def test_a_table_keeps_one_row_for_each_run_and_every_column(tmp_path):
     ledger = Ledger(tmp_path / "t.csv", tmp_path / "t.json")
     ledger.record([dict(cell="1", stream_hash=None, code="c", loss=1)])
-    ledger.record([dict(cell="1", stream_hash=None, code="c", loss=2), dict(cell="2", stream_hash=None, code="c", note='a "quoted", line\nbreak')])
+    ledger.record(
+        [
+            dict(cell="1", stream_hash=None, code="c", loss=2),
+            dict(cell="2", stream_hash=None, code="c", note='a "quoted", line\nbreak'),
+        ]
+    )
     rows = read_rows(tmp_path / "t.csv")
     assert [r["loss"] for r in rows] == ["2", ""] and rows[1]["note"] == 'a "quoted", line\nbreak'
     assert len({row_key(r) for r in rows}) == 2

@@ -1,4 +1,5 @@
 """Tiny projects for the engine's tests: a template of a few lines and a study made of it."""
+
 import json
 import os
 import subprocess
@@ -47,8 +48,17 @@ display({"application/vnd.dmr.result+json": dict(schema=1, metrics=dict(loss=lr 
 def notebook(path: Path, *cells: str) -> Path:
     "A notebook whose first cell is the parameters cell."
     kernel = dict(name="python3", language="python", display_name="python3")
-    made = [dict(cell_type="code", id=f"c{i}", source=c, outputs=[], execution_count=None,
-                 metadata=dict(tags=["parameters"][i:])) for i, c in enumerate(cells)]
+    made = [
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            source=c,
+            outputs=[],
+            execution_count=None,
+            metadata=dict(tags=["parameters"][i:]),
+        )
+        for i, c in enumerate(cells)
+    ]
     path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel), cells=made)))
     return path
 
@@ -65,8 +75,15 @@ def project(root: Path, study: str, name: str = "tiny", cells: tuple[str, ...] =
 
 def dmr(root: Path, *argv: str, **env: str) -> subprocess.Popen:
     "The command line in a process of its own, as a user starts it."
-    return subprocess.Popen([sys.executable, "-c", "import sys; from dmr.cli import main; sys.exit(main())", *argv], cwd=root,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys; from dmr.cli import main; sys.exit(main())", *argv],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **env},
+        start_new_session=True,
+    )
 
 
 def wait_for(what, seconds: float = 60.0):
@@ -86,6 +103,8 @@ def processes(root: Path) -> list[str]:
     found = []
     for p in psutil.process_iter(["cmdline", "status", "environ"]):
         line = " ".join(p.info["cmdline"] or ())
-        if p.info["status"] != psutil.STATUS_ZOMBIE and (str(root) in line or (p.info["environ"] or {}).get("DMR_TEST_ROOT") == str(root)):
+        if p.info["status"] != psutil.STATUS_ZOMBIE and (
+            str(root) in line or (p.info["environ"] or {}).get("DMR_TEST_ROOT") == str(root)
+        ):
             found.append(line)
     return found
