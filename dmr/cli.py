@@ -299,11 +299,13 @@ def streams(args: argparse.Namespace) -> int:
 
 # %% ../nbs/49_cli.ipynb #ca9eeea0
 def add_folders(p: argparse.ArgumentParser) -> None:
+    "Options that say where runs and tables are kept."
     p.add_argument("--runs", metavar="FOLDER", help="where runs are kept (default: runs/ in the project)")
     p.add_argument("--results", metavar="FOLDER", help="where tables are kept (default: results/ in the project)")
 
 
 def add_batch_options(p: argparse.ArgumentParser) -> None:
+    "Options that `dmr run` and `dmr batch` share."
     p.add_argument(
         "-p",
         dest="parameter",

@@ -226,8 +226,10 @@ def test_no_pip(tiny, cache, monkeypatch, tmp_path):
 
 
 CHILD = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that ran the tests in the background had it ignored
 sys.path.insert(0, {tests!r})
 import test_streams as t
 from dmr import streams
