@@ -173,7 +173,7 @@ class MomentRouter:
         *,
         include: list[str] | str | None = None,  # protect only weights whose names match (shell patterns)
         exclude: list[str] | str | None = None,  # leave out weights whose names match
-        guard: str | None = None,  # "clamp": under decoupled, keep each |g̃| <= |g| (see the chapter on the leak)
+        guard: str | None = None,  # "clamp": under decoupled, keep each g̃ between 0 and g (see the chapter on the leak)
         check_finite: bool = True,  # raise on NaN or infinite gradients, before anything changes
         track_step: int = 0,  # record ‖u‖ and ‖uU‖ every so many steps; 0: never
         track_inflation: bool = False,  # measure what sharing does, or would do, to the second moment
@@ -196,7 +196,7 @@ class MomentRouter:
         if isinstance(track_step, bool) or not isinstance(track_step, int) or track_step < 0:
             raise ValueError(f"track_step={track_step!r} is not a number of steps; pass 0 (never) or a positive integer")
         hooks = self.optimizer._optimizer_step_pre_hooks.values()
-        if any(isinstance(getattr(hook, "__self__", None), MomentRouter) for hook in hooks):
+        if any(isinstance(getattr(hook, "router", None), MomentRouter) for hook in hooks):
             raise ValueError("this optimizer is routed already; call close() on its router first")
         self.model, self.modification, self.guard = model, modification, guard
         self.check_finite, self.track_step, self.track_inflation = check_finite, track_step, track_inflation
@@ -223,7 +223,9 @@ class MomentRouter:
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        self._handles = [self.optimizer.register_step_pre_hook(self._pre), self.optimizer.register_step_post_hook(self._post)]
+        pre, post = torch.compiler.disable(self._pre), torch.compiler.disable(self._post)  # in a compiled step: between its graphs
+        pre.router = self
+        self._handles = [self.optimizer.register_step_pre_hook(pre), self.optimizer.register_step_post_hook(post)]
 
     def _pre(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         "Hooks run before a closure does, so a closure is wrapped and routed after it."
@@ -256,7 +258,7 @@ class MomentRouter:
         raw = lambda name: local(live[name][0].grad)
         grads = Vectors(list(live), raw, None if scale is None else scale.double())
         modification = self.modification
-        if self.check_finite and found_inf is None:
+        if self.check_finite and found_inf is None and not _capturing():
             witnesses = {} if modification is None or self._idle() or not modification.active() else modification.witness(grads)
             try:
                 _check_finite(grads, witnesses, self.groups)
@@ -619,6 +621,11 @@ class MomentRouter:
         return f"MomentRouter({type(self.optimizer).__name__}, {self.modification!r}, routing={self.routing!r}, strength={self.strength!r})"
 
 # %% ../nbs/13_routing.ipynb #299a4740
+def _capturing() -> bool:
+    "Is a CUDA graph being recorded? Then nothing may be read by the host."
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _bytes(n: int) -> str:
     "A size to read."
     return f"{n / 2**10:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
@@ -629,9 +636,12 @@ def clamped(
     g: Tensor,  # gradient
     alpha: float | Tensor,  # strength
 ) -> Dense:
-    "The edit α·d, cut so that no |g̃| exceeds |g|: one full-size temporary."
-    target = g - alpha * edit.dense(g)
-    return Dense(g - torch.minimum(torch.maximum(target, -g.abs()), g.abs()))
+    "The edit α·d, cut so that every g̃ lies between 0 and g: two full-size temporaries."
+    target = edit.dense(g).mul_(-alpha).add_(g) if isinstance(edit, LowRank) else g - alpha * edit.dense(g)
+    bound = g.clamp_min(0)
+    torch.minimum(target, bound, out=target)
+    torch.maximum(target, torch.clamp_max(g, 0, out=bound), out=target)
+    return Dense(target.neg_().add_(g))
 
 
 def _check_meaning(cls: str, moments: Moments, routing: str, modification: Modification) -> None:

@@ -89,7 +89,9 @@ class OverlapAware(Strength):
         overlap = overlap.detach().clamp(0.0, 1.0)
         if self.average is None:
             self.average = overlap.clone() if self.initial is None else torch.full_like(overlap, self.initial)
-        self.average = torch.lerp(overlap, self.average.to(overlap), self.beta)
+        elif self.average.device != overlap.device or self.average.dtype != overlap.dtype:  # loaded from a file
+            self.average = self.average.to(overlap)
+        self.average.lerp_(overlap, 1 - self.beta)  # in place, as a recorded CUDA graph needs it
         return (self.alpha_max * (1.0 - self.average)).clamp(0.0, self.alpha_max)
 
     def state_dict(self) -> dict:

@@ -35,7 +35,8 @@ def inputs():
         info = INFOS[cls]
         given = [(i.kwargs, i.desc) for i in info.optim_inputs_func(device="cpu")]
         if cls in (torch.optim.Adam, torch.optim.AdamW):
-            given += [({"lr": torch.tensor(1e-3, dtype=torch.float64)}, "tensor lr"), ({"betas": (0.0, 0.9)}, "no first moment"), ({"eps": 0.1}, "large eps")]
+            rate = torch.tensor(1e-3, dtype=torch.float64)
+            given += [({"lr": rate}, "tensor lr"), ({"betas": (0.0, 0.9)}, "no first moment"), ({"eps": 0.1}, "large eps")]
         forms = ["for-loop"] + [form for form in ("foreach", "fused") if form in info.supported_impls]
         for kwargs, desc in given:
             for form in forms:
