@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class PerTensorAdam(Optimizer):
     def __init__(
         self,
         params: Any,  # parameters
-        bases: dict[Tensor, Tensor],  # parameter -> U
+        bases: Mapping[nn.Parameter, Tensor],  # parameter -> U
         alpha: float,  # strength
         lr: float = 1e-4,
     ):
@@ -66,7 +66,7 @@ class PerTensorAdam(Optimizer):
 
 def naive_hook(
     optimizer: Optimizer,
-    bases: dict[Tensor, Tensor],  # parameter -> U
+    bases: Mapping[nn.Parameter, Tensor],  # parameter -> U
     alpha: float,  # strength
 ) -> None:
     "Baseline: edit p.grad before the step, out of place, and keep the original for after it: shared routing by hand."
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 def random_bases(
     model: nn.Module,
     rank: int,
-) -> dict[str, Tensor]:  # name -> U (fan_in, rank)
+) -> dict[nn.Parameter | str, Tensor]:  # name -> U (fan_in, rank)
     "Orthonormal directions for every linear layer."
     generator = torch.Generator().manual_seed(0)
     return {n: torch.linalg.qr(torch.randn(t.fan_in, min(rank, t.fan_in), generator=generator)).Q for n, t in find_targets(model).items()}
@@ -218,7 +218,7 @@ def measure_steps(rounds: int = 25) -> list[dict]:
             for check in (False, True):
                 for restore in (True, False) if routing in ("shared", "denominator") else (True,):
                     optimizer = _router(model, routing, strength(), check_finite=check, restore_grad=restore)
-                    case = f"{routing}, {name}, {'check' if check else 'no check'}{'' if restore else ', grad not restored'}"
+                    case = ", ".join([routing, name, "check" if check else "no check", *([] if restore else ["grad not restored"])])
                     add(case, optimizer.step)
                     optimizer.router.close()  # type: ignore[attr-defined]
     guarded = _router(model, "decoupled", Fixed(0.5), guard="clamp")
@@ -285,26 +285,26 @@ def measure_memory() -> list[dict]:
     "What is kept between steps, and held within one, over the parameters' bytes."
     model = with_gradients(Transformer())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = []
-    for case, options in (("max_rank=32", {"rank": 32, "max_rank": 32}), ("rank=32, capped at half of fan_in", {"rank": 32})):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        router = MomentRouter(model, optimizer, Projection(every=1, **options), "decoupled", OverlapAware(0.5))
+    rows: list[dict] = []
+    for case, cap in (("max_rank=32", 32), ("rank=32, capped at half of fan_in", None)):
+        optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        router = MomentRouter(model, optimizer, Projection(rank=32, max_rank=cap, every=1), "decoupled", OverlapAware(0.5))
         optimizer.step()
         router.consolidate()
         with Watch() as watch:
             optimizer.step()
         target = TARGETS["memory"] if case == "max_rank=32" else None
-        row = {"measure": "memory", "unit": "of the parameters' bytes"}
+        row: dict[str, Any] = {"measure": "memory", "unit": "of the parameters' bytes"}
         rows.append(row | {"case": f"kept, {case}, after one domain", "value": router.memory() / size, "target": target})
         rows.append(row | {"case": f"held within a step that feeds the sketch, {case}", "value": watch.peak / size, "target": None})
         router.close()
     largest = max(p.numel() * p.element_size() for p in model.parameters())
-    for routing, options in (("decoupled", {}), ("decoupled", {"guard": "clamp"}), ("shared", {}), ("displacement", {})):
-        optimizer = _router(model, routing, 0.5, **options)
+    for routing, guard in (("decoupled", None), ("decoupled", "clamp"), ("shared", None), ("displacement", None)):
+        optimizer = _router(model, routing, 0.5, guard=guard)
         optimizer.step()
         with Watch() as watch:
             optimizer.step()
-        case = f"held within a step, {routing}{', guard' if options else ''}"
+        case = f"held within a step, {routing}{', guard' if guard else ''}"
         rows.append({"measure": "memory", "case": case, "value": watch.peak / largest, "unit": "of the largest weight", "target": None})
         optimizer.router.close()  # type: ignore[attr-defined]
     return rows
@@ -338,7 +338,8 @@ def machine() -> dict:
             "load": round(load, 1)}  # fmt: skip
 
 
-COLUMNS = ["measure", "case", "value", "best", "unit", "target", "ms", "plain_ms", "parameters", "rank", "torch", "threads", "processor", "load"]
+COLUMNS = ["measure", "case", "value", "best", "unit", "target", "ms", "plain_ms", "parameters", "rank"]
+COLUMNS += ["torch", "threads", "processor", "load"]
 
 
 def main() -> None:
@@ -360,7 +361,8 @@ def main() -> None:
         for row in parts[name]():
             row |= machine()
             rows.append(row)
-            target = "" if row["target"] is None else f"   target ≤ {row['target']:g}" + ("" if row["value"] <= row["target"] else "  MISSED")
+            missed = row["target"] is not None and row["value"] > row["target"]
+            target = "" if row["target"] is None else f"   target ≤ {row['target']:g}{'  MISSED' if missed else ''}"
             print(f"{row['measure']:>20}  {row['case']:<62} {row['value']:8.3f} {row['unit']}{target}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

@@ -371,7 +371,8 @@ class _InputHook:
 
 def _squares(tensors: list[Tensor]) -> Tensor:
     "‖x‖² of each, at least in float32."
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)).square()
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square()
 
 
 def _positive(name: str, value: int | None) -> int | None:

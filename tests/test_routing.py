@@ -771,3 +771,138 @@ def test_the_clamp_guard_keeps_the_decoupled_step_in_bounds():
         assert norms[None][0] > 1.5 * norms["vanilla"][0]  # the leak is there
         assert norms["clamp"][0] <= 1.1 * norms["vanilla"][0]
         assert norms["clamp"][1] <= (1 - 0.5 / 2) * norms["vanilla"][1]
+
+
+# -- compiled steps, wrapped models, options ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("strength", ["fixed", "overlap"])
+def test_a_compiled_step_is_routed(routing, strength):
+    "The hooks run between the graphs. torch's own compiled step computes bias corrections in float32: betas that forgive it."
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, loss = regression(dtype=torch.float64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2, dtype=torch.float64), betas=(0.5, 0.5))
+        how = 0.7 if strength == "fixed" else dmr.OverlapAware(0.7)
+        router = MomentRouter(model, optimizer, dmr.Projection(bases={"0.weight": basis(6, 2)}), routing, how)
+        step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager") if compiled else optimizer.step
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss().backward()
+            step()
+        assert router.steps == 6
+        results.append(([p.detach() for p in model.parameters()], router.last))
+    for a, b in zip(results[0][0], results[1][0]):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
+
+
+def test_wrapped_models_keep_their_parameters_names():
+    model, _ = regression()
+    compiled = torch.compile(model, backend="eager")
+    router = MomentRouter(compiled, torch.optim.AdamW(compiled.parameters()), dmr.Projection(rank=2))
+    assert set(router.state_dict()["shapes"]) == set(dict(model.named_parameters()))
+
+    class AcceleratedOptimizer(torch.optim.Optimizer):  # as Accelerate wraps one
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    inner = torch.optim.AdamW(model.parameters())
+    assert MomentRouter(model, AcceleratedOptimizer(inner), dmr.Projection(rank=2)).optimizer is inner
+
+
+def test_tied_weights_are_one_parameter_with_the_sum_of_their_gradients():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).tanh())
+
+    torch.manual_seed(0)
+    model = Twice().double()
+    U = basis(6, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.95))
+    router = MomentRouter(model, optimizer, dmr.Projection(bases={"a.weight": U}), "decoupled", 0.7)
+    assert list(router.matrices) == ["a.weight"]
+    reference = Reference(model.a.weight.detach(), U @ U.T, "decoupled", 0.7, "adam", (0.9, 0.95))
+    x = torch.randn(8, 6, dtype=torch.float64)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        reference.step(model.a.weight.grad)
+        optimizer.step()
+    torch.testing.assert_close(model.a.weight.detach(), reference.W, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("routing", ["shared", "denominator"])
+def test_gradients_need_not_be_given_back(routing):
+    results = []
+    for restore in (True, False):
+        model, U = layer(), basis()
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        MomentRouter(model, optimizer, dmr.Projection(bases={"weight": U}), routing, 0.7, restore_grad=restore)
+        grads = gradients(model.weight.shape, 5)
+        results.append(run(model, optimizer, grads))
+        expected = grads[-1] if restore else grads[-1] - 0.7 * grads[-1] @ U @ U.T
+        torch.testing.assert_close(model.weight.grad, expected, rtol=1e-12, atol=1e-13)
+    assert torch.equal(*results)
+
+
+def test_the_clamp_guard_keeps_every_coordinate_between_zero_and_the_gradient():
+    from dmr.modification import LowRank
+    from dmr.routing import clamped
+
+    g, U = gradients((7, 12), 1)[0], basis()
+    edited = g - clamped(LowRank(g @ U, U), g, 0.9).d
+    expected = (g - 0.9 * g @ U @ U.T).clamp(min=g.clamp(max=0), max=g.clamp(min=0))
+    torch.testing.assert_close(edited, expected, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(expected, g - 0.9 * g @ U @ U.T)
+
+
+def test_layer_inputs_feed_the_sketch_in_training_passes_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(12, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    router = MomentRouter(model, optimizer, dmr.Projection(rank=2, every=3, source="inputs"))
+    fed = lambda: {name: float(s.energy) for name, s in router.modification.sketches.items()}
+    x = torch.randn(5, 2, 5)
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x).sum().backward()
+    assert set(fed().values()) == {0.0}
+    model.train()
+    for step in range(4):
+        before = fed()
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        grew = [fed()[name] > before[name] for name in before]
+        assert all(grew) if step % 3 == 0 else not any(grew)
+        optimizer.step()
+    expected = torch.nn.functional.unfold(x[:, :, None], (1, 2)).square().sum() * 2  # two feedings of all patches
+    assert fed()["0.weight"] == pytest.approx(expected.item(), rel=1e-5)
+    twin = copy.deepcopy(router)  # hooks go along, and feed the copy
+    before = fed()
+    for _ in range(2):
+        twin.modification.seen = 0
+        twin.model(x)
+    assert fed() == before and float(twin.modification.sketches["0.weight"].energy) > before["0.weight"]
+    router.consolidate()
+    router.close()
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_stream_without_boundaries_is_consolidated_every_so_many_steps():
+    model, loss = regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router = MomentRouter(model, optimizer, dmr.Projection(rank=1, every=1, consolidate_every=4))
+        router.warn_after = 2
+        train(model, loss, optimizer, 10)
+    assert router.modification.bases["0.weight"].shape[1] == 2 and router.modification.seen == 2
