@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'small', 'stacks', 'add_all', 'Target', 'matches', 'find_targets',
-           'Modification', 'squared_cosine']
+__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'small', 'stacks', 'add_all', 'accumulator', 'square_norms',
+           'Target', 'matches', 'find_targets', 'Modification', 'squared_cosine']
 
 # %% ../nbs/11_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -122,6 +122,24 @@ def add_all(
         torch._foreach_add_([onto[name] for name in names], (C @ U.mT).unbind())  # (n, out, fan_in)
     for name in alone:
         edits[name].add_to(onto[name], scales[name])
+
+# %% ../nbs/11_modification.ipynb #03d65ea0
+def accumulator(
+    dtype: torch.dtype,  # of a tensor
+) -> torch.dtype:
+    "The type in which sums over such a tensor are taken."
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def square_norms(
+    tensors: list[Tensor],  # on one device
+    dtype: torch.dtype,  # of the sums
+) -> Tensor:  # (len(tensors),)
+    "‖x‖² of each, without a copy of any."
+    if tensors and all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in tensors):
+        flat = [x.view(-1) for x in tensors]
+        return torch.stack([torch.dot(x, x) for x in flat])  # on a processor the fastest way through memory
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square()
 
 # %% ../nbs/11_modification.ipynb #8de1b243
 @dataclass

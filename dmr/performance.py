@@ -221,11 +221,24 @@ def measure_steps(rounds: int = 25) -> list[dict]:
                     case = ", ".join([routing, name, "check" if check else "no check", *([] if restore else ["grad not restored"])])
                     add(case, optimizer.step)
                     optimizer.router.close()  # type: ignore[attr-defined]
+    bases = random_bases(model, 32)
+    by_parameter = {p: bases[n] for n, p in model.named_parameters() if n in bases}
+    bare = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    bare.step()
+
+    @torch.no_grad()
+    def floor(products: int = 2) -> None:
+        for p, U in by_parameter.items():
+            C = p.grad @ U  # type: ignore[operator]
+            for _ in range(products - 1):
+                bare.state[p]["exp_avg"].addmm_(C, U.mT, alpha=-1e-9)
+        bare.step()
+
+    add("floor: AdamW and two thin products, nothing else", floor, None)
+    add("floor: AdamW and three thin products, nothing else", lambda: floor(3), None)
     guarded = _router(model, "decoupled", Fixed(0.5), guard="clamp")
     add("decoupled, fixed, check, guard", guarded.step, None, 7)
     guarded.router.close()  # type: ignore[attr-defined]
-    bases = random_bases(model, 32)
-    by_parameter = {p: bases[n] for n, p in model.named_parameters() if n in bases}
     add("baseline: Adam in Python, edited gradient formed", PerTensorAdam(model.parameters(), by_parameter, 0.5).step, None, 5)
     hooked = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     naive_hook(hooked, by_parameter, 0.5)

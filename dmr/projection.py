@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import catchable, input_rows
-from .modification import Edit, LowRank, Modification, Target, stacks
+from .modification import Edit, LowRank, Modification, Target, accumulator, square_norms, stacks
 from .sharding import local, same_everywhere, shard_groups, sum_over, total
 from .strength import check_fraction
 from .subspace import Sketch, grow
@@ -79,6 +79,7 @@ class Projection(Modification):
         self.needs_consolidate = self.grows and bases is None and consolidate_every is None
         self.shards = self.grows or bool(bases)  # not for subclasses that look at data themselves
         self._hooks: list = []
+        self._measures = False  # was the overlap asked for in the last step?
         self._given = dict(bases or {})
         self.bases: dict[str, Tensor] = {}  # name -> U (fan_in, r)
         self.energies: dict[str, Tensor] = {}  # name -> (r,)
@@ -203,22 +204,28 @@ class Projection(Modification):
                 self._C |= {n: (self.bases[n], part) for n, part in zip(some, C.unbind())}
         for n in missing:
             self._C[n] = (self.bases[n], self._components(n, vectors[n]))
+            if self._measures and hasattr(vectors, "square_norms"):
+                vectors.square_norms([n])  # remembered there; now, while the gradient is in the cache
         return {n: self._C[n][1] for n in names}
 
     def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._look(grads)  # a NaN or infinity in a row of g is one in that row of g U
 
     def begin(self, vectors: Mapping[str, Tensor], overlap: bool) -> Tensor | None:
+        self._measures = overlap
         if not overlap:
             return None
         components = self._look(vectors)
         if not components:
             return None
         names = list(components)
-        inside = total(dict(zip(names, _squares(list(components.values())))), self._groups)
+        parts = {n: square_norms([C], C.dtype)[0] for n, C in components.items()} if self._groups else None
         squares = getattr(vectors, "square_norms", None)
-        whole = total(dict(zip(names, squares(names) if squares else _squares([vectors[n] for n in names]))), self._groups)
-        return torch.where(whole > 0, inside / whole.clamp_min(torch.finfo(whole.dtype).tiny), torch.zeros_like(whole)).clamp(0, 1)
+        wholes = squares(names) if squares else torch.cat([square_norms([vectors[n]], accumulator(vectors[n].dtype)) for n in names])
+        inside = square_norms(list(components.values()), components[names[0]].dtype).sum() if parts is None else total(parts, self._groups)
+        whole = wholes.sum() if parts is None else total(dict(zip(names, wholes)), self._groups)
+        share = torch.where(whole > 0, inside / whole.clamp_min(torch.finfo(whole.dtype).tiny), torch.zeros_like(whole))
+        return share.nan_to_num(1.0).clamp(0, 1)  # energies beyond the largest number: count as all
 
     def _components(self, name: str, x: Tensor) -> Tensor:
         U = self.bases[name]
@@ -367,12 +374,6 @@ class _InputHook:
             x = args[0] if args else next(iter(kwargs.values()))
             projection.sketches[self.target.name].update(input_rows(self.target, local(x.detach())))
         projection.fed = 1
-
-
-def _squares(tensors: list[Tensor]) -> Tensor:
-    "‖x‖² of each, at least in float32."
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square()
 
 
 def _positive(name: str, value: int | None) -> int | None:

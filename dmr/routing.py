@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .modification import Dense, Edit, LowRank, Modification, Target, add_all, find_targets
+from .modification import Dense, Edit, LowRank, Modification, Target, accumulator, add_all, find_targets, square_norms
 from .moments import Moments, check_group, moments_of, unwrap
 from .sharding import local, placed_like, replicas, shard_groups, sum_over, total, unwrapped
 from .strength import Fixed, Strength, check_fraction
@@ -84,18 +84,13 @@ class Vectors(Mapping[str, Tensor]):
         kinds: dict[torch.dtype, list[str]] = {}
         for name in names:
             if name not in self._squares:
-                kinds.setdefault(_accumulator(self.make(name).dtype), []).append(name)
+                kinds.setdefault(accumulator(self.make(name).dtype), []).append(name)
         for dtype, missing in kinds.items():
-            norms = torch.stack(torch._foreach_norm([self.make(name) for name in missing], 2, dtype=dtype))
+            squares = square_norms([self.make(name) for name in missing], dtype)
             if self.scale is not None:
-                norms = norms / self.scale
-            self._squares |= zip(missing, norms.square().unbind())
+                squares = squares / self.scale**2
+            self._squares |= zip(missing, squares.unbind())
         return torch.stack([self._squares[name] for name in names])
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    "The type in which sums over a tensor of `dtype` are taken."
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 # %% ../nbs/13_routing.ipynb #ae54f2c3
 class Inflation:
@@ -113,7 +108,7 @@ class Inflation:
         fresh: bool,  # is this the optimizer's first step since its state was made?
     ) -> None:
         "Take in one step."
-        g = g.to(_accumulator(g.dtype))
+        g = g.to(accumulator(g.dtype))
         raw = g.square().sum(0)  # (fan_in,)
         shared, removed = raw, raw.new_zeros(())
         if isinstance(edit, LowRank):
@@ -427,7 +422,7 @@ class MomentRouter:
             if edits and name in edits:
                 edits[name].add_to(u, -alpha)
             count += flight["live"][name][0].numel()
-            energies[name] = torch.linalg.vector_norm(u, dtype=_accumulator(u.dtype)).square()
+            energies[name] = torch.linalg.vector_norm(u, dtype=accumulator(u.dtype)).square()
             inside = None if self.modification is None else self.modification.protected(name, u)
             if inside is not None:
                 protected[name] = torch.linalg.vector_norm(inside).square()

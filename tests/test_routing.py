@@ -906,3 +906,13 @@ def test_a_stream_without_boundaries_is_consolidated_every_so_many_steps():
         router.warn_after = 2
         train(model, loss, optimizer, 10)
     assert router.modification.bases["0.weight"].shape[1] == 2 and router.modification.seen == 2
+
+
+def test_energies_beyond_the_largest_number_do_not_poison_the_strength():
+    model, U = layer(dtype=torch.float32), basis(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    router = MomentRouter(model, optimizer, dmr.Projection(bases={"weight": U}), strength=dmr.OverlapAware(0.5))
+    for size in (1e25, 1.0):
+        model.weight.grad = torch.full_like(model.weight, size)
+        optimizer.step()
+        assert 0.0 <= router.last["overlap"] <= 1.0 and 0.0 <= router.last["alpha"] <= 0.5
