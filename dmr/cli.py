@@ -280,7 +280,7 @@ def streams(args: argparse.Namespace) -> int:
     from dmr.streams import fetch
     from dmr.streams import list_streams as rows
 
-    if args.action == "fetch":
+    if args.what == "fetch":
         if not args.names:
             raise ValueError("name a stream to fetch: dmr streams fetch text8")
         for name in args.names:
@@ -370,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("study", metavar="STUDY")
     add_folders(p)
     p = command("streams", streams, "the streams on offer")
-    p.add_argument("action", nargs="?", choices=("list", "fetch"), default="list")
+    p.add_argument("what", nargs="?", choices=("list", "fetch"), default="list")
     p.add_argument("names", nargs="*", metavar="NAME")
     p.add_argument("--quiet", action="store_true")
     p.add_argument("--json", action="store_true")

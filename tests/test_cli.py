@@ -139,3 +139,11 @@ def test_exit_codes(tmp_path):
     budget = dmr(tmp_path, "batch", "tiny", "--retry-failed", "--budget-hours", "0.00000001")
     out, _ = budget.communicate(timeout=120)
     assert budget.returncode == 1 and "time budget" in out  # not begun again, so it is still failed
+
+
+def test_streams_are_listed_and_fetched_through_the_command(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dmr.streams.fetch", lambda name, progress=True: asked.append((name, progress)) or "here")
+    assert main(["streams", "fetch", "text8", "--quiet"]) == 0 and asked == [("text8", False)]
+    assert main(["streams"]) == 0 and "shakespeare" in capsys.readouterr().out
+    assert main(["streams", "fetch"]) == 2 and "name a stream to fetch" in capsys.readouterr().err
