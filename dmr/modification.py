@@ -25,7 +25,7 @@ def as_matrix(
     "View (or, where no view exists, copy) a weight-shaped tensor as the matrix (out, fan_in)."
     if transposed:
         return x.t()
-    return x if x.ndim == 2 else x.reshape(x.shape[0], -1)  # (out, in, *kernel) -> (out, in * kernel)
+    return x if x.ndim == 2 else x.reshape(x.shape[0], x.shape[1:].numel())  # (out, in, *kernel) -> (out, in * kernel)
 
 # %% ../nbs/11_modification.ipynb #835ae364
 @dataclass
@@ -185,7 +185,7 @@ def find_targets(
 
     Found: `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.MultiheadAttention`'s packed or separate projections, and transposed linear
     layers (`Conv1D` of transformers). Left out unless named exactly: embedding tables and heads tied to one.
-    Raises ValueError if a name in `include` matches no parameter, or names one without an input side.
+    Raises ValueError if a name in `include` or `exclude` matches no parameter, or one in `include` has no input side.
     """
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
@@ -208,9 +208,11 @@ def find_targets(
             if (id(param) in tables and not named) or (wanted and not matches(name, wanted)) or matches(name, exclude):
                 continue
             found[name] = Target(name, param, module, transposed, named)
-    for pattern in wanted:
+    unwanted = [exclude] if isinstance(exclude, str) else list(exclude or [])
+    for option, pattern in [*(("include", p) for p in wanted), *(("exclude", p) for p in unwanted)]:
         if not any(fnmatchcase(name, pattern) for name in names.values()):
-            raise ValueError(f"include={pattern!r} matches no parameter of the model; the first ones are {list(names.values())[:5]}")
+            raise ValueError(f"{option}={pattern!r} matches no parameter of the model; the first ones are {list(names.values())[:5]}")
+    for pattern in wanted:
         if pattern in names.values() and pattern not in found and not matches(pattern, exclude):
             raise ValueError(
                 f"include={pattern!r} is not the weight of a linear or convolutional layer, so it has no input side; leave it out"
@@ -229,6 +231,7 @@ class Modification:
     acts_on_steps: bool = True  # can it edit an optimizer's step as well as a gradient?
     needs_consolidate: bool = True  # does it do nothing before the first `consolidate`?
     shards: bool = False  # can it work on a process's rows of each weight alone?
+    serves: bool = False  # is a router using it? One at a time; set by the router
     group: Any = None  # the processes whose gradients are averaged; set by the router before `attach`
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:

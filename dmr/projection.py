@@ -95,6 +95,8 @@ class Projection(Modification):
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
+        self.fed = self.seen = 0
+        self.bases, self.energies, self.sketches = {}, {}, {}
         targets = catchable(targets) if self.source == "inputs" and self.grows else targets
         self.targets = targets
         names = {id(p): n for n, p in model.named_parameters()}
@@ -249,6 +251,8 @@ class Projection(Modification):
     def after_step(self, vectors: Mapping[str, Tensor]) -> None:
         if self.consolidate_every and self.seen >= self.consolidate_every and self.fed:
             self.consolidate()
+            if self.group is not None:
+                self.share()
 
     # -- the boundary
 
@@ -334,6 +338,10 @@ class Projection(Modification):
                     f"the state protects {sorted(state['bases'])[:3]}..., but this model needs a basis with fan_in={U.shape[0]} "
                     f"for {name!r}; load it into the model it was saved from"
                 )
+        for name in state["bases"]:
+            if name not in self.bases:
+                way_out = "make it with the same include and exclude"
+                raise ValueError(f"the state protects {name!r}, which this router leaves out; {way_out}")
         for name in self.sketches:
             if name not in state["sketches"] or state["sketches"][name]["sums"].shape != self.sketches[name].sums.shape:
                 settings = "rank, max_rank and sketch_size"
@@ -370,8 +378,8 @@ class _InputHook:
         projection = self.projection
         if not (projection.feeds() and module.training and torch.is_grad_enabled()):
             return
-        with torch.no_grad():
-            x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             projection.sketches[self.target.name].update(input_rows(self.target, local(x.detach())))
         projection.fed = 1
 

@@ -122,9 +122,10 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         self.generator.set_state(state["generator"].cpu())
-        for key in ("form", "seen", "domains", "batch_size", "domain", "drawn"):
+        for key in ("form", "seen", "domains", "batch_size"):
             setattr(self, key, state[key])
-        self.current, self.memory = dict(state["current"]), dict(state["memory"])
+        self.domain, self.drawn = state["domain"].clone(), state["drawn"].clone()  # both memory and counts are changed in place
+        self.current, self.memory = ({k: x.clone() for k, x in state[part].items()} for part in ("current", "memory"))
 
 # %% ../nbs/16_replay.ipynb #ae4a11e8
 class ReplayMix(Modification):
@@ -179,6 +180,18 @@ class ReplayMix(Modification):
         self._g = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True)))
         if self.group is not None:  # each process replays examples of its own: the mean of their gradients is everyone's
             self._average(trained)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        made = {name: g for name, g in self._g.items() if g is not None}
+        if not made or bool(torch.stack(torch._foreach_norm(list(made.values()))).sum().isfinite()):
+            return
+        bad = next((name for name, g in made.items() if not bool(g.isfinite().all())), None)  # a sum may also have overflowed
+        if bad is not None:
+            raise ValueError(
+                f"the replayed gradient of {bad!r} has NaN or infinite values; nothing was changed. Check loss_fn and the batches that "
+                "were observed"
+            )
 
     def _average(self, trained: Mapping[str, Tensor]) -> None:
         for name, p in trained.items():

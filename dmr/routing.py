@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Vectors(Mapping[str, Tensor]):
         self._squares: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.make(name) if self.scale is None else self.make(name) / self.scale
+        x = self.make(name)
+        return x if self.scale is None else x.to(accumulator(x.dtype)) / self.scale
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -193,6 +195,8 @@ class MomentRouter:
         hooks = self.optimizer._optimizer_step_pre_hooks.values()
         if any(isinstance(getattr(hook, "router", None), MomentRouter) for hook in hooks):
             raise ValueError("this optimizer is routed already; call close() on its router first")
+        if modification is not None and modification.serves:
+            raise ValueError(f"this {type(modification).__name__} serves another router; make one for each, or call close() on that router")
         self.model, self.modification, self.guard = model, modification, guard
         self.check_finite, self.track_step, self.track_inflation = check_finite, track_step, track_inflation
         self.restore_grad, self.group = restore_grad, replicas(wrapped, process_group)
@@ -207,12 +211,14 @@ class MomentRouter:
         self._inflation: dict[str, Inflation] = {}
         self._last: dict[str, float | Tensor] = {}
         self._flight: dict[str, Any] | None = None
-        strangers = sum(p not in self.names for group in self.optimizer.param_groups for p in group["params"])
-        if strangers:
-            warnings.warn(f"{strangers} parameters of the optimizer are not the model's: they are stepped, but never routed", stacklevel=2)
+        self.strangers = sum(p not in self.names for group in self.optimizer.param_groups for p in group["params"])
+        if self.strangers:
+            message = f"{self.strangers} parameters of the optimizer are not the model's: they are stepped, but never routed"
+            warnings.warn(message, stacklevel=2)
         if modification is not None:
             modification.group = self.group
             modification.attach(model, find_targets(model, include, exclude))
+            modification.serves = True
         self._hook()
 
     # -- the step ---------------------------------------------------------------------------------------------------
@@ -240,11 +246,39 @@ class MomentRouter:
     def _live(self) -> dict[str, tuple[nn.Parameter, dict]]:
         "Parameters with a gradient, and their groups, by name."
         stepped = [(p, group) for group in self.optimizer.param_groups for p in group["params"]]
+        strangers = [p for p, _ in stepped if p not in self.names]
+        if len(strangers) > self.strangers:
+            self._welcome(strangers)
         return {self.names[p]: (p, group) for p, group in stepped if p.grad is not None and p in self.names}
+
+    def _welcome(self, strangers: list[nn.Parameter]) -> None:
+        "Say once that parameters came in late: what is protected was settled when the router was made."
+        late = [name for name, p in self.model.named_parameters() if any(p is x for x in strangers)]
+        new, self.strangers = len(strangers) - self.strangers, len(strangers)
+        where = f", such as {late[0]!r}, came into the model after its router was made" if late else " are not the model's"
+        way_out = "; to route them, close() the router and make a new one, with Projection(bases=...) for what is protected" if late else ""
+        warnings.warn(f"{new} parameters of the optimizer{where}: they are stepped, but never routed{way_out}", stacklevel=6)
+
+    def _autocast(self) -> tuple[str, bool]:
+        "The device type of the parameters, and whether the loop has mixed precision switched on around the step."
+        kind = next(iter(self.names)).device.type if self.names else "cpu"
+        return kind, torch.is_autocast_enabled(kind)
 
     @torch.no_grad()
     def _before(self) -> None:
-        self._restore()  # a step that raised may have left an edited gradient behind
+        self._discard()
+        kind, mixed = self._autocast()
+        with torch.autocast(kind, enabled=False) if mixed else nullcontext():  # moments are corrected in their own precision
+            self._plan(torch.autocast(kind, torch.get_autocast_dtype(kind)) if mixed else nullcontext())
+
+    def _discard(self) -> None:
+        "A step that raised may have left something behind: an edited gradient, products with it."
+        self._restore(stepped=False)
+        self._flight = None
+        if self.modification is not None:
+            self.modification.end()
+
+    def _plan(self, loops_own: AbstractContextManager) -> None:
         found_inf, scale = getattr(self.optimizer, "found_inf", None), getattr(self.optimizer, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             return  # the fused kernel will skip this step; so do we
@@ -270,7 +304,7 @@ class MomentRouter:
             return
         modification.learn(grads)
         if modification.active():
-            with torch.enable_grad():
+            with torch.enable_grad(), loops_own:
                 modification.prepare()
             overlap = modification.begin(grads, overlap=self.strength.needs_overlap or self._tracked())
             alpha = self.strength.update(overlap)
@@ -323,11 +357,11 @@ class MomentRouter:
                     edit.add_to(grad, -scaled)
                 elif isinstance(edit, LowRank):  # thin factors: take away now, give back after the step
                     edit.add_to(grad, -scaled)
-                    flight["undo"].append(lambda grad=grad, edit=edit, strength=strength: edit.add_to(grad, strength))
+                    flight["undo"].append((grad, grad._version, edit, strength, scaled))
                 else:
-                    original = g.clone() if scale is None else g
+                    original = Dense(g.clone() if scale is None else g)
                     edit.add_to(grad, -scaled)
-                    flight["undo"].append(lambda grad=grad, original=original: grad.copy_(original))
+                    flight["undo"].append((grad, grad._version, original, 1.0, 1.0 if scale is None else scale))
             if self.routing in ("decoupled", "denominator"):
                 sign = 1.0 if self.routing == "decoupled" else -1.0
                 beta1 = self.moments.beta1(group)
@@ -351,18 +385,27 @@ class MomentRouter:
             state.update(self.moments.prepare(p, group))
         return state
 
-    def _restore(self) -> None:
-        "Give back the raw gradients."
-        if self._flight is not None:
-            for undo in self._flight["undo"]:
-                undo()
-            self._flight["undo"] = []
+    @torch.no_grad()
+    def _restore(self, stepped: bool = True) -> None:
+        "Give back the raw gradients; after a step the fused kernel has divided them by their scale."
+        undo = [] if self._flight is None else self._flight.pop("undo", [])
+        for grad, version, edit, amount, scaled in undo:
+            if stepped or grad._version == version:  # else it is another step's gradient by now
+                factor = amount if stepped else scaled
+                if isinstance(edit, Dense):  # the gradient itself, kept
+                    grad.copy_(edit.d if stepped else edit.d * factor)
+                else:
+                    edit.add_to(grad, factor)
 
     @torch.no_grad()
     def _post(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        flight = self._flight
-        if flight is None:
+        if self._flight is None:
             return
+        kind, mixed = self._autocast()
+        with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+            self._finish(self._flight)
+
+    def _finish(self, flight: dict) -> None:
         self._restore()
         modification, live, alpha = self.modification, flight["live"], flight["alpha"]
         for name, edit, amount in flight["after"]:  # beta1 = 0: m is the gradient itself
@@ -575,13 +618,13 @@ class MomentRouter:
 
     def close(self) -> None:
         "Detach: the optimizer is plain again. Its state keeps what routing made of it."
-        self._restore()
-        self._flight = None
+        self._discard()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         if self.modification is not None:
             self.modification.detach()
+            self.modification.serves = False
 
     def __enter__(self) -> MomentRouter:
         return self

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dmr
-from dmr.modification import Dense, Modification
+from dmr.modification import Dense, Modification, as_matrix
 from dmr.routing import MomentRouter
 
 torch.set_num_threads(1)
@@ -916,3 +916,227 @@ def test_energies_beyond_the_largest_number_do_not_poison_the_strength():
         model.weight.grad = torch.full_like(model.weight, size)
         optimizer.step()
         assert 0.0 <= router.last["overlap"] <= 1.0 and 0.0 <= router.last["alpha"] <= 0.5
+
+
+# -- what must not go wrong in silence ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("fan_in", [12, 200])
+def test_a_step_inside_autocast_is_the_same_step(routing, fan_in):
+    results = []
+    for inside in (False, True):
+        model = layer(fan_in, dtype=torch.float32)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        strength = dmr.OverlapAware(0.9)
+        router = MomentRouter(model, optimizer, dmr.Projection(rank=2, every=2), routing, strength, track_step=1, track_inflation=True)
+        for i, g in enumerate(gradients(model.weight.shape, 12, torch.float32)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+                run(model, optimizer, [g])
+            if i == 5:
+                router.consolidate()
+        results.append((model.weight.detach().clone(), optimizer.state[model.weight]["exp_avg"], router.state_dict(), router.last))
+    assert str(results[0]) == str(results[1])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][:2], results[1][:2]))
+
+
+@pytest.mark.parametrize("fan_in", [12, 200])  # exact, and sketched
+def test_inputs_of_an_autocast_pass_feed_the_sketch(fan_in):
+    torch.manual_seed(0)
+    model, x = layer(fan_in, dtype=torch.float32), torch.randn(5, fan_in)
+    optimizer = torch.optim.Adam(model.parameters())
+    modification = dmr.Projection(rank=2, source="inputs")
+    router = MomentRouter(model, optimizer, modification)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x).sum().backward()
+    optimizer.step()
+    sketch = modification.sketches["weight"]
+    want = x.T @ (x if sketch.exact else x @ sketch.probe)
+    torch.testing.assert_close(sketch.sums, want, rtol=1e-5, atol=1e-5)
+    assert router.consolidate()["layers"]["weight"]["added"] == 2
+
+
+def test_replay_inside_autocast_runs_as_the_loop_does():
+    model = layer(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters())
+    seen = []
+
+    def loss_fn(x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return model(x).square().mean()
+
+    router = MomentRouter(model, optimizer, dmr.ReplayMix(dmr.ReplayBuffer(capacity=4), loss_fn, fraction=None), strength=0.5)
+    router.observe(torch.randn(4, 12))
+    router.consolidate()
+    for inside in (False, True):
+        router.observe(torch.randn(4, 12))
+        model.weight.grad = torch.randn_like(model.weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            optimizer.step()
+    assert seen == [False, True]
+
+
+def interrupted(optimizer):
+    "A step that raises between the router's two halves."
+    group = optimizer.param_groups[0]
+    group["betas"], kept = (group["betas"][0], "wrong"), group["betas"]
+    with pytest.raises(Exception):  # noqa: B017  torch's own error, whichever
+        optimizer.step()
+    group["betas"] = kept
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("to_none", [False, True])
+def test_training_goes_on_after_an_interrupted_step(routing, to_none):
+    results = []
+    for broken in (False, True):
+        model, U = layer(), basis()
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        MomentRouter(model, optimizer, dmr.Projection(bases={"weight": U}), routing, 0.7)
+        first, second = gradients(model.weight.shape, 2)
+        if broken:
+            model.weight.grad = first.clone()
+            interrupted(optimizer)
+            optimizer.zero_grad(set_to_none=to_none)
+        model.weight.grad = second.clone() if model.weight.grad is None else model.weight.grad.add_(second)
+        optimizer.step()
+        torch.testing.assert_close(model.weight.grad, second, rtol=1e-12, atol=1e-13)
+        results.append(model.weight.detach())
+    assert torch.equal(*results)
+
+
+def test_a_skipped_step_after_an_interrupted_one_changes_nothing():
+    model = layer(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    MomentRouter(model, optimizer, dmr.Projection(bases={"weight": basis(dtype=torch.float32)}), "displacement", 0.7)
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    handle.remove()
+    before = model.weight.detach().clone()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(before, model.weight)
+
+
+def test_an_interrupted_scaled_step_gives_the_scaled_gradient_back():
+    model = layer(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    router = MomentRouter(model, optimizer, dmr.Projection(bases={"weight": basis(dtype=torch.float32)}), "shared", 0.7)
+    g = torch.randn_like(model.weight)
+    model.weight.grad = g * 8
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    handle.remove()
+    router.close()
+    torch.testing.assert_close(model.weight.grad, g * 8, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_gradients_are_unscaled_in_single_precision():
+    model = layer(dtype=torch.float16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    U = basis(dtype=torch.float32)
+    router = MomentRouter(model, optimizer, dmr.Projection(bases={"weight": U}), "decoupled", dmr.OverlapAware(0.9))
+    model.weight.grad = g = (torch.randn(model.weight.shape) * 1e-3).half()  # below half precision once divided by the scale
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+    share = (g.float() @ U).square().sum() / g.float().square().sum()
+    optimizer.step()
+    assert router.last["overlap"] == pytest.approx(float(share), rel=1e-3)
+
+
+def test_layers_added_later_are_stepped_and_said_not_to_be_routed():
+    model = nn.Sequential(layer(dtype=torch.float32))
+    optimizer = torch.optim.Adam(model.parameters())
+    MomentRouter(model, optimizer, dmr.Projection(rank=2))
+    model.append(nn.Linear(7, 3))
+    optimizer.add_param_group({"params": model[1].parameters()})
+    with pytest.warns(UserWarning, match=r"2 parameters of the optimizer, such as '1.weight', came into the model after its router"):
+        model(torch.randn(4, 12)).sum().backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # said once
+
+
+def test_a_state_that_protects_more_is_refused():
+    model, loss = regression()
+    optimizer = torch.optim.Adam(model.parameters())
+    router = MomentRouter(model, optimizer, dmr.Projection(rank=1))
+    train(model, loss, optimizer, 2)
+    router.consolidate()
+    state = router.state_dict()
+    router.close()
+    other = MomentRouter(model, optimizer, dmr.Projection(rank=1), exclude="2.*")
+    with pytest.raises(ValueError, match="protects '2.weight', which this router leaves out; make it with the same include and exclude"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="exclude='2.wieght' matches no parameter"):
+        MomentRouter(model, torch.optim.Adam(model.parameters()), dmr.Projection(rank=1), exclude="2.wieght")
+
+
+def test_a_modification_serves_one_router_at_a_time_and_starts_afresh():
+    model, loss = regression()
+    optimizer = torch.optim.Adam(model.parameters())
+    modification = dmr.Projection(rank=1)
+    router = MomentRouter(model, optimizer, modification)
+    train(model, loss, optimizer, 3)
+    other, other_loss = regression()
+    other_optimizer = torch.optim.Adam(other.parameters())
+    with pytest.raises(ValueError, match="serves another router; make one for each, or call close"):
+        MomentRouter(other, other_optimizer, modification)
+    router.close()
+    again = MomentRouter(other, other_optimizer, modification)
+    with pytest.raises(ValueError, match=r"consolidate\(\) came before any optimizer step"):
+        again.consolidate()
+    train(other, other_loss, other_optimizer, 1)
+    assert again.consolidate()["layers"]["0.weight"]["added"] == 1
+
+
+def test_loading_a_replay_memory_leaves_the_state_alone():
+    batch = torch.arange(8.0)[:, None]
+    first = dmr.ReplayBuffer(capacity=4)
+    first.observe(batch, 4)
+    first.consolidate()
+    first.observe(batch, 4)
+    state = first.state_dict()
+    before = str(state)
+    draws = []
+    for _ in range(2):
+        buffer = dmr.ReplayBuffer(capacity=4)
+        buffer.load_state_dict(state)
+        draws.append(buffer.sample(5))
+        buffer.observe(torch.arange(100.0, 140.0)[:, None], 4)
+        assert str(state) == before
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("routing", ["shared", "decoupled", "denominator"])
+def test_a_non_finite_replay_gradient_is_named_and_nothing_changes(routing):
+    model = layer(dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters())
+    factor = 1.0
+    replay = dmr.ReplayMix(dmr.ReplayBuffer(capacity=4), lambda x: model(x).mean() * factor, fraction=None)
+    router = MomentRouter(model, optimizer, replay, routing, 0.5)
+    x = torch.randn(4, 12)
+    router.observe(x)
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    router.consolidate()
+    router.observe(x)
+    before = copy.deepcopy((model.weight, model.weight.grad, optimizer.state_dict()))
+    factor = float("nan")
+    with pytest.raises(ValueError, match="replayed gradient of 'weight' has NaN or infinite values"):
+        optimizer.step()
+    assert str(before) == str((model.weight, model.weight.grad, optimizer.state_dict()))
+    factor = 1.0
+    optimizer.step()
+    assert bool(model.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2)])
+def test_a_process_without_rows_of_a_weight_has_an_empty_matrix(shape):
+    assert as_matrix(torch.zeros(shape)).shape == (0, torch.Size(shape[1:]).numel())
