@@ -205,7 +205,25 @@ def test_displacement_equals_a_simulated_domain(alpha, beta2, steps, before, rou
     assert np.isclose(protected_displacement(steps, beta2, alpha, routing=routing, before=before), moved, rtol=1e-9)
 
 
-def test_transients_of_the_reference_page():
+@given(inner, st.floats(0, 0.5))
+def test_half_of_the_protection_is_never_lost_below_half_the_energy(alpha, kappa):
+    assert horizon_until(alpha, kappa) == np.inf
+    assert protection_left(alpha, inflation(alpha, kappa)) > 0.5
+
+
+def test_time_law_symbolically():
+    beta, n, v0, v, q = sp.symbols("beta n v0 v q", positive=True)
+    closed = beta**n * v0 + (1 - beta**n) * q * v
+    step = beta * closed + (1 - beta) * q * v  # one step of Adam's recursion on the closed form
+    assert sp.simplify(step - (beta ** (n + 1) * v0 + (1 - beta ** (n + 1)) * q * v)) == 0
+    assert closed.subs(n, 0) == v0
+    alpha, left = sp.symbols("alpha ell", positive=True)
+    c = ((1 - alpha) / (1 - alpha * left)) ** 2
+    R_squared = 1 / (q + (1 - q) * (c - q) / (1 - q))  # the time law at e^(−H) = (c−q)/(1−q)
+    assert sp.simplify(R_squared - ((1 - alpha * left) / (1 - alpha)) ** 2) == 0  # is where p = ell
+
+
+def test_transients_checked_independently():
     kept = [protected_displacement(150, beta2, 0.9, before=150) for beta2 in (0.999, 0.99, 0.95)]
     assert np.allclose(kept, [0.18, 0.22, 0.65], atol=0.02)
     assert np.isclose(protected_displacement(150, 0.99, 0.9, state="reset"), 1.0)
@@ -241,7 +259,7 @@ def test_replay_law_on_samples(seed, rho):
     assert np.isclose(pull, (g + g_r) @ (g + g_r) / (g @ g), rtol=1e-6, atol=1e-9)
 
 
-def test_replay_and_pull_of_the_reference_page():
+def test_replay_and_pull_checked_independently():
     assert np.isclose(replay_inflation(0.5), np.sqrt(2))
     assert np.isclose(replay_inflation(0.5, 1.0), 1.15, atol=5e-3)
     assert np.isclose(additive_inflation(1.5), 0.555, atol=1e-3)
@@ -290,7 +308,7 @@ def test_step_bound_holds_and_is_reached(seed, beta1, beta2):
     assert np.isclose(adam_steps(worst, betas=betas).u[-1], bounds[-1], rtol=1e-6)
 
 
-def test_step_bounds_of_the_reference_page():
+def test_step_bounds_checked_independently():
     assert np.isclose(step_bound((0.9, 0.999)), 7.27, atol=5e-3)
     assert np.isclose(step_bound((0.9, 0.95)), 1.165, atol=5e-4)
 
@@ -309,7 +327,7 @@ def test_step_norms_are_traces(seed, alpha):
     assert np.isclose(step_norms(scales**2, U, alpha, "decoupled", rows=4)[0], leak)
 
 
-def test_leak_of_the_reference_page():
+def test_leak_checked_independently():
     "16 × 64, scales 1 to 1e-2, r = 8: the page's basis is one of many, its figures lie in their range."
     scales = np.geomspace(1, 1e-2, 64)
     bases = [np.linalg.qr(np.random.default_rng(s).normal(size=(64, 8)))[0] for s in range(60)]
