@@ -72,6 +72,39 @@ def test_references_of_the_book_resolve():
                 site.resolve_references(book.cell_source(cell), chapter.page, targets)
 
 
+def test_links_in_prose_lead_somewhere():
+    broken = []
+    for chapter in book.read_book(ROOT / "nbs"):
+        here = (ROOT / "nbs" / chapter.path).parent
+        for cell in chapter.cells:
+            if cell["cell_type"] != "markdown":
+                continue
+            prose = re.sub(r"```.*?```|`[^`\n]*`|\$[^$]*\$", "", book.cell_source(cell), flags=re.S)
+            for link in re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", prose):
+                if not (here / link).exists():
+                    broken.append(f"{chapter.path}: {link}")
+    assert not broken, f"links to files that are not there: {broken}"
+
+
+def test_ways_through_the_book_name_its_pages():
+    pages = {c.page for c in book.read_book(ROOT / "nbs")}
+    unknown = ({p for _, way in site.PATHS for p in way} | set(book.READING_ORDER)) - pages - set(book.ELSEWHERE)
+    assert not unknown, f"no such pages: {unknown}"
+
+
+#: Chapters that a machine of two cores executes in seconds.
+FAST = ("11_modification.ipynb", "15_projection.ipynb", "50_book.ipynb", "51_freshness.ipynb", "53_site.ipynb", "55_hero.ipynb")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_page_is_fresh():
+    stale = freshness.stale_chapters(ROOT)
+    assert not stale, f"run `make book` and commit the notebooks: {stale}"
+    changed = [difference for path in FAST for difference in freshness.rerun(path, ROOT)]
+    assert not changed, "\n".join(changed)
+
+
 # ---- a small book
 
 
@@ -158,6 +191,13 @@ def test_small_book(project):
     assert pages == len(text) and {"index.html", "damping.html", "experiments/eight.html", "reference/damping.html", "contents.html",
                                    "gallery.html", "changelog.html", "cite.html", "reference/index.html"} == set(text)
     damping, eight = text["damping.html"], text["experiments/eight.html"]
+
+    # what Quarto would read: each page that the configuration names is there
+    prepared = project / "_proc"
+    named = re.findall(r"href: (\S+)", (prepared / "_quarto.yml").read_text())
+    assert "damping.ipynb" in named and not [n for n in named if not (prepared / n).is_file()]
+    for folder in re.findall(r"- (assets/\S+\.css)", (prepared / "_quarto.yml").read_text()):
+        assert (prepared / folder).is_file()
 
     # maths: typeset, numbered, no script, no other host
     assert damping.count('class="katex"') >= 2 and "<math" in damping and r"\(" not in damping and 'id="eq-damp"' in damping
