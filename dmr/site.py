@@ -6,9 +6,10 @@
 __all__ = ['PAGE_DIRECTIVES', 'FOLD_LINES', 'FOLD_DRAWING', 'COLUMN', 'THUMBNAIL', 'PATHS', 'EARLY_FONTS', 'split_directives',
            'is_shown', 'Picture', 'picture_alt', 'store_picture', 'picture_html', 'Target', 'find_targets',
            'resolve_references', 'chapter_links', 'opening_html', 'seeds_used', 'closing_html', 'Prepared',
-           'rewrite_links', 'prepare_chapter', 'paths_html', 'contents_page', 'gallery_page', 'citation_page',
-           'Typesetter', 'typeset_page', 'link_names', 'Source', 'read_sources', 'link_sources', 'sources_list',
-           'finish_page', 'subset_icons', 'inline_fonts', 'other_hosts', 'prepare', 'render', 'build', 'serve', 'main']
+           'joined_streams', 'rewrite_links', 'prepare_chapter', 'paths_html', 'contents_page', 'gallery_page',
+           'citation_page', 'Typesetter', 'typeset_page', 'link_names', 'Source', 'read_sources', 'link_sources',
+           'sources_list', 'finish_page', 'subset_icons', 'inline_fonts', 'other_hosts', 'prepare', 'render', 'build',
+           'serve', 'main']
 
 # %% ../nbs/53_site.ipynb #c702391e
 import base64
@@ -267,6 +268,19 @@ def _markdown(source: str) -> dict[str, Any]:
     return {"cell_type": "markdown", "metadata": {}, "source": source}
 
 
+def joined_streams(
+    outputs: list[dict[str, Any]],  # of a cell, as JSON
+) -> list[dict[str, Any]]:
+    "Join what was printed piece by piece, so that it is shown as one block."
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if joined and output["output_type"] == "stream" == joined[-1]["output_type"] and output["name"] == joined[-1]["name"]:
+            joined[-1]["text"] += "".join(output["text"])
+        else:
+            joined.append({**output, "text": "".join(output["text"])} if output["output_type"] == "stream" else output)
+    return joined
+
+
 def _front_matter(title: str, description: str = "", **options: str) -> str:
     lines = [f"title: {json.dumps(title, ensure_ascii=False)}"]
     lines += [f"description: {json.dumps(description, ensure_ascii=False)}"] if description else []
@@ -332,7 +346,7 @@ def prepare_chapter(
         elif lines > FOLD_DRAWING and any("image/png" in o.get("data", {}) for o in cell.get("outputs", [])):
             shown |= {"code-fold": "true", "code-summary": f"Code of the figure, {lines} lines"}
         outputs = []
-        for output in cell.get("outputs", []):
+        for output in joined_streams(cell.get("outputs", [])):
             data = output.get("data", {})
             if "image/png" in data:
                 png = base64.b64decode("".join(data["image/png"]))

@@ -1,9 +1,12 @@
 """What a practitioner does: pip install, and fifteen lines with torch and dmr only."""
 
+import email
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,37 @@ def test_an_empty_environment_needs_torch_numpy_and_einops_only(tmp_path):
     assert [line.split()[2] for line in lines[:3]] == ["4", "8", "8"]  # rank 4 a domain, capped at half of fan_in
     assert Path(lines[3]).is_relative_to(site)  # the installed package, not the working tree
     assert "'alpha'" in lines[2]
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_they_should(tmp_path):
+    source = tmp_path / "source"
+    keep = shutil.ignore_patterns(".git", ".venv*", "_docs", "_proc", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=keep)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,), (archive,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    modules = {f"dmr/{p.name}" for p in (ROOT / "dmr").glob("*.py")}
+
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+        metadata = email.message_from_bytes(z.read(next(n for n in names if n.endswith("METADATA"))))
+        entries = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert modules | {"dmr/py.typed"} <= names
+    outside = {n.split("/")[0] for n in names} - {"dmr"}
+    assert all(n.endswith(".dist-info") for n in outside), f"the wheel carries {outside}"
+    assert any("LICENSE" in n for n in names) and "dmr" in entries
+
+    assert metadata["Name"] == "moment-routing" and metadata["Requires-Python"] == ">=3.10"
+    for field in ("Version", "Summary", "License-Expression" if "License-Expression" in metadata else "License", "Keywords"):
+        assert metadata[field], f"no {field}"
+    assert metadata.get_all("Classifier")
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip()[:400] in metadata.get_payload()
+    core = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert sorted(r.split(">")[0].split("[")[0].strip() for r in core) == ["einops", "numpy", "torch"]
+
+    with tarfile.open(archive) as t:
+        inside = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
+    assert modules | {"dmr/py.typed", "README.md", "LICENSE", "settings.ini", "setup.py", "pyproject.toml"} <= inside

@@ -167,7 +167,7 @@ def project(tmp_path):
         code("#| default_exp damping"),
         code("#| hide\nsecret = 1"),
         code("#| export\n" + MODULE.split("\n\n", 2)[2]),
-        code("damp(1.0)  # [not](a_link.ipynb)", printed("0.5\n\n[nor](this.ipynb)\n")),
+        code("damp(1.0)  # [not](a_link.ipynb)", printed("0.5\n\n"), printed("[nor](this.ipynb)\n")),
         code("#| fig-alt: A: \"white\" box\n#| fig-cap: White as paper\n#| label: fig-white\ndraw()", figure),
     )
     write(
@@ -209,6 +209,7 @@ def test_small_book(project):
 
     # cells: hidden ones are gone, exported ones are shown under their module's name, directives are not
     assert "secret" not in damping and "default_exp" not in damping and "#|" not in damping
+    assert "0.5\n\n[nor]" in damping  # printed in two pieces, shown as one
     assert 'data-module="dmr.damping"' in damping and "the damped step" in damping
 
     # figures: a file with its size, words for who cannot see it, a caption with a number
