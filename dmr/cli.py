@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['parse_value', 'given', 'project_of', 'batch', 'run_study', 'run', 'tell_one', 'write_report', 'execute_analysis',
            'report', 'list_studies', 'status', 'last_lines', 'tail', 'why', 'accept', 'streams', 'add_folders',
-           'add_batch_options', 'parser', 'main']
+           'check_options', 'add_batch_options', 'parser', 'main']
 
 # %% ../nbs/49_cli.ipynb #38ba7e13
 def parse_value(text: str) -> Any:
@@ -288,6 +288,8 @@ def streams(args: argparse.Namespace) -> int:
             if not args.quiet:
                 print(f"{name}: {path}")
         return 0
+    if args.names:
+        raise ValueError(f"the list takes no name; to bring a stream here: dmr streams fetch {args.names[0]}")
     if args.json:
         print(json.dumps(rows(), indent=1))
         return 0
@@ -302,6 +304,17 @@ def add_folders(p: argparse.ArgumentParser) -> None:
     "Options that say where runs and tables are kept."
     p.add_argument("--runs", metavar="FOLDER", help="where runs are kept (default: runs/ in the project)")
     p.add_argument("--results", metavar="FOLDER", help="where tables are kept (default: results/ in the project)")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    "Refuse numbers that mean nothing; raises ValueError."
+    workers, hours, lines = (getattr(args, name, None) for name in ("workers", "budget_hours", "lines"))
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    if hours is not None and not hours > 0:
+        raise ValueError(f"--budget-hours {hours:g}: it must be above 0, such as 0.5; leave it out for no limit")
+    if lines is not None and lines < 1:
+        raise ValueError(f"-n {lines}: at least 1 line is needed")
 
 
 def add_batch_options(p: argparse.ArgumentParser) -> None:
@@ -390,6 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         top.print_help()
         return 2
     try:
+        check_options(args)
         return args.action(args)
     except (ValueError, LookupError, OSError, ImportError) as e:
         print(f"dmr {args.command}: {e.args[0] if isinstance(e, LookupError) and e.args else e}", file=sys.stderr)

@@ -128,6 +128,8 @@ def find_runs(study: str, project: Project, record: bool = True) -> Iterator[Fou
     ledger = ledger_of(study, project, record)
     codes = ledger.versions()["codes"]
     for row in ledger.rows():
+        if not row.keys() >= {"run_id", "cell", "stream_hash", "code"}:
+            continue  # a table of another kind, which lies beside the studies' own
         yield Found(
             row["run_id"], row["cell"], row["stream_hash"] or None, row["code"], codes.get(row["code"], {}), row=row
         )

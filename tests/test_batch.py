@@ -122,7 +122,7 @@ def test_kill_9_of_anything_at_any_time(tmp_path, seed):
     out, _ = last.communicate(timeout=300)
     assert last.returncode == 0, out
     check_complete(folders, 4)
-    wait_for(lambda: not processes(tmp_path), 20)
+    wait_for(lambda: not processes(tmp_path), 60)
 
 
 @pytest.mark.slow
@@ -146,9 +146,9 @@ def test_a_signal_leaves_everything_resumable(tmp_path, number):
     batch = dmr(tmp_path, "batch", "tiny", "--workers", "2", **env)
     wait_for(lambda: (tmp_path / "journal.txt").exists() and len(journal_of(tmp_path)) >= 3)
     batch.send_signal(number)
-    out, _ = batch.communicate(timeout=30)
+    out, _ = batch.communicate(timeout=120)
     assert batch.returncode == 3 and signal.Signals(number).name in out
-    wait_for(lambda: not processes(tmp_path), 10)
+    wait_for(lambda: not processes(tmp_path), 60)
     status = dmr(tmp_path, "status", "tiny", "--json")
     states = Counter(r["state"] for r in json.loads(status.communicate()[0])["tiny"])
     assert set(states) <= {OK, KILLED, "waiting"} and states[KILLED] >= 1
@@ -168,7 +168,7 @@ def test_status_after_the_driver_died(tmp_path):
     assert "1 running, 1 waiting" in at_work
     batch.kill()
     batch.communicate()
-    wait_for(lambda: not processes(tmp_path), 20)
+    wait_for(lambda: not processes(tmp_path), 60)
     assert "1 killed, 1 waiting" in dmr(tmp_path, "status", "tiny").communicate()[0]
     assert "mode hang" in dmr(tmp_path, "tail", "seed-0").communicate()[0]
 
@@ -264,7 +264,7 @@ def test_a_cluster_with_a_worker_killed(tmp_path):
         for p in (*workers, scheduler):
             p.kill()
             p.wait()
-    wait_for(lambda: not processes(tmp_path), 20)
+    wait_for(lambda: not processes(tmp_path), 60)
 
 
 @pytest.mark.slow

@@ -63,6 +63,10 @@ def test_values(text, value):
         (["batch", "tiny", "-p", "lr", "-1"], "outside (0, inf)"),
         (["batch", "tiny", "-p", "seed", "7"], "the same run"),
         (["batch", "tiny", "--workers", "0"], "at least 1"),
+        (["batch", "tiny", "--dry-run", "--workers", "0"], "at least 1"),
+        (["run", "tiny", "--budget-hours", "-1"], "must be above 0"),
+        (["batch", "tiny", "--budget-hours", "0"], "must be above 0"),
+        (["tail", "nothing", "-n", "-5"], "at least 1 line"),
         (["run", "missing.ipynb"], "no template notebook"),
         (["tail", "nothing"], "no run begins with 'nothing'"),
         (["why", "nothing"], "no run begins with 'nothing'"),
@@ -147,3 +151,14 @@ def test_streams_are_listed_and_fetched_through_the_command(capsys, monkeypatch)
     assert main(["streams", "fetch", "text8", "--quiet"]) == 0 and asked == [("text8", False)]
     assert main(["streams"]) == 0 and "shakespeare" in capsys.readouterr().out
     assert main(["streams", "fetch"]) == 2 and "name a stream to fetch" in capsys.readouterr().err
+    assert main(["streams", "list", "text8"]) == 2 and "dmr streams fetch text8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tail", "why"])
+def test_a_table_of_another_kind_beside_the_studies_is_passed_over(capsys, tmp_path, monkeypatch, command):
+    project(tmp_path, "seeds: [0]\n")
+    (tmp_path / "results").mkdir(exist_ok=True)
+    (tmp_path / "results/speed.csv").write_text("measure,value\nstep,2\n")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, tmp_path, command, "nothing")
+    assert code == 2 and "no run begins with 'nothing'" in err
