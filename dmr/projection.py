@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .inputs import catchable, input_rows
 from .modification import Edit, LowRank, Modification, Target, accumulator, square_norms, stacks
-from .sharding import local, same_everywhere, shard_groups, sum_over, total
+from .sharding import data_groups, local, same_everywhere, shard_groups, sum_over, total
 from .strength import check_fraction
 from .subspace import Sketch, grow
 
@@ -256,10 +256,13 @@ class Projection(Modification):
 
     # -- the boundary
 
+    def _fed_over(self, name: str) -> tuple:
+        "The groups of processes over which a sketch is a sum."
+        return data_groups(self.targets[name].param, self.group) if self.source == "inputs" else self._groups.get(name, ())
+
     def _gather(self) -> dict[str, dict]:
         "The sketches' sums over all processes that hold other rows or, for inputs, other data."
-        others = (self.group,) if self.source == "inputs" and self.group is not None else ()
-        over = {n: self._groups.get(n, ()) + others for n in self.sketches}
+        over = {n: self._fed_over(n) for n in self.sketches}
         kinds: dict[tuple, list[str]] = {}
         for name in self.sketches:
             kinds.setdefault((over[name], self.sketches[name].sums.dtype), []).append(name)
@@ -320,12 +323,11 @@ class Projection(Modification):
     # -- state
 
     def state_dict(self) -> dict:
-        "In several processes every one must call it: sketches are summed over shards."
-        sketches = self._gather() if self._groups else {n: s.state_dict() for n, s in self.sketches.items()}
+        "Every process must call it if parameters are sharded or inputs are sketched: the sketches are summed over processes."
         return {
             "bases": {n: U.clone() for n, U in self.bases.items()},
             "energies": {n: e.clone() for n, e in self.energies.items()},
-            "sketches": sketches,
+            "sketches": self._gather(),
             "fed": self.fed,
             "seen": self.seen,
         }
@@ -351,7 +353,7 @@ class Projection(Modification):
             self.energies[name] = state["energies"][name].to(U, copy=True)
         for name, sketch in self.sketches.items():
             sketch.load_state_dict(state["sketches"][name])
-            if any(group.rank() for group in self._groups.get(name, ())):  # the sum is kept by the first process
+            if any(group.rank() for group in self._fed_over(name)):  # the sum is kept by the first process
                 sketch.clear()
         self.fed, self.seen = state["fed"], state["seen"]
         self._refresh()

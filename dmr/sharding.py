@@ -14,12 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['local', 'shard_groups', 'sum_over', 'total', 'placed_like', 'Packed', 'replicas', 'unwrapped', 'same_everywhere']
+__all__ = ['local', 'data_groups', 'shard_groups', 'sum_over', 'total', 'placed_like', 'Packed', 'replicas', 'unwrapped',
+           'same_everywhere']
 
 # %% ../nbs/12b_sharding.ipynb #61a19abc
 def local(x: Any) -> Tensor:
     "The rows that this process holds: the local shard of a DTensor, any other tensor itself."
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def data_groups(
+    p: Tensor,  # a parameter
+    group: Any = None,  # processes with whole copies of it; None: none
+) -> tuple[Any, ...]:  # process groups that together see all data
+    "Where other examples of a batch are: on every axis of a parameter's device mesh, and with the other replicas."
+    mesh = getattr(p, "device_mesh", None)
+    axes = () if mesh is None else tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
+    return axes + (() if group is None else (group,))
 
 
 def shard_groups(

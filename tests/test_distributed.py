@@ -148,19 +148,26 @@ def replay_is_the_mean_over_replicas():
 
 def input_sketches_merge():
     bases = {}
-    for how in ("one", "ddp", "shard"):
+    for how in ("one", "ddp", "shard", "hybrid"):
         model, optimizer = make(how == "shard")
+        if how == "hybrid":  # every process holds all rows, and sees other data
+            fully_shard(model, mesh=dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         wrapped = DistributedDataParallel(model) if how == "ddp" else model
         router = dmr.MomentRouter(wrapped, optimizer, dmr.Projection(rank=3, every=1, source="inputs"), strength=0.0)
         for step in range(4):
             optimizer.zero_grad()
             wrapped(data(step, how != "one")).square().mean().backward()
             optimizer.step()
-        if how == "shard":
-            router.modification.group = dist.group.WORLD  # the processes also see other data
+            if step == 1:  # saved in the middle of a domain: what the others have seen is in it, once
+                state = router.state_dict()
+                router.load_state_dict(state)
+                sums = state["edit"]["sketches"]["0.weight"]["sums"]
+                x = torch.cat([data(i, False) for i in (0, 1)])
+                torch.testing.assert_close(sums, x.T @ x, rtol=1e-9, atol=1e-12)
         router.consolidate()
         bases[how] = router.modification.bases["0.weight"]
-    for how in ("ddp", "shard"):
+    for how in ("ddp", "shard", "hybrid"):
         s = torch.linalg.svdvals(bases["one"].T @ bases[how])
         torch.testing.assert_close(s, torch.ones_like(s), rtol=0, atol=1e-7)
         a, b = everywhere(bases[how])[:2]
