@@ -571,7 +571,8 @@ class MomentRouter:
     def state_dict(self) -> dict:
         """Plain tensors and numbers, keyed by parameter name; save it beside the model's and the optimizer's.
 
-        With sharded parameters, or inputs as a projection's source, every process must call it: it holds sums over all of them, so any number of processes can load it.
+        With sharded parameters, or inputs as a projection's source, every process must call it: it holds sums over all of them,
+        so any number of processes can load it.
         """
         return {
             "version": 1,
