@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['parse_value', 'given', 'project_of', 'batch', 'run_study', 'run', 'tell_one', 'write_report', 'execute_analysis',
-           'report', 'list_studies', 'status', 'last_lines', 'tail', 'why', 'accept', 'streams', 'add_folders',
-           'check_options', 'add_batch_options', 'parser', 'main']
+           'report', 'report_claims', 'list_studies', 'status', 'last_lines', 'tail', 'why', 'accept', 'streams',
+           'add_folders', 'check_options', 'add_batch_options', 'parser', 'main']
 
 # %% ../nbs/49_cli.ipynb #38ba7e13
 def parse_value(text: str) -> Any:
@@ -151,11 +151,32 @@ def execute_analysis(study: Study, project: Project, target: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    "`dmr report STUDY`: the report of what is there, without running anything."
+    "`dmr report STUDY`: the report of what is there, without running anything; `tuning` and `claims` have their own."
     from dmr.studies import find_study
 
     project = project_of(args)
+    if args.study == "claims":
+        return report_claims(project)
+    if args.study == "tuning":
+        from dmr.claims import tuning_choices, tuning_text
+
+        print(tuning_text(*tuning_choices(project)))
+        return 0
     return write_report(find_study(args.study, project), project, f"dmr report {args.study}")
+
+
+def report_claims(project: Project) -> int:
+    "`dmr report claims`: rewrite the page of verdicts from the tables."
+    page = project.studies.parent / "claims.ipynb"
+    if not page.is_file():
+        raise FileNotFoundError(f"no page of verdicts at {page}")
+    try:
+        from dmr.freshness import execute
+    except ImportError as e:
+        raise ImportError("the page is rewritten in a development checkout: make setup") from e
+
+    execute([page.relative_to(project.root / "nbs").as_posix()], project.root)
+    return 0
 
 # %% ../nbs/49_cli.ipynb #cad3530b
 def list_studies(project: Project) -> int:
@@ -379,7 +400,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("study", metavar="STUDY")
     p.add_argument("--reason", required=True, help="why no number can differ")
     add_folders(p)
-    p = command("report", report, "table, figures and HTML of what is there")
+    p = command("report", report, "table, figures and HTML of what is there; `tuning`: what tuning selects; `claims`: the verdicts")
     p.add_argument("study", metavar="STUDY")
     add_folders(p)
     p = command("streams", streams, "the streams on offer")

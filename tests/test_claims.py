@@ -1,0 +1,175 @@
+"""Verdicts from tables with known answers: each word reached, missing and short tables, flagged domains, versions apart."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dmr.claims import (
+    ADAPTIVE,
+    DISPLACED,
+    FIXED,
+    INTERPOLATION,
+    MAIN,
+    NOT_RUN,
+    REPLAY,
+    REPLAY_DECOUPLED,
+    SHARED,
+    STUDIES,
+    Table,
+    advice,
+    answer_claims,
+    claim_box,
+    compare,
+    draw_domains,
+    draw_growth,
+    draw_heat,
+    draw_plane,
+    evidence,
+    read_table,
+    simulated_table,
+    verdict_table,
+)
+from dmr.statistics import CLAIMS, FAILS, HOLDS, UNDECIDED, UNTESTABLE
+from dmr.studies import find_project, read_study
+
+ROOT = Path(__file__).parents[1]
+ARMS = {SHARED: 1.0, FIXED: 1.2, ADAPTIVE: 0.5, DISPLACED: 0.9, REPLAY: 0.7, REPLAY_DECOUPLED: 0.8, INTERPOLATION: 0.75}
+
+
+def words(**arms):
+    table = simulated_table({**ARMS, **arms})
+    return {a.claim: a.verdict.verdict if a.verdict else NOT_RUN for a in answer_claims({"eight": table}) if a.study == "eight"}
+
+
+@pytest.mark.parametrize(
+    ("claim", "arms", "expected"),
+    [
+        ("C1", {SHARED: 1.0}, HOLDS),
+        ("C1", {SHARED: 0.7}, FAILS),
+        ("C1", {SHARED: 0.9}, UNDECIDED),
+        ("C2", {REPLAY: 0.7}, HOLDS),
+        ("C2", {REPLAY: 1.2}, FAILS),
+        ("C3", {FIXED: 1.2}, HOLDS),
+        ("C3", {FIXED: 0.8}, FAILS),
+        ("C4", {ADAPTIVE: 0.5}, HOLDS),
+        ("C4", {ADAPTIVE: 0.9}, FAILS),
+        ("C4", {ADAPTIVE: 0.7, REPLAY: 0.7}, UNDECIDED),
+    ],
+)
+def test_each_verdict_is_reached(claim, arms, expected):
+    assert words(**arms)[claim] == expected
+
+
+def test_a_short_horizon_is_not_testable_and_three_seeds_decide_nothing():
+    short = simulated_table(ARMS, beta2=0.999)
+    assert {a.verdict.verdict for a in answer_claims({"eight": short}) if a.study == "eight"} == {UNTESTABLE}
+    few = simulated_table(ARMS, seeds=3)
+    assert {a.verdict.verdict for a in answer_claims({"eight": few}) if a.study == "eight"} == {UNDECIDED}
+
+
+def test_growth_overlap_and_families():
+    domains = [f"d{i:02}" for i in range(16)]
+    sixteen = simulated_table(ARMS, seeds=5, study="sixteen", domains=domains)
+    c5 = next(a for a in answer_claims({"sixteen": sixteen}) if a.claim == "C5")
+    assert c5.verdict is not None and c5.verdict.verdict in (UNDECIDED, FAILS)  # a lead that does not grow
+    rows, nominal = [], {}
+    for rho, ratio in ((0.0, 0.7), (0.5, 0.85), (0.95, 1.0)):
+        t = simulated_table({SHARED: ratio}, seeds=5, study="overlap", part=f"rho {rho:g}")
+        rows += t.rows
+        nominal |= t.nominal
+    c10 = next(a for a in answer_claims({"overlap": Table("overlap", "", len(rows), tuple(rows), nominal=nominal)}) if a.claim == "C10")
+    assert c10.verdict.verdict == HOLDS
+    pairs = {f"{f} {r}": x for f in ("EWC additive", "EWC rescaling", "SI additive", "SI rescaling", "replay 0.5 %")
+             for r, x in (("shared", 1.0), ("decoupled", 0.6))}
+    c7 = next(a for a in answer_claims({"conflict": simulated_table(pairs, seeds=5, study="conflict")}) if a.claim == "C7")
+    assert c7.verdict.verdict == HOLDS
+
+
+def test_nothing_there_is_not_yet_run():
+    answers = answer_claims({})
+    assert {a.word for a in answers} == {NOT_RUN} and {a.claim for a in answers} == set(CLAIMS)
+    for claim in CLAIMS:
+        assert NOT_RUN in claim_box(claim, answers, {})
+    assert verdict_table(answers).count(NOT_RUN) == len(CLAIMS)
+    empty = Table("eight", "", 430)
+    assert "no runs yet" in advice(empty) and compare(empty) == []
+    assert [draw(empty) for draw in (draw_plane, draw_heat, draw_growth, draw_domains)] == [None] * 4
+
+
+@pytest.mark.parametrize("kept", [1, 3, 6, 13, 40])
+def test_a_short_table_never_fails_and_is_preliminary(kept):
+    full = simulated_table(ARMS)
+    short = Table("eight", "", full.planned, full.rows[:kept], nominal=full.nominal)
+    answers = answer_claims({"eight": short})
+    for a in answers:
+        assert a.verdict is None or a.note.startswith("preliminary")
+    text = claim_box("C1", answers, {"eight": short}) + verdict_table(answers) + advice(short)
+    assert f"{kept} of {full.planned} runs" in text
+    for draw in (draw_plane, draw_heat, draw_growth, draw_domains):
+        draw(short)
+
+
+def test_verdicts_without_flagged_domains():
+    table = simulated_table({SHARED: 1.0})
+    rows = []
+    for r in table.rows:  # domain b alone forgets far more under shared routing
+        L = [[2.0, 5, 5], [2.5, 2.0, 5], [2.5, 9.0 if r["arm"] == SHARED else 2.5, 2.0]] if r["arm"] == SHARED else None
+        rows.append({**r, "loss_matrix": str(L)} if L else r)
+    table = Table("eight", "", len(rows), tuple(rows), nominal=table.nominal)
+    every, without = evidence(table), evidence(table, without=["b"])
+    assert min(every.nominal(SHARED).values()) > 3 and max(without.nominal(SHARED).values()) == pytest.approx(0.5)
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "nbs/experiments/studies"
+    folder.mkdir(parents=True)
+    for source in (ROOT / "nbs/experiments/studies").glob("*.yaml"):
+        shutil.copy(source, folder)
+    shutil.copy(ROOT / "nbs/experiments/continual_lm.ipynb", folder.parent)
+    return find_project(tmp_path)
+
+
+def write(project, study, rows):
+    project.results.mkdir(exist_ok=True)
+    with open(project.results / f"{study}.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, sorted({k for r in rows for k in r}), restval="")
+        out.writeheader()
+        out.writerows(rows)
+
+
+def test_tables_are_held_against_their_plans(project):
+    assert str(read_table("nothing", project)) == "nothing: no study file"
+    assert "no runs yet" in str(read_table("eight", project))
+    plan = read_study(project.studies / "eight.yaml")
+    row = dict(status="ok", forgetting="0.5", final_average="2.5", wall_s="20", loss_matrix="[[2.0,5],[2.5,2.0]]", loss_columns='["a","b"]')
+    rows = [dict(row, run_id=c.slug, cell=c.hash, code="new") for c in plan.cells[:3]]
+    rows += [dict(row, run_id="old", cell=plan.cells[3].hash, code="old"), dict(row, run_id="stranger", cell="not planned", code="new"),
+             dict(run_id="bad", cell=plan.cells[4].hash, code="new", status="failed")]
+    write(project, "eight", rows)
+    table = read_table("eight", project)
+    assert (len(table.rows), table.failed, table.left_out, table.planned) == (3, 1, 1, len(plan.cells))
+    assert str(table) == f"eight: 3 of {len(plan.cells)} runs, 1 failed, 1 by other code left out"
+    assert table.nominal == {"": plan.cells[0].parameters["lr"] * 4}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_of_the_protocol_has_its_arms_and_a_nominal_rate(study, project):
+    plan = read_study(project.studies / f"{study}.yaml")
+    arms = {c.arm for c in plan.cells}
+    table = read_table(study, project)
+    assert table.planned == len(plan.cells) and not table.rows
+    if study in ("eight", "sixteen"):
+        assert set(MAIN) <= arms
+    if study == "overlap":
+        assert {p.removeprefix("rho ") for p in table.nominal} == {"0", "0.25", "0.5", "0.75", "0.95"}
+    for c in plan.cells:  # vanilla stands at the nominal rate in every part: without it nothing can be compared
+        assert any(v.part == c.part and v.arm == "vanilla" and v.parameters["lr"] == table.nominal[c.part] for v in plan.cells)
+
+
+def test_tuning_seeds_are_used_nowhere_else(project):
+    seeds = {study: {c.seed for c in read_study(project.studies / f"{study}.yaml").cells} for study in STUDIES}
+    tuned = seeds.pop("tuning")
+    assert all(not tuned & other for other in seeds.values())
