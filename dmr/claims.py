@@ -312,8 +312,9 @@ def read_inflation(
         last = max((float(r["step"]) for r in rows), default=0.0)
         out: dict[float, dict[Any, list[float]]] = {}
         for r in rows:
-            if float(r["step"]) > 0.75 * last and math.isfinite(float(r["R_U"])):
-                out.setdefault(float(r["alpha"]), {}).setdefault(r["seed"], []).append(float(r["R_U"]))
+            R_U = float(r.get("R_U_last") or r["R_U"])
+            if float(r["step"]) == last and math.isfinite(R_U):
+                out.setdefault(float(r["alpha"]), {}).setdefault(r["seed"], []).append(R_U)
         if out:
             return out, max(float(r["H"]) for r in rows), name
     return {}, 0.0, ""
