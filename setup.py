@@ -7,7 +7,7 @@ from setuptools import setup
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("experiments", "cluster", "docs", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("experiments", "cluster", "hf", "lightning", "docs", "dev")}
 extras["all"] = sorted({need for needs in extras.values() for need in needs})
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"]
 

@@ -10,8 +10,10 @@ __all__ = []
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmr.lora import restart_lora, route_lora
     from dmr.model import build_model
     from dmr.modification import Dense, LowRank, Modification
+    from dmr.pretrained import load_pretrained
     from dmr.projection import Projection
     from dmr.replay import ReplayBuffer, ReplayMix
     from dmr.routing import ROUTINGS, MomentRouter
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from dmr.strength import Fixed, OverlapAware, Strength
     from dmr.studies import load_results
     from dmr.theory import inflation
+    from dmr.trainer import RouterCallback
 
 # %% ../nbs/60_api.ipynb #d1f0be08
 _HOME = {
@@ -27,10 +30,12 @@ _HOME = {
     "Fixed": "strength", "OverlapAware": "strength", "Strength": "strength",
     "Modification": "modification", "LowRank": "modification", "Dense": "modification",
     "inflation": "theory", "load_stream": "streams", "load_results": "studies", "build_model": "model",
+    "load_pretrained": "pretrained", "route_lora": "lora", "restart_lora": "lora", "RouterCallback": "trainer",
 }  # fmt: skip
 
 __all__ = ["MomentRouter", "ROUTINGS", "Projection", "ReplayMix", "ReplayBuffer", "Fixed", "OverlapAware", "Strength",
-           "Modification", "LowRank", "Dense", "inflation", "load_stream", "load_results", "build_model"]  # fmt: skip
+           "Modification", "LowRank", "Dense", "inflation", "load_stream", "load_results", "build_model",
+           "load_pretrained", "route_lora", "restart_lora", "RouterCallback"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['parse_value', 'given', 'project_of', 'batch', 'run_study', 'run', 'tell_one', 'write_report', 'execute_analysis',
            'report', 'report_claims', 'list_studies', 'status', 'last_lines', 'tail', 'why', 'accept', 'streams',
-           'add_folders', 'check_options', 'add_batch_options', 'parser', 'main']
+           'models', 'add_folders', 'check_options', 'add_batch_options', 'parser', 'main']
 
 # %% ../nbs/49_cli.ipynb #38ba7e13
 def parse_value(text: str) -> Any:
@@ -320,6 +320,29 @@ def streams(args: argparse.Namespace) -> int:
         print(f"{r['domain']:12} {r['bytes'] / 1e6:6.1f}  {r['leak']:6.2%}  {here:4}  {r['streams']:16} {r['licence']}")
     return 0
 
+
+def models(args: argparse.Namespace) -> int:
+    "`dmr models`: the pinned pretrained models; `dmr models fetch NAME` brings one here."
+    from dmr.pretrained import fetch_model
+    from dmr.pretrained import list_models as rows
+
+    if args.what == "fetch":
+        if not args.names:
+            raise ValueError("name a model to fetch: dmr models fetch smollm2-135m")
+        for name in args.names:
+            path = fetch_model(name, progress=not args.quiet)
+            if not args.quiet:
+                print(f"{name}: {path}")
+        return 0
+    if args.json:
+        print(json.dumps(rows(), indent=1))
+        return 0
+    print(f"{'model':14} {'MB':>6}  {'parameters':>12}  {'here':4}  licence")
+    for r in rows():
+        here = "yes" if r["cached"] else "no"
+        print(f"{r['model']:14} {r['bytes'] / 1e6:6.1f}  {r['parameters']:12,}  {here:4}  {r['licence']}")
+    return 0
+
 # %% ../nbs/49_cli.ipynb #ca9eeea0
 def add_folders(p: argparse.ArgumentParser) -> None:
     "Options that say where runs and tables are kept."
@@ -404,6 +427,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("study", metavar="STUDY")
     add_folders(p)
     p = command("streams", streams, "the streams on offer")
+    p.add_argument("what", nargs="?", choices=("list", "fetch"), default="list")
+    p.add_argument("names", nargs="*", metavar="NAME")
+    p.add_argument("--quiet", action="store_true")
+    p.add_argument("--json", action="store_true")
+    p = command("models", models, "the pinned pretrained models")
     p.add_argument("what", nargs="?", choices=("list", "fetch"), default="list")
     p.add_argument("names", nargs="*", metavar="NAME")
     p.add_argument("--quiet", action="store_true")

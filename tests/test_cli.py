@@ -31,7 +31,7 @@ def test_every_command_has_a_line_of_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for name in ("run", "batch", "status", "tail", "why", "accept", "report", "streams"):
+    for name in ("run", "batch", "status", "tail", "why", "accept", "report", "streams", "models"):
         assert f"    {name}" in said
     assert main([]) == 2
 
