@@ -114,7 +114,7 @@ def store_picture(
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         picture = image.convert("RGB")
-        small = picture.resize((THUMBNAIL * 3 // 2, max(1, round(image.height * THUMBNAIL * 1.5 / image.width))), Image.Resampling.LANCZOS)
+        small = picture.resize((THUMBNAIL * 5 // 4, max(1, round(image.height * THUMBNAIL * 1.25 / image.width))), Image.Resampling.LANCZOS)
         small.save(folder / f"small-{name}", format="webp", quality=50, method=4)
         if picture.width > 2 * COLUMN:
             picture = picture.resize((2 * COLUMN, round(image.height * 2 * COLUMN / image.width)), Image.Resampling.LANCZOS)
