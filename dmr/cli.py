@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -453,7 +454,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         check_options(args)
-        return args.action(args)
+        status = args.action(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of a pipe, `dmr status demo | head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, LookupError, OSError, ImportError) as e:
         print(f"dmr {args.command}: {e.args[0] if isinstance(e, LookupError) and e.args else e}", file=sys.stderr)
         return 2
@@ -464,3 +470,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"dmr {args.command}: {e}", file=sys.stderr)
         return 2
+
+# %% ../nbs/49_cli.ipynb #2d0c3e46
+if __name__ == "__main__" and "__file__" in globals():  # `python -m dmr.cli`, where the command is not on the path
+    sys.exit(main())

@@ -104,6 +104,18 @@ def test_spelling(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+def test_no_cell_needs_the_environment_on_the_path():
+    "`make test` runs `.venv/bin/nbdev_test` without activating `.venv`: programs are started by the interpreter's own path."
+    started = re.compile(r"""(?:subprocess\.\w+|Popen)\(\s*\[\s*["'](?!git\b|sleep\b)\w|^\s*!|^%%(?:bash|sh)\b""", re.MULTILINE)
+    assert started.search('subprocess.run(["dmr", "run"])') and not started.search('subprocess.run(["git", "log"])')
+    found = []
+    for path in project_files():
+        if path.suffix == ".ipynb":
+            sources = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+            found += [f"{path.relative_to(ROOT)}: {m.group(0)}" for s in sources for m in started.finditer(s)]
+    assert not found, found
+
+
 def settings():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
