@@ -131,6 +131,9 @@ def write_report(study: Study, project: Project, command: str, quiet: bool = Fal
 
     folder = project.runs / study.name / "report"
     results = results_of(make_plan(study, project, load=False))
+    if all(r["status"] == "missing" for r in results):
+        print(f"no run of {study.name!r} has ended yet, so there is nothing to report; make them with `dmr batch {study.name}`")
+        return 1
     report = write(results, folder, command=command, title=study.title or study.name)
     if not quiet:
         print(f"\n{report}")

@@ -36,6 +36,14 @@ def test_every_command_has_a_line_of_help(capsys):
     assert main([]) == 2
 
 
+def test_a_report_of_nothing_says_so_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    project(tmp_path, "seeds: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, tmp_path, "report", "tiny")
+    assert code == 1 and "no run of 'tiny' has ended" in out and "dmr batch tiny" in out
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "text, value",
     [
