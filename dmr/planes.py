@@ -36,30 +36,35 @@ def read_families(
     path: str | Path,  # a study's table, such as results/families.csv
     tuning: int = 9000,  # seeds from here on chose settings and are left out
 ) -> pd.DataFrame:
-    "The finished runs of a study's table, judged seeds only; no rows where there is no table yet."
+    "The runs of a study's table that came to an end, well or not, judged seeds only; no rows where there is no table yet."
     import pandas as pd
 
     if not Path(path).exists():
         return pd.DataFrame()
     rows = pd.read_csv(path)
-    return rows[(rows.status == "ok") & (rows.seed < tuning)].reset_index(drop=True)
+    return rows[(rows.status != "missing") & (rows.seed < tuning)].reset_index(drop=True)
 
 
 def points(
     rows: pd.DataFrame,  # runs of one arm
 ) -> Arm:  # seed -> point
-    "The runs of an arm as points of the plane. Raises ValueError for two runs of one seed."
+    "The finished runs of an arm as points of the plane. Raises ValueError for two runs of one seed."
+    rows = rows[rows.status == "ok"]
     if rows.seed.duplicated().any():
         raise ValueError(f"seed {rows.seed[rows.seed.duplicated()].iloc[0]} has two runs of {rows.arm.iloc[0]!r}; pass the rows of one arm")
     return {int(r.seed): Point(float(r.learning_accuracy), float(r.forgetting)) for r in rows.itertuples()}
 
 
+def _mean(arm: Arm) -> Point:
+    return Point(*(sum(values) / len(arm) for values in zip(*arm.values())))
+
+
 def control(
-    rows: pd.DataFrame,  # finished runs
+    rows: pd.DataFrame,  # runs
     setting: tuple[str, str],  # optimizer and state
 ) -> Control:  # learning rate -> seed -> point
     "Plain training at each of its rates, in one setting."
-    plain = (rows.modification == "none") & (rows.optimizer == setting[0]) & (rows.state == setting[1])
+    plain = (rows.status == "ok") & (rows.modification == "none") & (rows.optimizer == setting[0]) & (rows.state == setting[1])
     for name, nothing in (("interpolate", None), ("freeze_after", None), ("second_batch", 0), ("joint", False), ("warmup", 0)):
         plain &= rows[name].isna() | (rows[name].astype(float) == float(nothing or 0))
     plain &= rows.decay.fillna("none") == "none"
@@ -79,23 +84,20 @@ def compare(
         for (optimizer, state, arm, routing), group in mine.groupby(["optimizer", "state", "arm", "routing"], sort=False):
             at, curve = points(group), control(rows, (optimizer, state))
             curve = {rate: {s: p for s, p in seeds.items() if s in at} for rate, seeds in curve.items()}
-            matched = match_control(at, curve) if len(curve) > 1 else None
+            matched = match_control(at, curve) if at and len(curve) > 1 else None
             known = list(matched.difference.values()) if matched is not None and matched.enough else []
             lines.append({
                 "method": method, "setting": SETTINGS.get((optimizer, state), f"{optimizer}, {state}"), "arm": arm, "routing": routing,
                 "native": routing == FAMILIES[method].native and (optimizer, state) == NATIVE.get(method, ("adamw", "kept")),
-                "seeds": len(at), "learning_accuracy": group.learning_accuracy.mean(), "forgetting": group.forgetting.mean(),
+                "seeds": len(at), "failed": len(group) - len(at),
+                "learning_accuracy": _mean(at).learning_accuracy if at else None, "forgetting": _mean(at).forgetting if at else None,
                 "against_control": sum(known) / len(known) if known else None,  # where at least 80 % of the seeds are comparable
                 "comparable": len(matched.difference) if matched else 0,
-                "note": matched.fell_out() if matched else "the control has fewer than two rates",
+                "note": matched.fell_out() if matched else "no run finished" if not at else "the control has fewer than two rates",
             })
     return pd.DataFrame(lines)
 
 # %% ../nbs/19d_planes.ipynb #f2ecd7fe
-def _mean(arm: Arm) -> Point:
-    return Point(*(sum(values) / len(arm) for values in zip(*arm.values())))
-
-
 def _curve(ax: Any, branch: Branch, width: float) -> None:
     if branch.reason:
         return
@@ -130,8 +132,12 @@ def draw_planes(
             _curve(ax, control_branch({rate: seeds[seed] for rate, seeds in curves.items()}), 0.8)
         if shared:
             _curve(ax, control_branch({rate: _mean(seeds) for rate, seeds in curves.items()}), 2.5)
+        lost = []
         for (_, routing), group in here.groupby(["arm", "routing"], sort=False):
             at = points(group)
+            if not at:
+                lost.append(routing)
+                continue
             native = routing == FAMILIES[method].native and (optimizer, state) == NATIVE.get(method, ("adamw", "kept"))
             for p in at.values():
                 ax.plot(*p, "o", color=PALETTE[routing], markersize=4, alpha=0.6, zorder=3)
@@ -139,6 +145,8 @@ def draw_planes(
             if native:
                 ax.plot(*_mean(at), "o", color="none", markeredgecolor="black", markersize=14, markeredgewidth=1.3, zorder=5)
         ax.set_title(f"{method}: {setting}", fontsize=9.5)
+        if lost:
+            ax.text(0.03, 0.97, f"failed: {', '.join(lost)}", transform=ax.transAxes, fontsize=8.5, va="top")
         ax.set_xlabel("learning accuracy (nats/byte, lower is better)", fontsize=9)
         ax.grid(True)
     for ax in axes[len(panels):]:
@@ -151,7 +159,8 @@ def draw_planes(
     fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8.5)
     said = finding(lines)
     fig.suptitle(said, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    spots = "; ".join(f"{r.method} {r.routing} ({r.setting}) {r.forgetting:.3f} at {r.learning_accuracy:.3f}" for r in lines.itertuples())
+    values = [f"{r.forgetting:.3f} at {r.learning_accuracy:.3f}" if r.seeds else "failed" for r in lines.itertuples()]
+    spots = "; ".join(f"{r.method} {r.routing} ({r.setting}) {v}" for r, v in zip(lines.itertuples(), values))
     return fig, f"Forgetting against learning accuracy in nats per byte, means over seeds. {said}. {spots}."
 
 
@@ -162,5 +171,7 @@ def finding(
     "What can be counted in a comparison, as a title."
     known = lines[lines.against_control.notna()]
     below = int((known.against_control.astype(float) < -margin).sum())
-    out = len(lines) - len(known)
-    return f"{below} of {len(lines)} arms forget less than the learning rate would" + (f", {out} not comparable" if out else "")
+    lost = int((lines.seeds == 0).sum())
+    out = len(lines) - len(known) - lost
+    said = f"{below} of {len(lines)} arms forget less than the learning rate would"
+    return said + (f", {out} not comparable" if out else "") + (f", {lost} failed" if lost else "")
