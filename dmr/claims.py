@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPLED', 'INTERPOLATION', 'MAIN', 'STUDIES',
-           'NOT_RUN', 'Table', 'read_table', 'Measured', 'measure', 'curves', 'evidence', 'simulated_row',
+           'NOT_RUN', 'REFUTED', 'Table', 'read_table', 'Measured', 'measure', 'curves', 'evidence', 'simulated_row',
            'simulated_table', 'Answer', 'answer_claims', 'read_inflation', 'Line', 'compare', 'expected_best', 'Choice',
-           'choose_settings', 'tuning_choices', 'tuning_text', 'claim_box', 'verdict_table', 'comparison_table',
-           'advice', 'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_domains']
+           'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box', 'verdict_table',
+           'comparison_table', 'advice', 'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_domains']
 
 # %% ../nbs/48_claims.ipynb #14414dda
 @dataclass(frozen=True)
@@ -221,6 +221,7 @@ class Answer:
     verdict: Verdict | None  # None: not yet run
     note: str = ""  # what is missing, or that it is preliminary
     decides: bool = True
+    source: str = ""  # the table's name where it is not the study's
 
     @property
     def word(self) -> str:
@@ -256,6 +257,7 @@ def answer_claims(
     tables: Mapping[str, Table],  # study -> table
     inflation: Mapping[float, Mapping[Any, Any]] | None = None,  # C6: α -> seed -> R_U of each matrix
     horizon: float = 7.5,  # C6: H of those ratios
+    source: str = "",  # C6: the table they were read from
     without: Iterable[str] = (),  # domains that do not count
 ) -> list[Answer]:
     "Every claim in every regime that was planned, deciding regimes first; never fails because a table is missing or short."
@@ -273,7 +275,7 @@ def answer_claims(
     late = evidence(sixteen, stage=16, without=skip)
     out.append(_answer("C5", sixteen, lambda e: verdict_c5(e, late or e, ADAPTIVE, SHARED), stage=8, without=skip))
     if inflation:
-        out.append(Answer("C6", "inflation_live", f"H = {horizon:g}", verdict_c6(inflation, horizon)))
+        out.append(Answer("C6", "inflation_live", f"H = {horizon:g}", verdict_c6(inflation, horizon), source=source))
     else:
         out.append(Answer("C6", "inflation_live", "", None, "no table of inflations on real text"))
     families = {"penalty, EWC additive": "EWC additive", "penalty, EWC rescaling": "EWC rescaling", "penalty, SI additive": "SI additive",
@@ -451,6 +453,31 @@ def tuning_text(table: Table, choices: Sequence[Choice]) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/48_claims.ipynb #f0ef4010
+#: What refutes each claim; C1 to C4 at the nominal rate or at matched learning accuracy.
+REFUTED: dict[str, str] = {
+    "C1": "an interval of the ratio disjoint from [0.90, 1.05]",
+    "C2": "another shared arm whose paired difference to replay lies below 0",
+    "C3": "an interval of the ratio below 1",
+    "C4": "an arm whose paired difference to the adaptive one lies below 0",
+    "C5": "an interval of the growth, or of the difference at stage 16, above 0",
+    "C6": "a median error whose lower bound exceeds 8 % at some α",
+    "C7": "an interval above 0 in some family or form",
+    "C8": "what would refute C1 or C4, on this model",
+    "C9": "a cell in which C4 is refuted",
+    "C10": "an interval of shared/vanilla wholly above 0.90 at ρ = 0, or a slope wholly below 0",
+}
+
+
+def table_link(study: str, rows: bool = True) -> str:  # markdown
+    "A study's name, linked to its table if it has one; seen from `nbs/experiments/`."
+    return f"[`{study}`](../../results/{study}.csv)" if rows else f"`{study}`"
+
+
+def _linked(answer: Answer, tables: Mapping[str, Table]) -> str:
+    t = tables.get(answer.study)
+    return table_link(answer.source or answer.study, bool(answer.source or (t is not None and t.rows)))
+
+
 def claim_box(
     claim: str,
     answers: Sequence[Answer],  # from `answer_claims`
@@ -463,7 +490,7 @@ def claim_box(
     out = [f"### {claim}: {statement}", "", f"> {statement} (arXiv:2604.22407 v1; its figures: {source})", "",
            f"**{head.word if head else NOT_RUN}**", ""]
     for a in mine:
-        place = f"`{a.study}`"
+        place = _linked(a, tables)
         label = "decides" if a.decides else "beside it"
         if a.verdict is None:
             out.append(f"- {place}, {a.regime or label}: {a.word} ({a.note})" if a.note else f"- {place}: {a.word}")
@@ -474,13 +501,16 @@ def claim_box(
     if t is not None and t.rows:
         seeds = sorted({r["seed"] for r in t.rows})
         out += ["", f"Seeds {seeds[0]} to {seeds[-1]}; {len(t.rows)} of {t.planned} runs, {t.seconds / 3600:.1f} core hours; "
-                    f"code `{t.code}`; run ids in `results/{t.study}.csv` (`dmr batch {t.study}`)."]
-    out += ["", f"Holds if: {rule}, at the nominal rate and at matched learning accuracy. "
-                "It would be refuted by an interval wholly on the other side, at either."]
+                    f"code `{t.code}`; run ids in {table_link(t.study)}, made by `dmr batch {t.study}`."]
+    where = ", at the nominal rate and at matched learning accuracy" if claim not in ("C6", "C9", "C10") else ""
+    out += ["", f"Holds if: {rule}{where}. Refuted by {REFUTED[claim]}" + (", at either." if where else ".")]
     return "\n".join(out)
 
 
-def verdict_table(answers: Sequence[Answer]) -> str:  # markdown
+def verdict_table(
+    answers: Sequence[Answer],  # from `answer_claims`
+    tables: Mapping[str, Table] | None = None,  # None: no links to tables
+) -> str:  # markdown
     "All claims at a glance; the deciding regimes only."
     out = ["| claim | statement | source | verdict | nominal | matched | study |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for claim, (statement, source, _) in CLAIMS.items():
@@ -490,7 +520,7 @@ def verdict_table(answers: Sequence[Answer]) -> str:  # markdown
         parts = a.verdict.parts if a.verdict else {}
         cells = [str(p.interval) if (p := parts.get(k)) is not None and p.interval is not None
                  else p.text if p is not None and len(p.text) < 90 else "–" for k in ("nominal", "matched")]
-        out.append(f"| {claim} | {statement} | {source} | **{a.word}** | {cells[0]} | {cells[1]} | `{a.study}` |")
+        out.append(f"| {claim} | {statement} | {source} | **{a.word}** | {cells[0]} | {cells[1]} | {_linked(a, tables or {})} |")
     return "\n".join(out)
 
 
@@ -516,7 +546,7 @@ def advice(
     lines = [x for x in compare(table) if x.matched and not x.arm.startswith("control:")]
     if not lines:
         return f"Nothing yet: {table}."
-    best = lines[0]
+    best, e = lines[0], evidence(table)
     if best.n <= EXPLORATORY:
         return f"Nothing yet: {best.n} seeds are exploratory ({table})."
     short = "" if table.complete else f" This is preliminary: {table}."
@@ -525,10 +555,18 @@ def advice(
         return ("No arm lies clearly below the learning-rate control at equal learning accuracy; "
                 f"use plain AdamW and choose its rate.{short}")
     clear = [x for x in lines if x.matched and x.matched.high < 0]
-    rest = "".join(f"\n- {x.arm}: {x.matched}" for x in clear[1:])
     text = (f"**{best.arm}** lies best on the plane: {gap} nats against the learning-rate control at equal learning accuracy "
             f"({best.forgetting:.3f} nats forgotten at {best.learning_accuracy:.3f}).{short}")
-    return text + (f"\n\nAlso below the control, by the same measure:\n{rest}" if rest else "")
+    if len(clear) < 2 or e is None:
+        return text
+    at = {x.arm: e.matched(x.arm).difference for x in clear}
+    p = holm({x.arm: paired_p(at[best.arm], at[x.arm]) for x in clear[1:]})
+    tied = [arm for arm, value in p.items() if value >= 0.05]
+    if tied:
+        text += f" These seeds do not tell it apart from {', '.join(tied)}."
+    rows = [f"| {x.arm} | {x.matched} | {paired_difference(at[best.arm], at[x.arm])} | {p[x.arm]:.2g} |" for x in clear[1:]]
+    head = f"| also below the control | minus the control | {best.arm} minus this arm | Holm p |\n| --- | --- | --- | --- |\n"
+    return f"{text}\n\n{head}" + "\n".join(rows)
 
 # %% ../nbs/48_claims.ipynb #9c37d07e
 def _axes(**size: Any) -> tuple[Any, Any]:
@@ -538,14 +576,16 @@ def _axes(**size: Any) -> tuple[Any, Any]:
     return fig, fig.subplots()
 
 
-def _matrices(table: Table, arm: str) -> tuple[list[str], Any]:
-    "Domains and losses of an arm's first seed at the nominal rate."
-    rows = [r for r in table.rows if r["arm"] == arm
+def _nominal_rows(table: Table, arm: str) -> list[Mapping[str, Any]]:
+    "Runs of an arm at the nominal rate."
+    return [r for r in table.rows if ("vanilla" if _is_vanilla(r["parameters"]) else r["arm"]) == arm
             and abs(float(r["parameters"]["lr"]) / table.nominal.get(r["part"], math.inf) - 1) < 1e-6]
-    if not rows:
-        return [], None
-    first = min(rows, key=lambda r: int(r["seed"]))
-    return json.loads(first["loss_columns"]), np.array(json.loads(first["loss_matrix"]), dtype=np.float64)
+
+
+def _mean_matrix(table: Table, arm: str) -> tuple[Any, int]:
+    "Mean loss by finished stage and by the domain's place in the run's own order; and over how many seeds."
+    L = [np.array(json.loads(r["loss_matrix"]), dtype=np.float64) for r in _nominal_rows(table, arm)]
+    return (np.mean(L, axis=0), len(L)) if L else (None, 0)
 
 
 def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | None:
@@ -580,23 +620,28 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
 
 
 def draw_heat(table: Table, arms: Sequence[str] = ("vanilla", SHARED, ADAPTIVE)) -> tuple[Figure, str] | None:
-    "Perplexity by finished stage and domain, one panel an arm, of the first seed."
+    "Perplexity by finished stage and by the domain's place in the run's order, of the mean loss over all seeds, one panel an arm."
     from matplotlib.figure import Figure as NewFigure
 
-    found = [(arm, *_matrices(table, arm)) for arm in arms]
-    found = [(arm, names, L) for arm, names, L in found if L is not None]
+    found = [(arm, *_mean_matrix(table, arm)) for arm in arms]
+    found = [(arm, L, n) for arm, L, n in found if n]
     if not found:
         return None
-    fig = NewFigure(figsize=(3.6 * len(found) + 0.8, 3.6), layout="constrained")
+    fig = NewFigure(figsize=(3.2 * len(found) + 0.9, 3.7), layout="constrained")
     axes = np.atleast_1d(fig.subplots(1, len(found)))
-    top = max(float(np.exp(L).max()) for _, _, L in found)
-    for ax, (arm, names, L) in zip(axes, found):
+    top = max(float(np.exp(L).max()) for _, L, _ in found)
+    said = []
+    for ax, (arm, L, n) in zip(axes, found):
         image = ax.imshow(np.exp(L), cmap="cividis_r", vmin=1, vmax=min(top, 60))
-        ax.set(title=arm, xlabel="held-out text of", xticks=range(len(names)), yticks=range(len(names)))
-        ax.set_xticklabels(names, rotation=90, fontsize=7), ax.set_yticklabels(names, fontsize=7)
-    axes[0].set_ylabel("after training on")
+        first = f"first domain {np.exp(L[0, 0]):.1f}, in the end {np.exp(L[-1, 0]):.1f}"
+        said.append(f"{arm} ({n} seeds): {first}")
+        ticks = range(len(L)) if len(L) <= 10 else range(1, len(L), 2)
+        ax.set(xlabel="text of the domain learnt as number", xticks=ticks, yticks=ticks)
+        ax.set_title(f"{arm}\n{first}", fontsize=9)
+        ax.set_xticklabels([k + 1 for k in ticks]), ax.set_yticklabels([k + 1 for k in ticks])
+    axes[0].set_ylabel("domains finished")
     fig.colorbar(image, ax=list(axes), label="perplexity per byte, cut at 60")
-    return fig, "Perplexity by finished stage (rows) and held-out domain (columns), first seed: " + ", ".join(a for a, *_ in found) + "."
+    return fig, "Perplexity by finished stage (rows) and place of the held-out domain in the order (columns). " + "; ".join(said) + "."
 
 
 def draw_growth(table: Table) -> tuple[Figure, str] | None:
@@ -608,17 +653,21 @@ def draw_growth(table: Table) -> tuple[Figure, str] | None:
     last = max(len(json.loads(r["loss_columns"])) for r in table.rows)
     stages = range(2, last + 1)
     fig, ax = _axes(figsize=(7.2, 4.2))
-    shown: dict[str, list[float]] = {}
+    shown: dict[str, list[Interval]] = {}
     for stage in stages:
         for arm, at in curves(table, stage=stage).items():
             if 1.0 in at and (arm == "vanilla" or arm in MAIN):
-                shown.setdefault(arm, []).append(float(np.mean([p.forgetting for p in at[1.0].values()])))
+                shown.setdefault(arm, []).append(mean_interval([p.forgetting for p in at[1.0].values()]))
     for arm, values in shown.items():
-        style = arm_style(arm, "none" if arm == "vanilla" else None)
-        ax.plot(list(stages)[: len(values)], values, label=arm, color=style["color"], ls=style["linestyle"], marker=style["marker"], ms=3)
-    ax.set(title=f"Forgetting from stage 2 to stage {last}", xlabel="domains finished", ylabel="forgetting (nats per byte)")
+        style, x = arm_style(arm, "none" if arm == "vanilla" else None), list(stages)[: len(values)]
+        ax.plot(x, [v.estimate for v in values], label=arm, color=style["color"], ls=style["linestyle"], marker=style["marker"], ms=3)
+        if values[-1].n > 1:
+            ax.fill_between(x, [v.low for v in values], [v.high for v in values], color=style["color"], alpha=0.12, lw=0)
+    least = min(shown, key=lambda arm: shown[arm][-1].estimate)
+    ax.set(title=f"After {last} domains {least} has forgotten least", xlabel="domains finished", ylabel="forgetting (nats per byte)")
     fig.legend(loc="outside right upper", fontsize=7)
-    return fig, "Mean forgetting after each stage. " + "; ".join(f"{a} {v[-1]:.3f} at the end" for a, v in shown.items()) + "."
+    ends = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
+    return fig, f"Forgetting after each stage with 95 % intervals over seeds. {ends}."
 
 
 def draw_maps(choices: Sequence[Choice]) -> tuple[Figure, str] | None:
@@ -660,9 +709,8 @@ def draw_domains(table: Table, arms: Sequence[str] = ("vanilla", SHARED, FIXED, 
     from dmr.figures import arm_style
 
     lost: dict[str, dict[str, list[float]]] = {}
-    for r in table.rows:
-        arm = "vanilla" if _is_vanilla(r["parameters"]) else r["arm"]
-        if arm in arms and abs(float(r["parameters"]["lr"]) / table.nominal.get(r["part"], math.inf) - 1) < 1e-6:
+    for arm in arms:
+        for r in _nominal_rows(table, arm):
             for name, x in measure(r).by_domain.items():
                 lost.setdefault(arm, {}).setdefault(name, []).append(x)
     if not lost:
@@ -671,10 +719,14 @@ def draw_domains(table: Table, arms: Sequence[str] = ("vanilla", SHARED, FIXED, 
     fig, ax = _axes(figsize=(7.2, 3.8))
     for k, (arm, values) in enumerate(lost.items()):
         style = arm_style(arm, "none" if arm == "vanilla" else None)
-        at = [i + 0.14 * (k - len(lost) / 2) for i, n in enumerate(names) if n in values]
-        means = [float(np.mean(values[n])) for n in names if n in values]
-        ax.plot(at, means, marker=style["marker"], color=style["color"], ls="", label=arm)
-    ax.set(title="Forgetting by domain", ylabel="nats forgotten per byte", xticks=range(len(names)))
+        at = [i + 0.14 * (k - (len(lost) - 1) / 2) for i, n in enumerate(names) if n in values]
+        means = [mean_interval(values[n]) for n in names if n in values]
+        ax.errorbar(at, [m.estimate for m in means], yerr=[0.0 if m.n < 2 else m.high - m.estimate for m in means],
+                    marker=style["marker"], color=style["color"], ls="", ms=5, elinewidth=0.8, label=arm)
+    of = next(iter(lost))
+    worst = max(lost[of], key=lambda n: float(np.mean(lost[of][n])))
+    ax.set(title=f"Under {of}, {worst} loses most", ylabel="nats forgotten per byte", xticks=range(len(names)))
     ax.set_xticklabels(names, rotation=45, ha="right")
     fig.legend(loc="outside right upper", fontsize=7)
-    return fig, f"Mean nats forgotten of each domain at the end, for {', '.join(lost)}."
+    ends = "; ".join(f"{arm} " + ", ".join(f"{n} {np.mean(v[n]):.2f}" for n in names if n in v) for arm, v in lost.items())
+    return fig, f"Nats forgotten of each domain at the end, mean and 95 % interval over seeds. {ends}."

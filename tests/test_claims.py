@@ -1,9 +1,11 @@
 """Verdicts from tables with known answers: each word reached, missing and short tables, flagged domains, versions apart."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dmr.claims import (
@@ -13,6 +15,7 @@ from dmr.claims import (
     INTERPOLATION,
     MAIN,
     NOT_RUN,
+    REFUTED,
     REPLAY,
     REPLAY_DECOUPLED,
     SHARED,
@@ -27,6 +30,7 @@ from dmr.claims import (
     draw_heat,
     draw_plane,
     evidence,
+    read_inflation,
     read_table,
     simulated_table,
     verdict_table,
@@ -173,3 +177,91 @@ def test_tuning_seeds_are_used_nowhere_else(project):
     seeds = {study: {c.seed for c in read_study(project.studies / f"{study}.yaml").cells} for study in STUDIES}
     tuned = seeds.pop("tuning")
     assert all(not tuned & other for other in seeds.values())
+
+
+def with_matrix(table, change):
+    "The rows of a table with their loss matrices changed by `change(row, L)`."
+    rows = []
+    for r in table.rows:
+        L = np.array(json.loads(r["loss_matrix"]))
+        change(r, L)
+        rows.append({**r, "loss_matrix": json.dumps(L.tolist())})
+    return Table(table.study, table.title, len(rows), tuple(rows), nominal=table.nominal)
+
+
+@pytest.mark.parametrize(("late", "expected"), [(-0.2, HOLDS), (0.2, FAILS), (0.0, UNDECIDED)])
+def test_c5_reads_growth_within_the_runs(late, expected):
+    "The adaptive arm leads by 0.1 nats at stage 8; what it loses in the second half decides."
+    rng = np.random.default_rng(1)
+
+    def change(row, L):
+        if row["arm"] == ADAPTIVE:
+            L[15, :15] += late + rng.normal(0, 0.03)
+
+    arms = {**ARMS, SHARED: 1.0, ADAPTIVE: 0.8}
+    table = simulated_table(arms, seeds=5, study="sixteen", domains=[f"d{i:02}" for i in range(16)])
+    (c5,) = [a for a in answer_claims({"sixteen": with_matrix(table, change)}) if a.claim == "C5"]
+    assert c5.verdict.verdict == expected, c5.verdict
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0.02, HOLDS), (0.3, FAILS), (0.08, UNDECIDED)])
+def test_c6_reads_its_table(project, error, expected):
+    "Rows as the live chapter writes them; rows of other betas and earlier steps do not count."
+    rng = np.random.default_rng(0)
+    rows = []
+    for alpha in (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
+        for seed in range(5):
+            for beta2, step, off in ((0.95, 150, error), (0.95, 75, 9.0), (0.999, 150, 9.0)):
+                for _ in range(4):
+                    R = (1 - off + 0.02 * rng.normal()) / (1 - alpha)
+                    rows.append(dict(alpha=alpha, seed=seed, beta2=beta2, step=step, H=7.5, R_U=9.0, R_U_last=R))
+    write(project, "inflation_live_text8", rows)
+    ratios, horizon, source = read_inflation(project)
+    assert source == "inflation_live_text8" and horizon == 7.5 and len(ratios) == 8
+    (c6,) = [a for a in answer_claims({}, ratios, horizon, source) if a.claim == "C6"]
+    assert c6.verdict.verdict == expected
+    assert "[`inflation_live_text8`](../../results/inflation_live_text8.csv)" in claim_box("C6", [c6], {})
+
+
+@pytest.mark.parametrize(("elsewhere", "expected"), [(0.5, HOLDS), (1.2, FAILS)])
+def test_c9_needs_every_cell(elsewhere, expected):
+    "C4 holds on the main study; one backbone decides."
+    eight = simulated_table(ARMS)
+    other = simulated_table({**ARMS, ADAPTIVE: elsewhere}, seeds=5, study="backbones", part="RAdam")
+    (c9,) = [a for a in answer_claims({"eight": eight, "backbones": other}) if a.claim == "C9"]
+    assert c9.verdict.verdict == expected and set(c9.verdict.parts) == {"eight", "backbones RAdam"}
+
+
+def test_every_claim_says_what_would_refute_it_and_links_its_table():
+    tables = {"eight": simulated_table(ARMS)}
+    answers = answer_claims(tables)
+    assert set(REFUTED) == set(CLAIMS) and len(set(REFUTED.values())) == len(CLAIMS)
+    for claim in CLAIMS:
+        assert REFUTED[claim] in claim_box(claim, answers, tables)
+    link = "[`eight`](../../results/eight.csv)"
+    assert link in claim_box("C1", answers, tables) and "(../../results/sixteen.csv)" not in claim_box("C5", answers, tables)
+    assert verdict_table(answers, tables).count(link) == 4
+
+
+def test_the_advice_names_what_the_seeds_do_not_tell_apart():
+    clear = advice(simulated_table({**ARMS, ADAPTIVE: 0.5}))
+    assert clear.startswith(f"**{ADAPTIVE}** lies best") and "do not tell it apart" not in clear
+    assert f"| {REPLAY} |" in clear and f"| {FIXED} |" not in clear  # above the control
+    close = advice(simulated_table({**ARMS, ADAPTIVE: 0.7, REPLAY: 0.7}))
+    assert f"do not tell it apart from {REPLAY}" in close or f"do not tell it apart from {ADAPTIVE}" in close
+    assert "use plain AdamW" in advice(simulated_table({ADAPTIVE: 1.1, SHARED: 1.3}))
+
+
+def test_the_figures_use_every_seed():
+    def change(row, L):
+        L[-1, 0] = 2.0 + 0.5 * row["seed"]  # 2.0 to 4.0: mean 3.0 over five seeds
+
+    table = with_matrix(simulated_table({SHARED: 1.0, ADAPTIVE: 0.5}, seeds=5), change)
+    fig, alt = draw_heat(table)
+    assert "vanilla (5 seeds): first domain 7.4, in the end 20.1" in alt  # exp(2) and exp(3)
+    panel = fig.axes[0].images[0].get_array()
+    assert panel[-1, 0] == pytest.approx(np.exp(3.0))
+    fig, alt = draw_growth(table)
+    assert len(fig.axes[0].collections) == 3 and "(n=5, t)" in alt  # a band for each arm
+    fig, alt = draw_domains(table)
+    assert len(fig.axes[0].containers) == 3 and "vanilla a" in alt
