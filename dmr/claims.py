@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -253,6 +253,12 @@ def _answer(claim: str, table: Table, draw: Any, part: str | None = None, decide
     return Answer(claim, table.study, label, verdict, note, decides)
 
 
+def _without_exploratory(e: Evidence) -> Evidence:
+    "The evidence without arms of so few seeds that they carry no verdict; the arms under test stay."
+    arms = {a: at for a, at in e.arms.items() if len(at) > EXPLORATORY or a in (SHARED, ADAPTIVE)}
+    return replace(e, arms=arms)
+
+
 def answer_claims(
     tables: Mapping[str, Table],  # study -> table
     inflation: Mapping[float, Mapping[Any, Any]] | None = None,  # C6: α -> seed -> R_U of each matrix
@@ -282,7 +288,7 @@ def answer_claims(
                 "penalty, SI rescaling": "SI rescaling", "replay mixing": "replay 0.5 %"}
     out.append(_answer("C7", get("conflict"), lambda e: join_cells("C7", {
         name: verdict_c7(e, f"{arm} decoupled", f"{arm} shared") for name, arm in families.items()}), without=skip))
-    out.append(_answer("C8", get("lora"), lambda e: verdict_c8(e, SHARED, ADAPTIVE)))
+    out.append(_answer("C8", get("lora"), lambda e: verdict_c8(_without_exploratory(e), SHARED, ADAPTIVE)))
     cells = {}
     for name in ("eight", "small", "longer", "backbones"):
         table = get(name)

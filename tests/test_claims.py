@@ -91,6 +91,18 @@ def test_growth_overlap_and_families():
     assert c7.verdict.verdict == HOLDS
 
 
+def test_c8_is_drawn_without_arms_of_two_seeds():
+    "Arms that the study runs on two seeds are shown, but neither decide nor lower n; replay, on five, is a rival."
+    table = simulated_table({SHARED: 1.0, FIXED: 1.2, ADAPTIVE: 0.5, REPLAY: 0.8}, seeds=5, study="lora")
+    rows = [r for r in table.rows if r["arm"] != FIXED or r["seed"] < 2]
+    def c8(rows):
+        answers = answer_claims({"lora": Table("lora", "", len(rows), tuple(rows), nominal=table.nominal)})
+        return next(a for a in answers if a.claim == "C8")
+    assert (c8(rows).verdict.verdict, c8(rows).verdict.n) == (HOLDS, 5)
+    better = simulated_table({REPLAY: 0.3}, seeds=5, study="lora").rows
+    assert c8([r for r in rows if r["arm"] != REPLAY] + [r for r in better if r["arm"] == REPLAY]).verdict.verdict == FAILS
+
+
 def test_nothing_there_is_not_yet_run():
     answers = answer_claims({})
     assert {a.word for a in answers} == {NOT_RUN} and {a.claim for a in answers} == set(CLAIMS)
