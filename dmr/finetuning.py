@@ -229,10 +229,11 @@ class FinetuneRun(ContinualRun):
         for r in self.records:
             errors.setdefault(r["stage"], []).append(round(r["loss_se"], 6))
         memory = lora_memory(self.model, self.optimizer, self.router)
+        windows = torch.tensor(self.window_losses, dtype=torch.float64)
         return out | plain({
             "parameters": {k: v for k, v in out["parameters"].items() if k not in UNUSED},
             "stages": [{**s, "loss_se": errors[s["stage"]]} for s in out["stages"]],
-            "metrics": {**out["metrics"], **window_errors(torch.tensor(self.window_losses), self.config.prior is not None),
+            "metrics": {**out["metrics"], **window_errors(windows, self.config.prior is not None),
                         "router_bytes": memory["router"], "optimizer_bytes": memory["optimizer_state"]},
             "identity": {**out["identity"], "prior_hash": self.prior_hash},
         })

@@ -127,7 +127,8 @@ def test_errors_by_hand():
 def test_the_prior_text_is_measured_and_never_trained_on(monkeypatch):
     import dmr.finetuning as finetuning
 
-    beside = Stream("beside", [Domain("general", STREAM[0].train, torch.tensor(list(b"a text that no domain has. " * 30), dtype=torch.uint8))])
+    text = torch.tensor(list(b"a text that no domain has. " * 30), dtype=torch.uint8)
+    beside = Stream("beside", [Domain("general", STREAM[0].train, text)])
     monkeypatch.setattr(finetuning, "load_stream", lambda name, cap, domains: beside)
     with_prior, without = run(prior="general"), run()
     assert [r["eval_domain"] for r in with_prior["records"] if r["stage"] == 0] == [*SENTENCES, "general"]
@@ -160,7 +161,8 @@ def test_the_template_runs_under_bare_papermill(tmp_path):
         for part in range(30):
             (tmp_path / "text" / name / f"{part:02}.txt").write_text(sentence.decode() * 40 + f"\n{name} {part} " + name[part % 4] * 300)
     parameters = {"stream": str(tmp_path / "text"), "domains": None, "prior": None, "cap": 20_000, "steps": 4, "context": 16,
-                  "eval_windows": 4, "eval_bytes": 48, "modification": "projection", "rank": 2, "routing": "shared", "arm": "shared projection"}
+                  "eval_windows": 4, "eval_bytes": 48, "modification": "projection", "rank": 2, "routing": "shared",
+                  "arm": "shared projection"}
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(str(TEMPLATE), str(out), parameters, progress_bar=False, cwd=str(tmp_path))
     data = [o.data for c in nbformat.read(out, 4).cells if c.cell_type == "code" for o in c.outputs if "data" in o]
