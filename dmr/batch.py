@@ -486,7 +486,10 @@ def book(w: Work, p: Planned, outcome: dict[str, Any]) -> None:
     if outcome["state"] in (OK, *FINAL):
         run = Run(w.plan.project.runs / w.plan.study.name / p.name)
         try:
-            w.plan.ledger.record([row_of(about(p, w.plan), p.identity, outcome, run.result)])
+            result = run.result
+            if outcome["state"] == OK and result is None:
+                raise FileNotFoundError(f"its result in {run.folder} vanished")
+            w.plan.ledger.record([row_of(about(p, w.plan), p.identity, outcome, result)])
             if w.mirror and outcome["state"] == OK:
                 push(run.folder, w.mirror)
         except Exception as e:  # the run itself is safe in its folder; the next batch books it

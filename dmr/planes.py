@@ -49,7 +49,7 @@ def points(
     rows: pd.DataFrame,  # runs of one arm
 ) -> Arm:  # seed -> point
     "The finished runs of an arm as points of the plane. Raises ValueError for two runs of one seed."
-    rows = rows[rows.status == "ok"]
+    rows = rows[(rows.status == "ok") & rows.forgetting.notna() & rows.learning_accuracy.notna()]
     if rows.seed.duplicated().any():
         raise ValueError(f"seed {rows.seed[rows.seed.duplicated()].iloc[0]} has two runs of {rows.arm.iloc[0]!r}; pass the rows of one arm")
     return {int(r.seed): Point(float(r.learning_accuracy), float(r.forgetting)) for r in rows.itertuples()}

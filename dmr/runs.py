@@ -164,6 +164,8 @@ class Run:
         if state["state"] == RUNNING and not is_locked(self.folder / "lock"):
             error = state.get("error") or "its process died without a word (kill -9, power loss, or no memory left)"
             state = dict(state, state=KILLED, error=error)
+        if state["state"] == OK:  # it says so, but the marker or the result is gone
+            state = dict(state, state=KILLED, error="it finished, but its result is missing or damaged since")
         return state
 
 # %% ../nbs/40_runs.ipynb #a5d03381

@@ -25,6 +25,7 @@ def table():
     rows += [run("ewc", s, None, None, "ewc", "decoupled", status="failed") for s in (0, 1)]
     rows += [run("ewc", 0, 0.9, 1.2, "ewc", "denominator"), run("ewc", 1, None, None, "ewc", "denominator", status="failed")]
     rows += [run("interpolation", 0, 0.8, 0.1, interpolate=0.5), run("warm", 0, 0.8, 0.1, warmup=10), run("joint", 0, 0.8, 0.1, joint=True)]
+    rows += [run("ewc", 2, None, None, "ewc", "decoupled")]  # finished with a loss that is not a number
     rows += [run("later", 0, None, None, "ewc", "shared", status="missing")]
     return rows
 
@@ -50,7 +51,7 @@ def test_differences_to_the_control_and_failures_are_counted(table, tmp_path):
     assert (shared.seeds, shared.failed, shared.comparable) == (2, 0, 2)
     assert shared.against_control == pytest.approx(-0.15) and shared.forgetting == pytest.approx(1.15)
     assert bool(shared.native) and not decoupled.native
-    assert (decoupled.seeds, decoupled.failed) == (0, 2) and pd.isna(decoupled.forgetting) and decoupled.note == "no run finished"
+    assert (decoupled.seeds, decoupled.failed) == (0, 3) and pd.isna(decoupled.forgetting) and decoupled.note == "no run finished"
     assert (denominator.seeds, denominator.failed) == (1, 1) and denominator.against_control == pytest.approx(0.1)
     assert finding(lines) == "1 of 3 arms forget less than the learning rate would, 1 failed"
 

@@ -113,6 +113,15 @@ def test_the_marker_alone_is_not_trusted(make):
     assert run.done is None
 
 
+@pytest.mark.parametrize("lost", ["done.json", "result.json"])
+def test_a_finished_run_that_lost_its_result_is_made_again(make, lost):
+    run = make(lr=0.2)
+    assert launch(run.folder)["state"] == OK
+    (run.folder / lost).unlink()
+    assert run.state()["state"] == KILLED and run.result is None
+    assert launch(run.folder)["state"] == OK and run.result["metrics"]["loss"] == 2.0
+
+
 @pytest.mark.parametrize(
     "left", [dict(state="running", pid=2**22 + 1, host="elsewhere", attempts=2), dict(state="killed", attempts=1)]
 )
