@@ -12,8 +12,11 @@ import ast
 import json
 import re
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from . import _HOME
 
 # %% ../nbs/50_book.ipynb #cb19f4ab
 #: The sections in reading order: title, first and last chapter number, folder of further chapters.
@@ -204,22 +207,30 @@ def reading_minutes(
     return max(1, round(words / 220 + lines / 30))
 
 
-def imported_modules(
-    source: str,  # Python
-    package: str = "dmr",
-) -> set[str]:  # such as {'dmr.theory'}
-    "List the modules of a package that some code imports; code that does not parse imports nothing."
+@lru_cache(maxsize=8192)
+def _imports(source: str, package: str) -> frozenset[str]:
     try:
         tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
     except SyntaxError:
-        return set()
+        return frozenset()
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names if node.module == package}
-    return {n for n in names if n == package or n.startswith(f"{package}.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module or ""
+            names |= {module} | {f"{package}.{_HOME.get(a.name, a.name)}" for a in node.names if module == package}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == package:
+            names.add(f"{package}.{_HOME.get(node.attr, node.attr)}")
+    return frozenset(n for n in names if n == package or n.startswith(f"{package}."))
+
+
+def imported_modules(
+    source: str,  # Python; relative imports are those of a module of the package
+    package: str = "dmr",
+) -> set[str]:  # such as {'dmr.theory'}
+    "List the modules of a package that some code imports, public names traced to theirs; code that does not parse imports nothing."
+    return set(_imports(source, package))
 
 
 def builds_on(

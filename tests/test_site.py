@@ -93,7 +93,8 @@ def test_ways_through_the_book_name_its_pages():
 
 
 #: Chapters that a machine of two cores executes in seconds.
-FAST = ("11_modification.ipynb", "15_projection.ipynb", "50_book.ipynb", "51_freshness.ipynb", "53_site.ipynb", "55_hero.ipynb")
+FAST = ("11_modification.ipynb", "15_projection.ipynb", "50_book.ipynb", "51_freshness.ipynb", "52_reference.ipynb",
+        "53_site.ipynb", "55_hero.ipynb")
 
 
 @pytest.mark.slow
@@ -312,6 +313,49 @@ def test_execute_records_and_changes_go_stale(project):
     assert "text changed" in freshness.rerun("11_sum.ipynb", project)[0]
     execution, is_stale = freshness.read_executions(project)["11_sum.ipynb"]
     assert is_stale and execution.wall_s > 0 and re.fullmatch(r"\d{4}-\d\d-\d\d", execution.date)
+
+
+def test_data_read_through_functions_makes_a_page_stale(project):
+    (project / "nbs/experiments/eight.ipynb").unlink()
+    read = "def table(name): return Path(f'../results/{name}.csv')\n"
+    pages = {  # none of them names a file, so only what they do tells what they depend on
+        "11_read": read + "print(table('table').read_text())",
+        "12_absent": read + "try: print(table('later').read_text())\nexcept FileNotFoundError: print('not yet')",
+        "13_child": "import subprocess, sys\nchild = \"print(open('../results/' + 'table' + '.csv').read())\"\n"
+                    "print(subprocess.run([sys.executable, '-c', child], capture_output=True, text=True, check=True).stdout)",
+        "14_listed": "print(len(list(Path('..').resolve().joinpath('nbs').rglob('*.ipynb'))), 'notebooks')",
+        "15_apart": "Path('../results', 'own' + '.csv').write_text('1')\nprint(1)",
+    }
+    for name, code_ in pages.items():
+        write(project / f"nbs/{name}.ipynb", prose(f"# {name}\n\n> P."), code("from pathlib import Path"), code(code_))
+    assert len(freshness.execute([f"{name}.ipynb" for name in pages], project)) == len(pages)
+    (project / "results/own.csv").unlink()
+    read = {path.removesuffix(".ipynb"): x.read for path, (x, _) in freshness.read_executions(project).items()}
+    assert read == {"11_read": ("results/table.csv",), "12_absent": ("results/later.csv",), "13_child": ("results/table.csv",),
+                    "14_listed": ("nbs/",), "15_apart": ()}
+
+    stale = lambda: [p[:-6] for p in freshness.stale_chapters(project) if p[:-6] in pages]
+    assert stale() == []
+    (project / "results/table.csv").write_text("a,b\n1,3\n")
+    assert stale() == ["11_read", "13_child"]
+    (project / "results/later.csv").write_text("a\n")
+    assert stale() == ["11_read", "12_absent", "13_child"]
+    write(project / "nbs/guides/new.ipynb", prose("# New\n\n> N."))
+    assert stale() == ["11_read", "12_absent", "13_child", "14_listed"]
+
+
+def test_modules_behind_modules_count(project):
+    from dmr import book
+
+    (project / "dmr/outer.py").write_text("from .damping import damp\n")
+    chapter = lambda text: book.Chapter("10_a.ipynb", "A", "", "Routing", (0, 0, ""), (code(text),))
+    files = lambda text: [f.name for f in freshness.module_files(book.imported_modules(text), project)]
+    assert files("import dmr.outer") == ["damping.py", "outer.py"]
+    before = freshness.chapter_hash(chapter("from dmr.outer import damp"), project)
+    (project / "dmr/damping.py").write_text(MODULE.replace("1 - alpha", "2 - alpha"))
+    assert freshness.chapter_hash(chapter("from dmr.outer import damp"), project) != before
+    (project / "dmr/routing.py").write_text("x = 1\n")
+    assert files("from dmr import MomentRouter") == files("import dmr\ndmr.MomentRouter(1)") == ["routing.py"]
 
 
 def test_stale_page_says_so(project):
