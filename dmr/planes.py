@@ -5,6 +5,7 @@
 # %% ../nbs/19d_planes.ipynb #abcd10cf
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SETTINGS', 'NATIVE', 'read_families', 'points', 'control', 'compare', 'draw_planes', 'finding']
+__all__ = ['SETTINGS', 'GUESSING', 'NATIVE', 'read_families', 'points', 'control', 'compare', 'draw_planes', 'finding']
 
 # %% ../nbs/19d_planes.ipynb #35805fc1
 #: The settings by (optimizer, state).
 SETTINGS: dict[tuple[str, str], str] = {
     ("adamw", "kept"): "AdamW", ("adamw", "reset"): "AdamW anew for each domain", ("sgd", "kept"): "SGD with momentum",
 }
+#: Nats per byte of a guess among all 256; an arm above it is named in its panel and not drawn.
+GUESSING = math.log(256)
 #: The optimizer and state of each method's authors, where they differ from AdamW with its state kept.
 NATIVE: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("gpm", "sgp", "ogd", "agem"), ("sgd", "kept")), **dict.fromkeys(("nscl", "si"), ("adamw", "reset")),
@@ -122,9 +125,9 @@ def draw_planes(
     down = -(-len(panels) // across)
     fig = NewFigure(figsize=(3.6 * across + 0.3, 3.0 * down + 0.7), layout="constrained")
     axes = fig.subplots(down, across, squeeze=False).flatten()
-    names = {text: key for key, text in SETTINGS.items()}
+    key_of = {text: key for key, text in SETTINGS.items()}
     for ax, (method, setting) in zip(axes, panels):
-        optimizer, state = names[setting]
+        optimizer, state = key_of[setting]
         here = rows[(rows.modification == method) & (rows.optimizer == optimizer) & (rows.state == state)]
         curves = control(rows, (optimizer, state))
         shared = set.intersection(*(set(seeds) for seeds in curves.values())) if curves else set()
@@ -132,11 +135,12 @@ def draw_planes(
             _curve(ax, control_branch({rate: seeds[seed] for rate, seeds in curves.items()}), 0.8)
         if shared:
             _curve(ax, control_branch({rate: _mean(seeds) for rate, seeds in curves.items()}), 2.5)
-        lost = []
+        lost: list[str] = []
+        off: list[str] = []
         for (_, routing), group in here.groupby(["arm", "routing"], sort=False):
             at = points(group)
-            if not at:
-                lost.append(routing)
+            if not at or _mean(at).learning_accuracy > GUESSING:
+                (off if at else lost).append(routing)
                 continue
             native = routing == FAMILIES[method].native and (optimizer, state) == NATIVE.get(method, ("adamw", "kept"))
             for p in at.values():
@@ -145,8 +149,8 @@ def draw_planes(
             if native:
                 ax.plot(*_mean(at), "o", color="none", markeredgecolor="black", markersize=14, markeredgewidth=1.3, zorder=5)
         ax.set_title(f"{method}: {setting}", fontsize=9.5)
-        if lost:
-            ax.text(0.03, 0.97, f"failed: {', '.join(lost)}", transform=ax.transAxes, fontsize=8.5, va="top")
+        missing = [f"{what}: {', '.join(names)}" for what, names in (("failed", lost), ("worse than guessing", off)) if names]
+        ax.text(0.03, 0.97, "\n".join(missing), transform=ax.transAxes, fontsize=8.5, va="top")
         ax.set_xlabel("learning accuracy (nats/byte, lower is better)", fontsize=9)
         ax.grid(True)
     for ax in axes[len(panels):]:
