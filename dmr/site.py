@@ -6,10 +6,10 @@
 __all__ = ['PAGE_DIRECTIVES', 'FOLD_LINES', 'FOLD_DRAWING', 'COLUMN', 'THUMBNAIL', 'PATHS', 'EARLY_FONTS', 'split_directives',
            'is_shown', 'Picture', 'picture_alt', 'store_picture', 'picture_html', 'Target', 'find_targets',
            'resolve_references', 'chapter_links', 'opening_html', 'seeds_used', 'closing_html', 'Prepared',
-           'joined_streams', 'rewrite_links', 'prepare_chapter', 'paths_html', 'contents_page', 'gallery_page',
-           'citation_page', 'Typesetter', 'typeset_page', 'link_names', 'Source', 'read_sources', 'link_sources',
-           'sources_list', 'finish_page', 'subset_icons', 'inline_fonts', 'other_hosts', 'prepare', 'render', 'build',
-           'serve', 'main']
+           'joined_streams', 'rewrite_links', 'box_claims', 'prepare_chapter', 'paths_html', 'contents_page',
+           'gallery_page', 'citation_page', 'Typesetter', 'typeset_page', 'link_names', 'Source', 'read_sources',
+           'link_sources', 'sources_list', 'finish_page', 'subset_icons', 'inline_fonts', 'other_hosts', 'prepare',
+           'render', 'build', 'serve', 'main']
 
 # %% ../nbs/53_site.ipynb #c702391e
 import base64
@@ -308,6 +308,22 @@ def rewrite_links(
     return re.sub(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)", link, text)
 
 
+_CLAIM = re.compile(r"^(### C\d+: .+\n)((?:(?!^#{1,3} ).*\n?)*)", re.M)
+
+
+def box_claims(
+    text: str,  # Markdown of an output
+) -> str:
+    "Put each claim, from its heading `### C1: …` to the next, into a box with its verdict, the bold line of the text."
+
+    def box(found: re.Match[str]) -> str:
+        verdict = re.search(r"^\*\*([^*]+)\*\*$", found[2], re.M)
+        word = html.escape(verdict[1]) if verdict else ""
+        return f'{found[1]}\n<div class="claim boxed" data-verdict="{word}">\n\n{found[2].strip()}\n\n</div>\n\n'
+
+    return _CLAIM.sub(box, text)
+
+
 def prepare_chapter(
     chapter: Chapter,  # what to prepare
     chapters: list[Chapter],  # the book
@@ -366,6 +382,9 @@ def prepare_chapter(
             elif "text/html" in data:
                 table = re.sub(r"<style\b.*?</style>", "", "".join(data["text/html"]), flags=re.S)
                 output = {**output, "data": {"text/html": table}}
+            elif "text/markdown" in data:
+                text = rewrite_links("".join(data["text/markdown"]), chapter, pages)
+                output = {**output, "data": {"text/markdown": box_claims(resolve_references(text, chapter.page, targets))}}
             if not data or set(data) - {"application/vnd.dmr.result+json"}:
                 outputs.append(output)
         head = "".join(f"#| {k}: {json.dumps(v) if k == 'code-summary' else v}\n" for k, v in shown.items())
@@ -508,6 +527,11 @@ class Typesetter:
         return self._done[tex, display]
 
 
+# a font that comes with its sheet is still read only when text asks for it, after the first layout; ask before
+_READ_FONTS = (
+    '<script>for (const f of ["1em KaTeX_Main", "italic 1em KaTeX_Math", "1em KaTeX_Size1", "1em KaTeX_Size2"])'
+    "document.fonts && document.fonts.load(f)</script>"
+)
 _MATHS = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 
@@ -520,7 +544,7 @@ def typeset_page(
     page = _MATHS.sub(lambda m: f'<span class="math {m[1]}">{typeset(html.unescape(m[2]), m[1] == "display")}</span>', page)
     page = page.replace('<span class="katex-display">', '<span class="katex-display" tabindex="0">')  # it scrolls where it is too wide
     page = re.sub(r'<script[^>]*(?:katex|auto-render)[^>]*></script>', "", page)
-    style = f'<link rel="stylesheet" href="{to_root}assets/katex/katex.min.css">'
+    style = f'<link rel="stylesheet" href="{to_root}assets/katex/katex.min.css">{_READ_FONTS}'
     page = re.sub(r'<link[^>]*katex[^>]*>', "", page)
     return page.replace("</head>", style + "</head>", 1) if 'class="katex"' in page else page
 
@@ -670,7 +694,7 @@ def other_hosts(
 #: Fonts of the first lines of nearly every page, by the style sheet that names them.
 EARLY_FONTS: dict[str, tuple[str, ...]] = {
     "fonts/fonts.css": ("source-serif-4-latin-wght-normal.woff2",),
-    "katex/katex.min.css": ("fonts/KaTeX_Main-Regular.woff2", "fonts/KaTeX_Math-Italic.woff2"),
+    "katex/katex.min.css": tuple(f"fonts/KaTeX_{name}.woff2" for name in ("Main-Regular", "Math-Italic", "Size1-Regular", "Size2-Regular")),
 }
 
 

@@ -177,6 +177,9 @@ def project(tmp_path):
               "@fig-white, [the chapter](../10_damping.ipynb#why) and "
               "[the table](../../results/table.csv)."),
         code("import dmr.damping\nseed = 7\ndmr.damping.damp(2.0)"),
+        code("written", {"output_type": "display_data", "metadata": {}, "data": {
+            "text/markdown": "- [rows](../../results/table.csv), by @eq-damp\n\n"
+            "### C1: it falls\n\n> quoted\n\n**does not hold**\n\n- by *much*\n"}}),
         code("frame", {"output_type": "display_data", "metadata": {}, "data": {
             "text/html": "<style scoped>.x {}</style><table border=1 class='dataframe'><tr><td>1</td></tr></table>"}}),
     )
@@ -222,6 +225,11 @@ def test_small_book(project):
     assert 'href="../damping.html#eq-damp"' in eight and "Equation 1 of Damping" in eight and 'href="../damping.html#fig-white"' in eight
     assert 'href="../damping.html#why"' in eight and 'href="../results/table.csv"' in eight and (docs / "results/table.csv").is_file()
     assert 'href="reference/damping.html#damp"' in damping.replace("./", "")
+
+    assert eight.count('href="../results/table.csv"') == 2 and eight.count("Equation 1 of Damping") == 2  # in what code wrote, too
+
+    box = re.search(r'<div class="claim boxed" data-verdict="does not hold">(.*?)</div>', eight, re.S)
+    assert box and "<blockquote>" in box[1] and "<strong>does not hold</strong>" in box[1] and "<em>much</em>" in box[1]
 
     # a citation: link, card, entry in the list
     assert '<a href="../cite.html#arxiv-2103-09762">arXiv:2103.09762v2</a>' in eight and "Gradient projection memory" in eight
