@@ -400,7 +400,7 @@ def prepare_chapter(
     if home:
         scripts = "".join(f'<script src="assets/{name}.js" defer></script>' for name in ("hero-table", "hero"))
         first = [_markdown(f"```{{=html}}\n{hero_html(hero_table())}{scripts}\n```")]
-    last = [] if home else [_markdown(closing_html(chapter, execution, stale))]
+    last = [_markdown(closing_html(chapter, execution, stale))]
     cells = [{"cell_type": "raw", "metadata": {}, "source": front}, *first, *cells, *last]
     for place, cell in enumerate(cells):
         cell["id"] = f"c{place}"

@@ -239,6 +239,7 @@ def test_small_book(project):
     assert re.search(r'<div[^>]*class="claim"[^>]*data-verdict="does not hold"', damping) and "column-margin" in damping
 
     # opening and closing lines
+    assert "No execution of this page is on record" in text["index.html"]  # the home page too
     assert "builds on" in eight and "No execution of this page is on record" in eight
     assert 'href="../notebooks/experiments/eight.ipynb"' in eight and (docs / "notebooks/experiments/eight.ipynb").is_file()
 
