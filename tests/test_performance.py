@@ -32,13 +32,13 @@ class DeviceTransfers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def pretended(mode, routing, strength, check, **options):
+def pretended(mode, routing, strength, check, capturable=False, **options):
     "A model, optimizer and router whose tensors pretend to be on a GPU, past their first steps."
     there = lambda *shape: FakeTensor(mode, torch.empty(*shape, device="meta"), torch.device("cuda", 0))
     model = nn.Sequential(*[nn.Linear(8, 8, device="meta") for _ in range(6)], nn.Linear(8, 5, device="meta"))
     for layer in model:
         layer.weight, layer.bias = nn.Parameter(there(*layer.weight.shape)), nn.Parameter(there(*layer.bias.shape))
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True, capturable=capturable)
     bases = {f"{i}.weight": there(8, 3) for i in range(7)}
     router = dmr.MomentRouter(model, optimizer, dmr.Projection(rank=2, every=1), routing, strength, check_finite=check, **options)
     router.modification.bases = bases
@@ -50,10 +50,11 @@ def pretended(mode, routing, strength, check, **options):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("check", [False, True])
-def test_at_most_one_transfer_a_step_and_none_with_a_fixed_strength_and_no_check(routing, overlap, check):
+@pytest.mark.parametrize("capturable", [False, True])
+def test_at_most_one_transfer_a_step_and_none_with_a_fixed_strength_and_no_check(routing, overlap, check, capturable):
     "Sketches are fed and the strength follows the overlap meanwhile, on the device."
     with FakeTensorMode() as mode, DeviceTransfers() as transfers:
-        model, optimizer, router = pretended(mode, routing, dmr.OverlapAware(0.5) if overlap else 0.5, check, track_step=1)
+        model, optimizer, router = pretended(mode, routing, dmr.OverlapAware(0.5) if overlap else 0.5, check, capturable, track_step=1)
         for _ in range(3):
             transfers.count = 0
             optimizer.step()

@@ -358,6 +358,78 @@ def test_late_groups_frozen_and_missing_gradients():
     assert torch.equal(frozen, model[0].weight) and router.steps == 21
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_accumulated_and_clipped_gradients_are_routed_as_the_optimizer_would_see_them(routing):
+    "Four backward passes and a clip before each step: one routed step on the clipped mean."
+    model, U = layer(), basis()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.03)
+    reference = Reference(model.weight.detach(), U @ U.T, routing, 0.7, "adamw", (0.9, 0.95), 0.03)
+    router = MomentRouter(model, optimizer, dmr.Projection(bases={"weight": U}), routing, 0.7, track_step=1)
+    clipped = 0
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        for _ in range(4):
+            x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (12, 7))
+            ((model(x) - y).square().sum() / 32).backward()
+        whole = model.weight.grad.clone()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        clipped += bool(norm > 5.0)
+        reference.step(whole * min(1.0, 5.0 / (float(norm) + 1e-6)))
+        optimizer.step()
+    assert 0 < clipped < 12 and router.steps == 12
+    torch.testing.assert_close(model.weight.detach(), reference.W, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_lora_factors_are_routed_like_any_two_matrices(routing):
+    "W + B A with W frozen: A's inputs are the layer's, B's are the adapter's."
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(12, 7, bias=False).requires_grad_(False)
+            self.lora_A, self.lora_B = nn.Linear(12, 4, bias=False), nn.Linear(4, 7, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + 2.0 * self.lora_B(self.lora_A(x))
+
+    torch.manual_seed(0)
+    model = Adapted().double()
+    bases = {"lora_A.weight": basis(12, 3), "lora_B.weight": basis(4, 2)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, betas=(0.9, 0.95), weight_decay=0.03)
+    MomentRouter(model, optimizer, dmr.Projection(bases=bases), routing, 0.7)
+    start = {n: model.get_parameter(n).detach() for n in bases}
+    references = {n: Reference(start[n], U @ U.T, routing, 0.7, "adamw", (0.9, 0.95), 0.03) for n, U in bases.items()}
+    frozen = model.base.weight.detach().clone()
+    for step in range(15):
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        for n, reference in references.items():
+            reference.step(model.get_parameter(n).grad)
+        optimizer.step()
+    for n, reference in references.items():
+        torch.testing.assert_close(model.get_parameter(n).detach(), reference.W, rtol=1e-9, atol=1e-11)
+    assert torch.equal(frozen, model.base.weight)
+    other = Adapted()
+    found = MomentRouter(other, torch.optim.AdamW(other.parameters()), dmr.Projection(rank=1), include="lora_*")
+    assert set(found.modification.bases) == set(bases)
+
+
+def test_under_a_recorded_graph_nothing_is_read_and_no_gradient_checked(monkeypatch):
+    "A CUDA graph can read no number on the host: the finite check is off while one is recorded."
+    model, U = layer(), basis()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    MomentRouter(model, optimizer, dmr.Projection(bases={"weight": U}), "decoupled", 0.7)
+    model.weight.grad = torch.full_like(model.weight, float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        optimizer.step()
+    monkeypatch.setattr("dmr.routing._capturing", lambda: True)
+    optimizer.step()
+    assert bool(model.weight.isnan().all())
+
+
 def test_schedulers_see_the_optimizer_they_know():
     model, U = layer(), basis()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.95))
@@ -653,6 +725,118 @@ def test_errors_name_the_value_and_the_way_out():
         MomentRouter(model, adam(), dmr.Projection(rank=1)).consolidate()
 
 
+def stand_in(name, module, base=torch.optim.Optimizer):
+    "An optimizer of that name from a package that need not be installed."
+    cls = type(name, (base,), {"step": lambda self, closure=None: None})
+    cls.__module__ = module
+    return cls
+
+
+@pytest.mark.parametrize(
+    "cls,why",
+    [
+        (stand_in("Lion", "lion_pytorch.lion_pytorch"), "its step is a sign, and it has no second moment"),
+        (stand_in("Muon", "muon"), "its step is an orthogonalised matrix, and it has no second moment"),
+        (stand_in("SOAP", "soap"), "its moments are kept in a rotated basis"),
+        (stand_in("AdEMAMix", "ademamix"), "it keeps two first moments"),
+        (stand_in("AdamW8bit", "bitsandbytes.optim.adamw"), "its moments are quantized"),
+        (stand_in("PagedAdamW", "bitsandbytes.optim.adamw"), "its moments are quantized"),
+        (stand_in("Lion8bit", "bitsandbytes.optim.lion"), "its moments are quantized"),
+        (stand_in("AdamW4bit", "torchao.optim.adam"), "its moments are quantized"),
+        (stand_in("AdamWFp8", "torchao.optim.adam"), "its moments are quantized"),
+        (stand_in("DeepSpeedCPUAdam", "deepspeed.ops.adam.cpu_adam"), "its parameters are flat shards"),
+        (stand_in("FusedAdam", "apex.optimizers.fused_adam"), "which this version of dmr has not been taught"),
+        (stand_in("OwnStep", "somewhere", torch.optim.AdamW), "which this version of dmr has not been taught"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_optimizers_of_other_packages_are_refused_with_a_reason_and_a_way_out(cls, why):
+    model = layer()
+    optimizer = cls(model.parameters(), **({} if issubclass(cls, torch.optim.AdamW) else {"defaults": {}}))
+    with pytest.raises(TypeError, match=rf"{cls.__name__} cannot be routed(: |, ){why}; use torch.optim.AdamW, Adam"):
+        MomentRouter(model, optimizer, dmr.Projection(rank=2))
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer.state
+
+
+def test_deepspeed_is_refused_though_its_optimizer_is_none_of_torchs():
+    class DeepSpeedZeroOptimizer_Stage3:
+        pass
+
+    DeepSpeedZeroOptimizer_Stage3.__module__ = "deepspeed.runtime.zero.stage3"
+    with pytest.raises(TypeError, match="Stage3 cannot be routed: its parameters are flat shards; use torch.optim.AdamW"):
+        MomentRouter(layer(), DeepSpeedZeroOptimizer_Stage3())
+
+    class DeepSpeedEngine(nn.Sequential):
+        pass
+
+    engine = DeepSpeedEngine(layer())
+    with pytest.raises(TypeError, match=r"flat shards of its own, which cannot be routed; use fully_shard \(FSDP2\) and a torch optimizer"):
+        MomentRouter(engine, torch.optim.AdamW(engine.parameters()))
+
+
+@pytest.fixture
+def one_process():
+    "A process group of this process alone."
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about FSDP1
+def test_torchs_own_sharded_optimizer_and_fsdp1_are_refused(one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = layer()
+    with pytest.raises(TypeError, match="each process holds the state of other parameters; use torch.optim.AdamW"):
+        MomentRouter(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW), dmr.Projection(rank=2))
+    flat = FullyShardedDataParallel(nn.Sequential(layer()), device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"flat parameters, in which no weight has an input side; use fully_shard \(FSDP2\)"):
+        MomentRouter(flat, torch.optim.AdamW(flat.parameters()), dmr.Projection(rank=2))
+
+
+def test_sparse_and_complex_gradients_are_refused_by_name_and_nothing_changes():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4, sparse=True), "head": nn.Linear(4, 3, bias=False)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    MomentRouter(model, optimizer, dmr.Projection(bases={"head.weight": torch.eye(4)[:, :2]}))
+    model["head"](model["table"](torch.tensor([1, 2]))).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match="'table.weight' has a sparse gradient, which cannot be routed; use sparse=False"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
+
+    model = nn.ModuleDict({"head": nn.Linear(4, 3, bias=False), "phase": nn.Linear(4, 3, bias=False, dtype=torch.complex64)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    MomentRouter(model, optimizer, dmr.Projection(bases={"head.weight": torch.eye(4)[:, :2]}))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match="'phase.weight' is complex, and complex gradients cannot be routed; use real parameters"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "setting,said",
+    [({"differentiable": True}, "use differentiable=False"), ({"nesterov": True}, "use nesterov=False"), ({"momentum": 0.0}, "momentum=0.9")],
+)
+def test_settings_that_turn_meaningless_later_stop_the_next_step(setting, said):
+    model = layer()
+    options = {} if "differentiable" in setting else {"momentum": 0.9}
+    cls = torch.optim.AdamW if "differentiable" in setting else torch.optim.SGD
+    optimizer = cls(model.parameters(), lr=LR, **options)
+    MomentRouter(model, optimizer, dmr.Projection(bases={"weight": basis()}), "shared", 0.7)
+    run(model, optimizer, gradients(model.weight.shape, 2))
+    before, state = model.weight.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[0].update(setting)
+    with pytest.raises(ValueError, match=said):
+        run(model, optimizer, gradients(model.weight.shape, 1))
+    assert torch.equal(before, model.weight) and str(state) == str(optimizer.state_dict()["state"])
+
+
 def test_discovered_layers_with_few_inputs_use_what_they_have():
     model, loss = regression()
     optimizer = torch.optim.Adam(model.parameters())
@@ -778,13 +962,15 @@ def test_the_clamp_guard_keeps_the_decoupled_step_in_bounds():
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("strength", ["fixed", "overlap"])
-def test_a_compiled_step_is_routed(routing, strength):
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_compiled_step_is_routed(routing, strength, capturable):
     "The hooks run between the graphs. torch's own compiled step computes bias corrections in float32: betas that forgive it."
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
         model, loss = regression(dtype=torch.float64)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2, dtype=torch.float64), betas=(0.5, 0.5))
+        rate = torch.tensor(1e-2, dtype=torch.float64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.5), capturable=capturable and compiled)
         how = 0.7 if strength == "fixed" else dmr.OverlapAware(0.7)
         router = MomentRouter(model, optimizer, dmr.Projection(bases={"0.weight": basis(6, 2)}), routing, how)
         step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager") if compiled else optimizer.step
