@@ -821,7 +821,7 @@ def test_sparse_and_complex_gradients_are_refused_by_name_and_nothing_changes():
 
 @pytest.mark.parametrize(
     "setting,said",
-    [({"differentiable": True}, "use differentiable=False"), ({"nesterov": True}, "use nesterov=False"), ({"momentum": 0.0}, "momentum=0.9")],
+    [({"differentiable": True}, "differentiable=False"), ({"nesterov": True}, "use nesterov=False"), ({"momentum": 0.0}, "momentum=0.9")],
 )
 def test_settings_that_turn_meaningless_later_stop_the_next_step(setting, said):
     model = layer()

@@ -52,7 +52,8 @@ def test_the_ends_of_the_schedule():
     assert run(dmr.OverlapAware(0.8, beta=0.5, initial=0.0), [1.0, 1.0]) == pytest.approx([0.4, 0.2])  # a start at full strength
     assert run(dmr.OverlapAware(0.8, beta=0.5, initial=1.0), [0.0, 0.0]) == pytest.approx([0.4, 0.6])  # a start at none
     assert run(dmr.OverlapAware(0.8, beta=0.9), [0.5, 1.0])[1] == pytest.approx(0.8 * (1 - 0.55))  # the first signal, then 9 : 1
-    assert run(dmr.OverlapAware(0.8, beta=0.0), [1.0 + 1e-9, -1e-9]) == [0.0, 0.8]  # what rounding can do to a share
+    assert run(dmr.OverlapAware(0.8, beta=0.5), [2.0, 0.0]) == pytest.approx([0.0, 0.4])  # a signal beyond its range counts as its end
+    assert run(dmr.OverlapAware(0.8, beta=0.5), [0.5, -1.0]) == pytest.approx([0.4, 0.6])
 
 
 def test_nothing_protected_is_no_strength_and_no_signal():
