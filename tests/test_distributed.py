@@ -22,17 +22,24 @@ def torchrun(program, processes, *arguments):
 
 
 @pytest.fixture(scope="module")
-def guide(tmp_path_factory):
-    "The program that the guide shows, as it stands there."
-    cells = ["".join(cell["source"]) for cell in json.loads(GUIDE.read_text())["cells"]]
-    (text,) = [cell.split("\n", 1)[1] for cell in cells if cell.startswith("%%writefile")]
-    program = tmp_path_factory.mktemp("guide") / "train.py"
-    program.write_text(text)
-    return program
+def programs(tmp_path_factory):
+    "The programs that the guide shows, as they stand there."
+    folder, found = tmp_path_factory.mktemp("guide"), {}
+    for cell in json.loads(GUIDE.read_text())["cells"]:
+        magic, _, text = "".join(cell["source"]).partition("\n")
+        if magic.startswith("%%writefile"):
+            found[magic.split()[1]] = folder / magic.split()[1]
+            found[magic.split()[1]].write_text(text)
+    return found
+
+
+@pytest.fixture(scope="module")
+def guide(programs):
+    return programs["train.py"]
 
 
 def outcome(program, processes, *arguments):
-    out = program.parent / f"{'-'.join(Path(a).name for a in arguments)}-{processes}.pt"
+    out = program.parent / f"{program.stem}-{'-'.join(Path(a).name for a in arguments)}-{processes}.pt"
     torchrun(program, processes, *arguments, "--out", str(out))
     return torch.load(out)
 
@@ -64,6 +71,14 @@ def test_a_checkpoint_loads_into_another_number_of_processes(guide, how, tmp_pat
     through = outcome(guide, 2, how, "--save", str(tmp_path / "checkpoint"))
     for processes in (1, 3) if how == "shard" else (1,):
         assert_same(outcome(guide, processes, how, "--resume", str(tmp_path / "checkpoint")), through)
+
+
+def test_accelerate_goes_where_one_process_goes_and_resumes_in_another_number(programs, tmp_path):
+    pytest.importorskip("accelerate")
+    program = programs["accelerated.py"]
+    one = outcome(program, 1)
+    assert_same(outcome(program, 2, "--save", str(tmp_path / "checkpoint")), one)
+    assert_same(outcome(program, 1, "--resume", str(tmp_path / "checkpoint")), one)
 
 
 CASES = '''

@@ -1,4 +1,4 @@
-"""What a practitioner does: pip install, and fifteen lines with torch and dmr only."""
+"""What a practitioner does: pip install, and fifteen lines with torch and dmr only; what an import costs."""
 
 import email
 import shutil
@@ -7,9 +7,12 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """\
@@ -31,9 +34,24 @@ for domain in range(3):
 """
 
 
+def closure(*names):
+    "Distributions, and all that they need without extras."
+    found, todo = set(), list(names)
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name not in found:
+            found.add(name)
+            needs = map(Requirement, requires(name) or [])
+            todo += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
 @pytest.mark.slow
 def test_an_empty_environment_needs_torch_numpy_and_einops_only(tmp_path):
-    """The wheel is built and installed without dependencies; of this environment's packages the new one sees torch's own alone."""
+    """`pip install .` without an index; of this environment's packages the new one may use torch, numpy, einops and what these need.
+
+    pip itself and the build backend are lent as well: they are part of no running program.
+    """
     assert len(SCRIPT.splitlines()) == 15
     source = tmp_path / "source"
     shutil.copytree(ROOT / "dmr", source / "dmr", ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,20 +61,47 @@ def test_an_empty_environment_needs_torch_numpy_and_einops_only(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site), str(source)]
-    subprocess.run(install, check=True, cwd=tmp_path)
+    lent = sysconfig.get_path("purelib")
+    (site / "elsewhere.pth").write_text(lent + "\n")
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    install = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", str(source)]  # resolves what settings.ini declares
+    done = subprocess.run(install, capture_output=True, text=True, cwd=tmp_path, env=clean)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert (site / "dmr" / "routing.py").exists() and (site / "dmr" / "py.typed").exists()
     hidden = ("fastcore", "nbdev", "execnb", "IPython", "papermill", "pandas", "matplotlib", "seaborn", "scipy", "tqdm", "yaml", "nbformat")
     blocker = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in hidden)  # an import of these raises
-    (site / "elsewhere.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch and what torch itself needs
     script = tmp_path / "script.py"
-    script.write_text(blocker + SCRIPT + "print(dmr.__file__)\n")
-    done = subprocess.run([python, script], capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    loaded = f"files = {{m: str(getattr(x, '__file__', '')) for m, x in sys.modules.items()}}\nlent = {lent!r}\n"
+    loaded += "print(*sorted({m.split('.')[0] for m, file in files.items() if file.startswith(lent)}))\n"
+    script.write_text(blocker + SCRIPT + "print(dmr.__file__)\n" + loaded)
+    done = subprocess.run([python, script], capture_output=True, text=True, cwd=tmp_path, env=clean)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[2] for line in lines[:3]] == ["4", "8", "8"]  # rank 4 a domain, capped at half of fan_in
     assert Path(lines[3]).is_relative_to(site)  # the installed package, not the working tree
     assert "'alpha'" in lines[2]
+    assert "torch" in lines[4].split()
+    owners, needed = packages_distributions(), closure("torch", "numpy", "einops")
+    strangers = {m for m in lines[4].split() if not {canonicalize_name(d) for d in owners.get(m, [])} & needed}
+    assert not strangers, f"the script loaded {strangers}, which dmr does not declare"
+
+
+def test_importing_dmr_is_quick_and_brings_no_notebook_tooling():
+    """Over torch: `import dmr` alone, and with every name that a routed loop uses. Processor time, the better of two runs."""
+    code = (
+        "import sys, time, torch\n"
+        "before, start = set(sys.modules), time.process_time()\n"
+        "import dmr\n"
+        "alone = time.process_time() - start\n"
+        "dmr.MomentRouter, dmr.Projection, dmr.ReplayMix, dmr.Fixed, dmr.OverlapAware, dmr.inflation\n"
+        "print(alone, time.process_time() - start, *sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    assert min(float(run[0]) for run in runs) <= 0.05  # names load when they are asked for
+    assert min(float(run[1]) for run in runs) <= 0.3
+    tooling = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "nbformat", "nbclient", "jupyter_client", "ipykernel", "matplotlib",
+               "seaborn", "pandas", "transformers", "yaml"}  # fmt: skip
+    assert not tooling & set(runs[0][2:])
 
 
 @pytest.mark.slow
