@@ -436,7 +436,7 @@ def budget_strength(
 def conflict_strength(
     agreement: ArrayLike,  # ⟨r, g⟩, of the raw gradient with a reference gradient of the old loss
     protected_agreement: ArrayLike,  # ⟨r, Pg⟩, of its protected part
-) -> NDArray[np.float64]:  # α in [0, 1]
+) -> NDArray[np.float64]:  # α in [0, 1]; 0 also where the protected part does not conflict and no strength would help
     """Smallest strength with which a step does not raise the old loss to first order; 1 where none suffices.
 
     Raises ValueError for NaN."""
