@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SETTINGS', 'GUESSING', 'NATIVE', 'read_families', 'points', 'control', 'compare', 'draw_planes', 'finding']
+__all__ = ['SETTINGS', 'GUESSING', 'NATIVE', 'cards', 'read_families', 'points', 'control', 'compare', 'draw_planes', 'finding']
+
+# %% ../nbs/19d_planes.ipynb #f712d685
+def cards(
+    methods: Iterable[str],  # keys of dmr.families.FAMILIES
+) -> pd.DataFrame:  # a column for each method
+    "Some methods side by side: native routing, original defaults, source, memory, cost of a step and of a boundary."
+    import pandas as pd
+
+    rows = {"native routing": "native", "original defaults": "defaults", "source": "source", "memory (bytes)": "memory",
+            "a step": "step", "a boundary": "boundary"}
+    made = {FAMILIES[m].name: [getattr(FAMILIES[m], key) for key in rows.values()] for m in methods}
+    return pd.DataFrame(made, index=list(rows)).replace("`", "", regex=True)
 
 # %% ../nbs/19d_planes.ipynb #35805fc1
 #: The settings by (optimizer, state).

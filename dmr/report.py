@@ -9,6 +9,7 @@ import base64
 import json
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -490,7 +491,7 @@ def plot_plane(
             mark = {"color": arm.style["color"], "marker": arm.style["marker"], "linestyle": ""}
             ax.plot(a, f, markersize=4, alpha=0.55, zorder=3, **mark)
             ax.plot(_mean_or_nan(a), _mean_or_nan(f), markersize=9, markeredgecolor="white", label=arm.name, zorder=4, **mark)
-        ax.set(title=plane_finding(study), xlabel="learning accuracy (nats/byte, lower is better)",
+        ax.set(title=textwrap.fill(plane_finding(study), 44), xlabel="learning accuracy (nats/byte, lower is better)",
                ylabel="forgetting (nats/byte)")
         caveat = f"{_seeds(study.n)}: a demonstration, no verdict" if study.n <= EXPLORATORY else f"{study.n} seeds"
         fig.legend(loc="outside lower center", ncols=2, fontsize=8.5, handletextpad=0.2, columnspacing=1.0, title=caveat,
