@@ -19,7 +19,7 @@ from .strength import Strength
 # %% auto #0
 __all__ = ['LightningRouter']
 
-# %% ../nbs/guides/lightning.ipynb #bbcdbd83
+# %% ../nbs/guides/lightning.ipynb #fe494147
 class LightningRouter(Callback):
     """Route the optimizer of a LightningModule.
 
