@@ -222,4 +222,5 @@ def test_the_pinned_model_runs_through_the_loop(tmp_path):
     stopped.run_stage()
     assert losses({"records": stopped.records}, 0)[0] < losses({"records": stopped.records}, -1)[0]
     end, whole = (finetune_stream(FinetuneConfig(**given, **more), progress=False) for more in ({"checkpoint": str(tmp_path)}, {}))
-    assert end["records"] == whole["records"] and abs(end["metrics"]["prior_before_bpb"] - 1.2) < 0.5
+    assert end["records"] == whole["records"]
+    assert 1.0 < end["metrics"]["prior_before_bpb"] < 2.2  # two windows of 64 bytes; nothing learned would be above 4
