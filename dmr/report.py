@@ -641,7 +641,7 @@ _CSS = """
   img { filter: invert(0.91) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 60rem; background: var(--back); color: var(--ink);
+body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 68rem; background: var(--back); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.4rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; }
 p, li { max-width: 42rem; } .soft, figcaption, .caption { color: var(--soft); font-size: 0.92rem; }
