@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SETTINGS', 'GUESSING', 'NATIVE', 'cards', 'read_families', 'points', 'control', 'compare', 'draw_planes', 'finding']
+__all__ = ['SETTINGS', 'GUESSING', 'NATIVE', 'cards', 'read_families', 'points', 'control', 'compare', 'readable', 'draw_planes',
+           'finding']
 
 # %% ../nbs/19d_planes.ipynb #f712d685
 def cards(
@@ -111,6 +112,24 @@ def compare(
                 "note": matched.fell_out() if matched else "no run finished" if not at else "the control has fewer than two rates",
             })
     return pd.DataFrame(lines)
+
+# %% ../nbs/19d_planes.ipynb #b39403a7
+def readable(
+    lines: pd.DataFrame,  # from `compare`
+) -> pd.DataFrame:  # text, indexed by method
+    "A comparison for the eye: three decimals, blanks where nothing is known, the native routing marked, failed seeds counted."
+    import pandas as pd
+
+    number = lambda x: "" if pd.isna(x) else f"{x:.3f}"
+    return pd.DataFrame({
+        "setting": lines.setting,
+        "routing": lines.routing + lines.native.map({True: " (native)", False: ""}),
+        "seeds": [f"{n} of {n + lost}" for n, lost in zip(lines.seeds, lines.failed)],
+        "learning accuracy": lines.learning_accuracy.map(number),
+        "forgetting": lines.forgetting.map(number),
+        "against control": lines.against_control.map(number),
+        "note": lines.note,
+    }).set_index(lines.method)
 
 # %% ../nbs/19d_planes.ipynb #f2ecd7fe
 def _curve(ax: Any, branch: Branch, width: float) -> None:

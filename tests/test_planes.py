@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from dmr.planes import compare, control, draw_planes, finding, points, read_families
+from dmr.planes import compare, control, draw_planes, finding, points, read_families, readable
 
 COLUMNS = dict(optimizer="adamw", state="kept", interpolate=None, freeze_after=None, second_batch=0, joint=False, warmup=0, decay="none")
 
@@ -54,6 +54,12 @@ def test_differences_to_the_control_and_failures_are_counted(table, tmp_path):
     assert (decoupled.seeds, decoupled.failed) == (0, 3) and pd.isna(decoupled.forgetting) and decoupled.note == "no run finished"
     assert (denominator.seeds, denominator.failed) == (1, 1) and denominator.against_control == pytest.approx(0.1)
     assert finding(lines) == "1 of 3 arms forget less than the learning rate would, 1 failed"
+
+
+def test_a_readable_table(table, tmp_path):
+    shown = readable(compare(read(table, tmp_path), ["ewc"])).set_index("routing")
+    assert shown.loc["shared (native)"].tolist() == ["AdamW", "2 of 2", "0.700", "1.150", "-0.150", ""]
+    assert shown.loc["decoupled"].tolist() == ["AdamW", "0 of 3", "", "", "", "no run finished"]
 
 
 def test_the_figure_names_what_failed(table, tmp_path):
