@@ -116,6 +116,24 @@ def test_no_cell_needs_the_environment_on_the_path():
     assert not found, found
 
 
+def test_links_between_notebooks_lead_somewhere():
+    "`[text](chapter.ipynb#heading)`: the notebook is there, and so is the heading, written as the site writes its anchors."
+    link, found, seen = re.compile(r"\]\(([\w./-]+\.ipynb)(?:#([^)\s]+))?\)"), [], 0
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            for name, anchor in link.findall("".join(cell["source"]) if cell["cell_type"] == "markdown" else ""):
+                target, seen = path.parent / name, seen + 1
+                if not target.exists():
+                    found.append(f"{path.relative_to(ROOT)}: {name}")
+                elif anchor:
+                    prose = ["".join(c["source"]) for c in json.loads(target.read_text())["cells"] if c["cell_type"] == "markdown"]
+                    titles = re.findall(r"^#+ (.*)$", "\n".join(prose), re.MULTILINE)
+                    heads = {re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles}
+                    if anchor not in heads:
+                        found.append(f"{path.relative_to(ROOT)}: {name}#{anchor}; it has {sorted(heads)}")
+    assert seen > 20 and not found, found
+
+
 def settings():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini")
