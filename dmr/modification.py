@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'small', 'stacks', 'add_all', 'accumulator', 'square_norms',
-           'Target', 'matches', 'find_targets', 'Modification', 'squared_cosine']
+__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'small', 'stacks', 'add_all', 'accumulator', 'square_norm',
+           'square_norms', 'Target', 'matches', 'find_targets', 'Modification', 'squared_cosine']
 
 # %% ../nbs/11_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -131,14 +131,23 @@ def accumulator(
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def square_norm(
+    x: Tensor,
+    dtype: torch.dtype,  # of the sum
+) -> Tensor:  # 0-dim
+    "‖x‖², without a copy of x."
+    if x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous():
+        return torch.dot(flat := x.view(-1), flat)  # on a processor the fastest way through memory
+    return torch.linalg.vector_norm(x, dtype=dtype).square()
+
+
 def square_norms(
     tensors: list[Tensor],  # on one device
     dtype: torch.dtype,  # of the sums
 ) -> Tensor:  # (len(tensors),)
     "‖x‖² of each, without a copy of any."
-    if tensors and all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in tensors):
-        flat = [x.view(-1) for x in tensors]
-        return torch.stack([torch.dot(x, x) for x in flat])  # on a processor the fastest way through memory
+    if tensors and all(x.device.type == "cpu" for x in tensors):
+        return torch.stack([square_norm(x, dtype) for x in tensors])
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square()
 
 # %% ../nbs/11_modification.ipynb #8de1b243

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .modification import Dense, Edit, LowRank, Modification, Target, accumulator, add_all, find_targets, square_norms
+from .modification import Dense, Edit, LowRank, Modification, Target, accumulator, add_all, find_targets, square_norm, square_norms
 from .moments import Moments, check_group, moments_of, unwrap
 from .sharding import local, placed_like, replicas, shard_groups, sum_over, total, unwrapped
 from .strength import Fixed, Strength, check_fraction
@@ -93,6 +93,13 @@ class Vectors(Mapping[str, Tensor]):
                 squares = squares / self.scale**2
             self._squares |= zip(missing, squares.unbind())
         return torch.stack([self._squares[name] for name in names])
+
+    def remember(self, name: str) -> None:
+        "Take a squared norm now, while the tensor is in the cache: `square_norms` finds it."
+        if name not in self._squares:
+            x = self.make(name)
+            square = square_norm(x, accumulator(x.dtype))
+            self._squares[name] = square if self.scale is None else square / self.scale**2
 
 # %% ../nbs/13_routing.ipynb #ae54f2c3
 class Inflation:

@@ -186,19 +186,23 @@ def test_the_sketch_finds_what_the_exact_decomposition_finds_on_small_data(fan_i
 
 
 @given(bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]), i=st.integers(0, 4), j=st.integers(0, 7), r=st.integers(1, 8),
-       axis=st.booleans(), routing=st.sampled_from(ROUTINGS))  # fmt: skip
-def test_a_non_finite_entry_is_found_wherever_it_hides(bad, i, j, r, axis, routing):
-    "Also outside the protected directions, where a basis has zeros: the products with it are the witness."
+       axis=st.booleans(), routing=st.sampled_from(ROUTINGS), measured=st.booleans(), before=st.integers(0, 2))  # fmt: skip
+def test_a_non_finite_entry_is_found_wherever_it_hides(bad, i, j, r, axis, routing, measured, before):
+    "Also outside the protected directions, where a basis has zeros: the products with it, or their squares, are the witness."
     layer = nn.Linear(8, 5, bias=False)
     U = torch.eye(8)[:, :r] if axis else basis(8, r, 3).float()
     optimizer = torch.optim.Adam(layer.parameters())
     with pytest.warns(UserWarning, match="spans all") if r == 8 else _nothing():
-        dmr.MomentRouter(layer, optimizer, dmr.Projection(bases={"weight": U}), routing, 0.5)
+        dmr.MomentRouter(layer, optimizer, dmr.Projection(bases={"weight": U}), routing, dmr.OverlapAware(0.5) if measured else 0.5)
     layer.weight.grad = torch.ones(5, 8)
-    layer.weight.grad[i, j] = bad
-    with pytest.raises(ValueError, match="'weight' has NaN or infinite values"):
+    for _ in range(before):
         optimizer.step()
-    assert not optimizer.state
+    steps = {key: x.clone() for key, x in optimizer.state[layer.weight].items()} if before else {}
+    layer.weight.grad[i, j] = bad
+    for _ in range(2):  # nothing of a refused step stays behind
+        with pytest.raises(ValueError, match="'weight' has NaN or infinite values"):
+            optimizer.step()
+    assert {key: x.tolist() for key, x in optimizer.state[layer.weight].items()} == {key: x.tolist() for key, x in steps.items()}
 
 
 @given(seed=seeds, scale=st.floats(0.01, 100.0), beta=st.floats(0.0, 0.99))
