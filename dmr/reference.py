@@ -206,6 +206,20 @@ class Usage:
     names: frozenset[str]
 
 
+def _shown_text(outputs: list[dict[str, Any]]) -> str:
+    "The text of a cell's outputs; what was printed piece by piece is one text."
+    texts: list[str] = []
+    printing = None
+    for o in outputs:
+        text = "".join(o.get("text") or o.get("data", {}).get("text/plain", ""))
+        if printing is not None and printing == o.get("name"):
+            texts[-1] += text
+        else:
+            texts.append(text)
+        printing = o.get("name")
+    return "\n".join(text.rstrip() for text in texts)
+
+
 def read_usages(
     chapters: list[Chapter],  # the book
     is_shown: Callable[[dict[str, Any]], bool],  # whether a reader sees a cell
@@ -219,9 +233,8 @@ def read_usages(
                 continue
             code = re.sub(r"^#\|.*\n", "", source, flags=re.M).strip()
             outputs = cell.get("outputs", [])
-            text = "\n".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")).rstrip() for o in outputs)
             picture = any("image/png" in o.get("data", {}) for o in outputs)
-            usages.append(Usage(chapter, code, "" if picture else text, frozenset(names_used(code))))
+            usages.append(Usage(chapter, code, "" if picture else _shown_text(outputs), frozenset(names_used(code))))
     return usages
 
 
