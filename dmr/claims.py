@@ -203,7 +203,7 @@ def simulated_table(
 # %% ../nbs/48_claims.ipynb #29a00d78
 SHARED, FIXED = "shared projection", "fixed decoupled projection"
 ADAPTIVE, DISPLACED = "adaptive decoupled projection", "displacement projection"
-REPLAY, REPLAY_DECOUPLED, INTERPOLATION = "replay 0.5 % shared", "replay 0.5 % decoupled", "interpolation 0.5"
+REPLAY, REPLAY_DECOUPLED, INTERPOLATION = "replay 0.5 % shared", "replay 0.5 % decoupled", "interpolation 0.3"
 #: The main arms of the protocol.
 MAIN: tuple[str, ...] = (SHARED, FIXED, ADAPTIVE, DISPLACED, REPLAY, REPLAY_DECOUPLED, INTERPOLATION)
 #: The studies of the protocol, in its order.

@@ -521,6 +521,8 @@ def execute(s: Supervisor, scratch: Path) -> None:
     "Execute the template; papermill's exception decides, not its file."
     import logging
 
+    # jsonschema would build a grammar of internationalized addresses, seconds of work before each run, which no notebook needs
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
