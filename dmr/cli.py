@@ -57,7 +57,7 @@ def batch(args: argparse.Namespace) -> int:
         return list_studies(project)
     study = find_study(args.study, project, given(args))
     if args.dry_run:
-        plan = make_plan(study, project)
+        plan = make_plan(study, project, load=False)  # a plan fetches no text
         todo = runs_to_make(plan, args.retry_failed)
         print("\n".join(describe(plan, todo, args.workers or cores())))
         for p in plan.runs:

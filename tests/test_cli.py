@@ -97,6 +97,12 @@ def test_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 
+def test_dry_run_reads_no_text(capsys, monkeypatch):
+    monkeypatch.setattr("dmr.streams.load_stream", lambda *a, **k: pytest.fail("a plan fetched a stream"))
+    assert main(["batch", "sixteen", "--dry-run", "--runs", "a folder that is not there"]) == 0
+    assert "sixteen: " in capsys.readouterr().out
+
+
 def test_options_of_the_brief():
     p = parser()
     args = p.parse_args(
