@@ -213,14 +213,16 @@ def measure_steps(rounds: int = 25) -> list[dict]:
                      "ms": b * 1e3, "plain_ms": a * 1e3})  # fmt: skip
 
     strengths: list[tuple[str, Callable[[], Strength]]] = [("fixed", lambda: Fixed(0.5)), ("overlap", lambda: OverlapAware(0.5))]
-    for routing in ("decoupled", "shared", "denominator", "displacement"):
+
+    def measure(routing: str, n: int = rounds) -> None:
         for name, strength in strengths:
             for check in (False, True):
                 for restore in (True, False) if routing in ("shared", "denominator") else (True,):
                     optimizer = _router(model, routing, strength(), check_finite=check, restore_grad=restore)
                     case = ", ".join([routing, name, "check" if check else "no check", *([] if restore else ["grad not restored"])])
-                    add(case, optimizer.step)
+                    add(case, optimizer.step, n=n)
                     optimizer.router.close()  # type: ignore[attr-defined]
+
     bases = random_bases(model, 32)
     by_parameter = {p: bases[n] for n, p in model.named_parameters() if n in bases}
     bare = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -234,8 +236,11 @@ def measure_steps(rounds: int = 25) -> list[dict]:
                 bare.state[p]["exp_avg"].addmm_(C, U.mT, alpha=-1e-9)
         bare.step()
 
-    add("floor: AdamW and two thin products, nothing else", floor, None)
+    add("floor: AdamW and two thin products, nothing else", floor, None, 2 * rounds)
+    measure("decoupled", 2 * rounds)
     add("floor: AdamW and three thin products, nothing else", lambda: floor(3), None)
+    for routing in ("shared", "denominator", "displacement"):
+        measure(routing)
     guarded = _router(model, "decoupled", Fixed(0.5), guard="clamp")
     add("decoupled, fixed, check, guard", guarded.step, None, 7)
     guarded.router.close()  # type: ignore[attr-defined]
