@@ -87,7 +87,6 @@ class Projection(Modification):
         self.fed = self.seen = 0  # gradients in the sketches; steps in this domain
         self._lam: dict[str, Tensor] = {}
         self._C: dict[str, tuple[Tensor, Tensor]] = {}  # name -> (U, gU), within a step
-        self._squares: Tensor | None = None  # ‖gU‖² of each, within a step
 
     def __repr__(self) -> str:
         given = {"rank": self.rank, "max_rank": self.max_rank, "energy": self.energy, "importance": self.importance}
@@ -198,8 +197,6 @@ class Projection(Modification):
         "x U for every protected tensor, made once in a step."
         names = [n for n in self.bases if n in vectors and self.bases[n].shape[1]]
         missing = [n for n in names if n not in self._C or self._C[n][0] is not self.bases[n]]
-        if missing:
-            self._squares = None
         if missing and not getattr(vectors, "made", False):  # they are there already: equal small ones in one product
             odd = lambda n, x: self.targets[n].transposed or x.dtype != self.bases[n].dtype
             agree = lambda n, x: n if odd(n, x) else self.bases[n].shape
@@ -215,13 +212,7 @@ class Projection(Modification):
 
     def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         components = self._look(grads)  # a NaN or infinity in a row of g is one in that row of g U
-        return dict(zip(components, self._inside(components).unbind())) if self._measures and components else components
-
-    def _inside(self, components: Mapping[str, Tensor]) -> Tensor:
-        "‖x U‖² of each, taken once in a step, for the check of finiteness and for the overlap."
-        if self._squares is None:
-            self._squares = square_norms(list(components.values()), next(iter(components.values())).dtype)
-        return self._squares
+        return {} if self._measures else components  # the overlap takes each ‖g‖² anyway, and the router finds it
 
     def begin(self, vectors: Mapping[str, Tensor], overlap: bool) -> Tensor | None:
         self._measures = overlap
@@ -231,10 +222,11 @@ class Projection(Modification):
         if not components:
             return None
         names = list(components)
-        parts = dict(zip(names, self._inside(components).unbind())) if self._groups else None
+        squared = square_norms(list(components.values()), components[names[0]].dtype)
+        parts = dict(zip(names, squared.unbind())) if self._groups else None
         squares = getattr(vectors, "square_norms", None)
         wholes = squares(names) if squares else torch.cat([square_norms([vectors[n]], accumulator(vectors[n].dtype)) for n in names])
-        inside = self._inside(components).sum() if parts is None else total(parts, self._groups)
+        inside = squared.sum() if parts is None else total(parts, self._groups)
         whole = wholes.sum() if parts is None else total(dict(zip(names, wholes)), self._groups)
         share = torch.where(whole > 0, inside / whole.clamp_min(torch.finfo(whole.dtype).tiny), torch.zeros_like(whole))
         return share.nan_to_num(1.0).clamp(0, 1)  # energies beyond the largest number: count as all
@@ -252,7 +244,7 @@ class Projection(Modification):
         return LowRank(C * self._lam[name] if name in self._lam else C, U, self.targets[name].transposed)
 
     def end(self) -> None:
-        self._C, self._squares = {}, None
+        self._C = {}
 
     def protected(self, name: str, x: Tensor) -> Tensor | None:
         U = self.bases.get(name)
