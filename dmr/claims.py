@@ -518,7 +518,7 @@ def verdict_table(
     tables: Mapping[str, Table] | None = None,  # None: no links to tables
 ) -> str:  # markdown
     "All claims at a glance; the deciding regimes only."
-    out = ["| claim | statement | source | verdict | nominal | matched | study |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    out = ["| claim | statement; the source's figure | verdict | nominal | matched | study |", "| --- | --- | --- | --- | --- | --- |"]
     for claim, (statement, source, _) in CLAIMS.items():
         a = next((x for x in answers if x.claim == claim and x.decides), None)
         if a is None:
@@ -526,7 +526,8 @@ def verdict_table(
         parts = a.verdict.parts if a.verdict else {}
         cells = [str(p.interval) if (p := parts.get(k)) is not None and p.interval is not None
                  else p.text if p is not None and len(p.text) < 90 else "–" for k in ("nominal", "matched")]
-        out.append(f"| {claim} | {statement} | {source} | **{a.word}** | {cells[0]} | {cells[1]} | {_linked(a, tables or {})} |")
+        told = statement if source in ("", "–") else f"{statement}; source: {source}"
+        out.append(f"| {claim} | {told} | **{a.word}** | {cells[0]} | {cells[1]} | {_linked(a, tables or {})} |")
     return "\n".join(out)
 
 
