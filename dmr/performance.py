@@ -31,7 +31,7 @@ from .strength import Fixed, OverlapAware, Strength
 
 # %% auto #0
 __all__ = ['TARGETS', 'COLUMNS', 'PerTensorAdam', 'naive_hook', 'Transformer', 'random_bases', 'with_gradients', 'paired',
-           'Watch', 'measure_steps', 'measure_training', 'measure_memory', 'measure_scale', 'machine', 'main']
+           'Watch', 'machine', 'main']
 
 # %% ../nbs/13b_performance.ipynb #3a9b1aa3
 class PerTensorAdam(Optimizer):
@@ -201,7 +201,7 @@ def _router(
     return optimizer
 
 
-def measure_steps(rounds: int = 25) -> list[dict]:
+def _measure_steps(rounds: int = 25) -> list[dict]:
     "Routed steps against fused AdamW, and the two baselines."
     plain_model, model = with_gradients(Transformer()), with_gradients(Transformer())
     plain = torch.optim.AdamW(plain_model.parameters(), lr=1e-5, fused=True)
@@ -251,7 +251,7 @@ def measure_steps(rounds: int = 25) -> list[dict]:
     return rows
 
 # %% ../nbs/13b_performance.ipynb #a30c48b1
-def measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
+def _measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
     "Whole training steps, the share of sketch feeding, and a domain's end."
     model = Transformer()
     text = torch.randint(4096, (tokens // 256, 257), generator=torch.Generator().manual_seed(2))
@@ -299,7 +299,7 @@ def measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
     ]
 
 
-def measure_memory() -> list[dict]:
+def _measure_memory() -> list[dict]:
     "What is kept between steps, and held within one, over the parameters' bytes."
     model = with_gradients(Transformer())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -328,7 +328,7 @@ def measure_memory() -> list[dict]:
     return rows
 
 # %% ../nbs/13b_performance.ipynb #9e13063e
-def measure_scale(rounds: int = 7) -> list[dict]:
+def _measure_scale(rounds: int = 7) -> list[dict]:
     "The cost of routing over the number of parameters and over the rank."
     rows = []
     shapes = [(3, 160, 512), (4, 256, 1024), (6, 360, 2048), (6, 512, 4096), (9, 704, 4096), (12, 832, 4096)]
@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=["steps", "training", "memory", "scale"], help="these alone; keep other rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    parts = {"steps": measure_steps, "training": measure_training, "memory": measure_memory, "scale": measure_scale}
+    parts = {"steps": _measure_steps, "training": _measure_training, "memory": _measure_memory, "scale": _measure_scale}
     belongs = {"step": "steps", "training": "training", "training, sketch fed": "training", "consolidate": "training", "memory": "memory",
                "parameters": "scale", "rank": "scale"}  # fmt: skip
     path, rows = Path(args.out), []
