@@ -226,6 +226,8 @@ def run_notebook(
     import nbformat
     from nbclient import NotebookClient
 
+    from dmr.runs import kernel_manager
+
     notebook = nbformat.read(file, 4)
     skipped = [c for c in notebook.cells if c.cell_type == "code" and re.search(r"^#\| *eval: *false", c.source, re.M)]
     kept = [dict(c.metadata) for c in skipped]
@@ -236,7 +238,8 @@ def run_notebook(
     with tempfile.TemporaryDirectory() as folder:
         watch_inputs(Path(folder), root)
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
-        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where)
+        own = kernel_manager(Path(folder), started=lambda pid: None, stopping=lambda: None)  # sockets in files, this interpreter
+        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where, kernel_manager_class=own)
         client.execute(env={**os.environ, "PYTHONPATH": path})
         read = inputs_read(Path(folder), root)
     for cell, metadata in zip(skipped, kept):

@@ -191,3 +191,14 @@ print(router.summary())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "protected    1" in done.stdout
+
+
+def test_every_public_function_and_class_has_an_example():
+    from dmr.book import read_book
+    from dmr.reference import example_of, public_modules, read_usages
+    from dmr.site import is_shown
+
+    usages = read_usages(read_book(ROOT / "nbs"), is_shown)
+    public = [s for symbols in public_modules(ROOT).values() for s in symbols if s.kind != "value"]
+    assert len(public) > 400
+    assert [f"{s.module}.{s.name}" for s in public if example_of(s, usages) is None] == []
