@@ -524,7 +524,7 @@ def verdict_table(
         if a is None:
             continue
         parts = a.verdict.parts if a.verdict else {}
-        cells = [str(p.interval) if (p := parts.get(k)) is not None and p.interval is not None
+        cells = [str(p.interval).partition(" (")[0] if (p := parts.get(k)) is not None and p.interval is not None
                  else p.text if p is not None and len(p.text) < 90 else "–" for k in ("nominal", "matched")]
         told = statement if source in ("", "–") else f"{statement}; source: {source}"
         out.append(f"| {claim} | {told} | **{a.word}** | {cells[0]} | {cells[1]} | {_linked(a, tables or {})} |")
@@ -602,7 +602,7 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
     found = curves(table, part)
     if "vanilla" not in found:
         return None
-    fig, ax = _axes(figsize=(7.2, 5.2))
+    fig, ax = _axes(figsize=(7.2, 6.0))
     spots = []
     for arm, at in found.items():
         if arm.startswith("control:") or (arm != "vanilla" and 1.0 not in at):
@@ -623,7 +623,7 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
     first = f"{lines[0].arm}: least forgetting at equal learning, {lines[0].n} seeds" if lines else ""
     title = first or "Forgetting against learning accuracy"
     ax.set(title=title, xlabel="learning accuracy (nats per byte, lower is better)", ylabel="forgetting (nats per byte)")
-    fig.legend(loc="outside right upper", fontsize=7)
+    fig.legend(loc="outside lower center", ncols=3, fontsize=7)
     return fig, f"Forgetting against learning accuracy with 95 % intervals; vanilla's curve over rates is the control. {'; '.join(spots)}."
 
 

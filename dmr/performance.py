@@ -360,13 +360,15 @@ COLUMNS = ["measure", "case", "value", "best", "unit", "target", "ms", "plain_ms
 COLUMNS += ["torch", "threads", "processor", "load"]
 
 
-def main() -> None:
+def main(
+    arguments: list[str] | None = None,  # default: the command line's
+) -> None:
     "Run the benchmark and write results/performance.csv."
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dmr.performance", description=main.__doc__)
     parser.add_argument("--out", default="results/performance.csv", help="where the table goes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=["steps", "training", "memory", "scale"], help="these alone; keep other rows")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     parts = {"steps": _measure_steps, "training": _measure_training, "memory": _measure_memory, "scale": _measure_scale}
     belongs = {"step": "steps", "training": "training", "training, sketch fed": "training", "consolidate": "training", "memory": "memory",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE_LINES', 'Parameter', 'Symbol', 'line_comments', 'read_parameters', 'read_module', 'public_modules',
-           'name_addresses', 'names_used', 'Usage', 'read_usages', 'example_of', 'inline_html', 'parameter_table',
-           'symbol_section', 'reference_pages']
+           'name_addresses', 'names_used', 'name_origins', 'Usage', 'read_usages', 'example_of', 'inline_html',
+           'parameter_table', 'symbol_section', 'reference_pages']
 
 # %% ../nbs/52_reference.ipynb #e419a71f
 import ast
@@ -185,15 +185,38 @@ def name_addresses(
 EXAMPLE_LINES = 14  # longer cells and outputs are no short example
 
 
+def _nodes(source: str) -> list[ast.AST]:
+    try:
+        return list(ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))))
+    except SyntaxError:
+        return []
+
+
 def names_used(
     source: str,  # Python
 ) -> set[str]:
     "List the names and attributes that some code mentions."
-    try:
-        nodes = list(ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))))
-    except SyntaxError:
-        return set()
+    nodes = _nodes(source)
     return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+def name_origins(
+    chapter: Chapter,
+) -> dict[str, set[str]]:  # name → the modules that it can come from; 'dmr' is the package itself
+    "List the names that a chapter imports from the package, takes from it as `dmr.name`, or exports to it."
+    found: dict[str, set[str]] = {}
+    for source in (cell_source(c) for c in chapter.cells if c["cell_type"] == "code"):
+        export = re.search(r"^#\| *exports? *(\w*) *$", source, re.M)
+        module = (f"dmr.{export[1]}" if export[1] else chapter.module) if export else None
+        for n in _nodes(source):
+            if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "dmr":
+                for alias in n.names:
+                    found.setdefault(alias.asname or alias.name, set()).add(n.module or "dmr")
+            elif isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "dmr":
+                found.setdefault(n.attr, set()).add("dmr")
+            elif module and isinstance(n, ast.FunctionDef | ast.ClassDef):
+                found.setdefault(n.name, set()).add(module)
+    return found
 
 
 @dataclass(frozen=True)
@@ -204,6 +227,13 @@ class Usage:
     code: str  # without directives
     output: str  # its text, empty where there is none or a picture
     names: frozenset[str]
+    origins: dict[str, set[str]] = field(default_factory=dict)  # of the chapter, from `name_origins`
+
+    def uses(self, symbol: Symbol) -> bool:
+        "Does the cell mention this very name, and not another that is called the same?"
+        name = symbol.name.split(".")[-1]
+        here = self.chapter.module == symbol.module or bool(self.origins.get(name, set()) & {symbol.module, "dmr"})
+        return name in self.names and (here or "." in symbol.name)
 
 
 def _shown_text(outputs: list[dict[str, Any]]) -> str:
@@ -227,6 +257,7 @@ def read_usages(
     "List the cells that can serve as examples."
     usages = []
     for chapter in chapters:
+        origins = name_origins(chapter)
         for cell in chapter.cells:
             source = cell_source(cell)
             if cell["cell_type"] != "code" or not is_shown(cell) or re.search(r"^#\| *exports?i?\b", source, re.M):
@@ -234,7 +265,7 @@ def read_usages(
             code = re.sub(r"^#\|.*\n", "", source, flags=re.M).strip()
             outputs = cell.get("outputs", [])
             picture = any("image/png" in o.get("data", {}) for o in outputs)
-            usages.append(Usage(chapter, code, "" if picture else _shown_text(outputs), frozenset(names_used(code))))
+            usages.append(Usage(chapter, code, "" if picture else _shown_text(outputs), frozenset(names_used(code)), origins))
     return usages
 
 
@@ -243,8 +274,7 @@ def example_of(
     usages: list[Usage],
 ) -> Usage | None:
     "Choose an example: short, from the chapter that defines the name where it has one, with an output where there is one."
-    name = symbol.name.split(".")[-1]
-    using = [u for u in usages if name in u.names and u.code.count("\n") < EXAMPLE_LINES and u.output.count("\n") < EXAMPLE_LINES]
+    using = [u for u in usages if u.uses(symbol) and u.code.count("\n") < EXAMPLE_LINES and u.output.count("\n") < EXAMPLE_LINES]
     own = [u for u in using if u.chapter.module == symbol.module]
     candidates = own or using
     return next((u for u in candidates if u.output), candidates[0] if candidates else None)
@@ -301,7 +331,7 @@ def symbol_section(
                 fence = "`" * (3 + max((len(run) for run in re.findall(r"`{3,}", output)), default=0))  # longer than any inside
                 block = f'<div class="cell-output cell-output-stdout"><pre><code>{output}</code></pre></div>'
                 parts.append(f"{fence}{{=html}}\n{block}\n{fence}")
-        users = list({u.chapter.path: u.chapter for u in usages if symbol.name in u.names}.values())
+        users = list({u.chapter.path: u.chapter for u in usages if u.uses(symbol)}.values())
         if users:
             cost = lambda c: f" ({seconds[c.path]:.0f} s)" if seconds.get(c.path, 0) >= 0.5 else ""
             links = ", ".join(f'<a href="../{c.page}.html">{html.escape(c.label)}</a>{cost(c)}' for c in users)

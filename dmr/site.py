@@ -115,7 +115,7 @@ def store_picture(
         folder.mkdir(parents=True, exist_ok=True)
         picture = image.convert("RGB")
         small = picture.resize((THUMBNAIL * 5 // 4, max(1, round(image.height * THUMBNAIL * 1.25 / image.width))), Image.Resampling.LANCZOS)
-        small.save(folder / f"small-{name}", format="webp", quality=50, method=4)
+        small.save(folder / f"small-{name}", format="webp", quality=38, method=4)
         if picture.width > 2 * COLUMN:
             picture = picture.resize((2 * COLUMN, round(image.height * 2 * COLUMN / image.width)), Image.Resampling.LANCZOS)
         exact, close = io.BytesIO(), io.BytesIO()  # lines and text are smaller without loss, a cloud of points with
