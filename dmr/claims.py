@@ -620,8 +620,8 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
                     lw=2 if arm == "vanilla" else 1, ms=5, elinewidth=0.7)
         spots.append(f"{arm} {y[len(y) // 2]:.3f} at {x[len(x) // 2]:.3f}")
     lines = [z for z in compare(table, part) if z.matched and not z.arm.startswith("control:")]
-    first = f"{lines[0].arm}: least forgetting at equal learning, {lines[0].n} seeds" if lines else ""
-    title = first or "Forgetting against learning accuracy"
+    decided = lines and lines[0].n > EXPLORATORY
+    title = f"{lines[0].arm}: lowest mean forgetting at equal learning" if decided else "Forgetting against learning accuracy, exploratory"
     ax.set(title=title, xlabel="learning accuracy (nats per byte, lower is better)", ylabel="forgetting (nats per byte)")
     fig.legend(loc="outside lower center", ncols=3, fontsize=7)
     return fig, f"Forgetting against learning accuracy with 95 % intervals; vanilla's curve over rates is the control. {'; '.join(spots)}."

@@ -49,7 +49,7 @@ def project_of(args: argparse.Namespace) -> Project:
 def batch(args: argparse.Namespace) -> int:
     "`dmr batch`: make the runs that a study lacks."
     from dmr.batch import cores, describe, runs_to_make
-    from dmr.plans import make_plan
+    from dmr.plans import UNKNOWN, make_plan
     from dmr.studies import find_study
 
     project = project_of(args)
@@ -60,6 +60,8 @@ def batch(args: argparse.Namespace) -> int:
         plan = make_plan(study, project, load=False)  # a plan fetches no text
         todo = runs_to_make(plan, args.retry_failed)
         print("\n".join(describe(plan, todo, args.workers or cores())))
+        if unread := {p.cell.parameters["stream"] for p in plan.runs if p.identity.stream == UNKNOWN}:
+            print(f"  not read yet: {', '.join(sorted(unread))}; runs that were made on another version of it count as done here")
         for p in plan.runs:
             print(
                 f"  {p.state['state']:14} {p.cell.label}"

@@ -100,7 +100,8 @@ def test_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
 def test_dry_run_reads_no_text(capsys, monkeypatch):
     monkeypatch.setattr("dmr.streams.load_stream", lambda *a, **k: pytest.fail("a plan fetched a stream"))
     assert main(["batch", "sixteen", "--dry-run", "--runs", "a folder that is not there"]) == 0
-    assert "sixteen: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sixteen: " in out and "not read yet: text16" in out
 
 
 def test_options_of_the_brief():
