@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .report import _is_vanilla, base_rate
-from .statistics import (CLAIMS, EXPLORATORY, UNDECIDED, Evidence, Interval, Point, Verdict, area_between,
+from .statistics import (CLAIMS, COMPARABLE_SHARE, EXPLORATORY, UNDECIDED, Evidence, Interval, Point, Verdict, area_between,
                          holm, interquartile_mean, join_cells, mean_interval, minimum_detectable_difference, paired_difference,
-                         paired_p, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5, verdict_c6, verdict_c7,
+                         paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5, verdict_c6, verdict_c7,
                          verdict_c8, verdict_c10)
 from .studies import Project, StudyError, find_project, read_study
 from .tables import read_rows
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPLED', 'INTERPOLATION', 'MAIN', 'STUDIES',
            'NOT_RUN', 'REFUTED', 'Table', 'read_table', 'Measured', 'measure', 'curves', 'evidence', 'simulated_row',
            'simulated_table', 'Answer', 'answer_claims', 'read_inflation', 'Line', 'compare', 'expected_best', 'Choice',
-           'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box', 'verdict_table',
-           'comparison_table', 'advice', 'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_domains']
+           'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box', 'verdict_table', 'pair_table',
+           'growth_table', 'comparison_table', 'advice', 'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps',
+           'draw_parts', 'draw_domains']
 
 # %% ../nbs/48_claims.ipynb #14414dda
 @dataclass(frozen=True)
@@ -531,6 +532,40 @@ def verdict_table(
     return "\n".join(out)
 
 
+def pair_table(
+    found: Evidence,  # from `evidence`
+    *pairs: tuple[str, str],  # of arms; a pair of which one arm has no runs is left out
+) -> str:  # markdown
+    """Arm against arm, seed by seed: forgetting at the nominal rate, and what is left of it against the control at equal learning.
+
+    Where fewer than 80 % of the seeds are comparable, the second number is not given."""
+    lines = ["| difference | nominal | matched |", "| --- | --- | --- |"]
+    for a, b in pairs:
+        if not {a, b} <= {"vanilla", *found.arms}:
+            continue
+        x, y = found.nominal(a), found.nominal(b)
+        over = {n: dict.fromkeys(found.nominal(n), 0.0) if n == "vanilla" else found.matched(n).difference for n in (a, b)}
+        both = [over[a][s] - over[b][s] for s in sorted(over[a].keys() & over[b].keys())]
+        pairs_there = len(x.keys() & y.keys())
+        enough = len(both) > 1 and len(both) >= COMPARABLE_SHARE * pairs_there
+        at = str(mean_interval(both)) if enough else f"{len(both)} of {pairs_there} seeds comparable"
+        lines.append(f"| {a} − {b} | {paired_difference(x, y)} | {at} |")
+    return "\n".join(lines)
+
+
+def growth_table(
+    early: Evidence,  # after the earlier stage
+    late: Evidence,  # after the later stage of the same runs
+) -> str:  # markdown
+    "What lies between each arm and vanilla at two stages of the same runs, and how it grew; least in the end first."
+    out = ["| arm − vanilla | earlier stage | later stage | growth |", "| --- | --- | --- | --- |"]
+    gap = lambda e, a: {s: f - v[s] for s, f in e.nominal(a).items() if s in (v := e.nominal("vanilla"))}
+    found = [(a, gap(early, a), gap(late, a)) for a in early.arms if a in late.arms]
+    for arm, x, y in sorted((f for f in found if f[1] and f[2]), key=lambda f: float(np.mean(list(f[2].values())))):
+        out.append(f"| {arm} | {mean_interval(list(x.values()))} | {mean_interval(list(y.values()))} | {paired_difference(y, x)} |")
+    return "\n".join(out)
+
+
 def comparison_table(lines: Sequence[Line]) -> str:  # markdown
     "The arms of one study against the control."
     if not lines:
@@ -595,35 +630,52 @@ def _mean_matrix(table: Table, arm: str) -> tuple[Any, int]:
     return (np.mean(L, axis=0), len(L)) if L else (None, 0)
 
 
-def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | None:
-    "Forgetting against learning accuracy with intervals over seeds, and the control's curve."
+def _draw_arm(ax: Any, arm: str, at: Mapping[float, Mapping[Any, Point]]) -> str:
+    "One arm's curve over its rates, with intervals; returns where its middle lies."
     from dmr.figures import arm_style
 
-    found = curves(table, part)
+    edit, plus, _ = arm.partition(" + interpolation")  # with interpolation an arm looks as without it, in a panel of its own
+    style = arm_style(edit, "none" if arm == "vanilla" else None)
+    x, y, ex, ey = [], [], [], []
+    for rate in sorted(at):
+        a = mean_interval([p.learning_accuracy for p in at[rate].values()])
+        f = mean_interval([p.forgetting for p in at[rate].values()])
+        x.append(a.estimate)
+        y.append(f.estimate)
+        ex.append(0.0 if a.n < 2 else a.high - a.estimate)
+        ey.append(0.0 if f.n < 2 else f.high - f.estimate)
+    ax.errorbar(x, y, xerr=ex, yerr=ey, label=None if plus else arm, color=style["color"], marker=style["marker"],
+                ls=style["linestyle"], lw=2 if arm == "vanilla" else 1, ms=5, elinewidth=0.7)
+    return f"{arm} {y[len(y) // 2]:.3f} at {x[len(x) // 2]:.3f}"
+
+
+def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | None:
+    "Forgetting against learning accuracy with intervals over seeds, and the control's curve; arms on top of interpolation below."
+    from matplotlib.figure import Figure as NewFigure
+
+    found = {a: at for a, at in curves(table, part).items() if not a.startswith("control:") and (a == "vanilla" or 1.0 in at)}
     if "vanilla" not in found:
         return None
-    fig, ax = _axes(figsize=(7.2, 6.0))
-    spots = []
-    for arm, at in found.items():
-        if arm.startswith("control:") or (arm != "vanilla" and 1.0 not in at):
-            continue
-        style = arm_style(arm, "none" if arm == "vanilla" else None)
-        x, y, ex, ey = [], [], [], []
-        for rate in sorted(at):
-            a = mean_interval([p.learning_accuracy for p in at[rate].values()])
-            f = mean_interval([p.forgetting for p in at[rate].values()])
-            x.append(a.estimate)
-            y.append(f.estimate)
-            ex.append(0.0 if a.n < 2 else a.high - a.estimate)
-            ey.append(0.0 if f.n < 2 else f.high - f.estimate)
-        ax.errorbar(x, y, xerr=ex, yerr=ey, label=arm, color=style["color"], marker=style["marker"], ls=style["linestyle"],
-                    lw=2 if arm == "vanilla" else 1, ms=5, elinewidth=0.7)
-        spots.append(f"{arm} {y[len(y) // 2]:.3f} at {x[len(x) // 2]:.3f}")
+    both = {a: at for a, at in found.items() if " + interpolation" in a}
+    alone = {a: at for a, at in found.items() if a not in both}
+    fig = NewFigure(figsize=(7.2, 8.2 if both else 5.6), layout="constrained")
+    axes = np.atleast_1d(fig.subplots(2 if both else 1))
+    spots = [_draw_arm(axes[0], arm, at) for arm, at in alone.items()]
     lines = [z for z in compare(table, part) if z.matched and not z.arm.startswith("control:")]
     decided = lines and lines[0].n > EXPLORATORY
     title = f"{lines[0].arm}: lowest mean forgetting at equal learning" if decided else "Forgetting against learning accuracy, exploratory"
-    ax.set(title=title, xlabel="learning accuracy (nats per byte, lower is better)", ylabel="forgetting (nats per byte)")
-    fig.legend(loc="outside lower center", ncols=3, fontsize=7)
+    axes[0].set(title=title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if both:
+        base = {a.rpartition(" + ")[2] for a in both} & alone.keys()
+        spots += [_draw_arm(axes[1], arm, at) for arm, at in both.items()]
+        for arm in ("vanilla", *sorted(base)):
+            _draw_arm(axes[1], arm, alone[arm])
+        axes[1].set(title=f"The same edits on top of {' and '.join(sorted(base)) or 'interpolation'}")
+    axes[-1].set(xlabel="learning accuracy (nats per byte, lower is better)")
+    for ax in axes:
+        ax.set(ylabel="forgetting (nats per byte)")
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return fig, f"Forgetting against learning accuracy with 95 % intervals; vanilla's curve over rates is the control. {'; '.join(spots)}."
 
 
@@ -710,6 +762,43 @@ def draw_maps(choices: Sequence[Choice]) -> tuple[Figure, str] | None:
     axes[0].set_ylabel("strength α")
     fig.colorbar(image, ax=list(axes), label="final average (nats per byte)")
     return fig, "Final average by strength and rank at the best rate, mean over the tuning seeds: " + ", ".join(maps) + "."
+
+
+def draw_parts(
+    found: Mapping[str, Evidence | None],  # name of a part, such as 'rho 0.5' -> its evidence; None: not yet there
+    arms: Sequence[str] = (SHARED, FIXED, ADAPTIVE),
+    label: str = "",  # of the horizontal axis
+) -> tuple[Figure, str] | None:
+    "Forgetting relative to the control in every part of a study, at the nominal rate and at equal learning."
+    from matplotlib.figure import Figure as NewFigure
+
+    from dmr.figures import arm_style
+
+    there = {part: e for part, e in found.items() if e is not None}
+    shown = [a for a in arms if any(a in e.arms for e in there.values())]
+    if not shown:
+        return None
+    fig = NewFigure(figsize=(7.2, 5.8), layout="constrained")
+    axes, said = fig.subplots(2, sharex=True), []
+    for ax, what in zip(axes, ("at the nominal rate", "at equal learning")):
+        ax.axhline(1.0, color="#5f6368", lw=1)
+        for k, arm in enumerate(shown):
+            at: dict[int, Interval] = {}
+            for i, e in enumerate(there.values()):
+                if arm in e.arms and ax is axes[0] and min(e.nominal("vanilla").values()) > 0:  # else a ratio has no meaning
+                    at[i] = paired_ratio(e.nominal(arm), e.nominal("vanilla"))
+                elif arm in e.arms and ax is axes[1] and (m := e.matched(arm)).enough and len(m.ratio) == len(m.difference):
+                    at[i] = mean_interval(list(m.ratio.values()))
+            style = arm_style(arm)
+            x = [i + 0.09 * (k - (len(shown) - 1) / 2) for i in at]
+            ax.errorbar(x, [r.estimate for r in at.values()], yerr=[0.0 if r.n < 2 else r.high - r.estimate for r in at.values()],
+                        label=arm, color=style["color"], marker=style["marker"], ls="", ms=5, elinewidth=0.9)
+            said += [f"{arm}, {list(there)[i]}, {what}: {r}" for i, r in at.items()]
+        ax.set(title=what[0].upper() + what[1:], ylabel="forgetting / control's")
+    axes[1].set(xlabel=label, xticks=range(len(there)))
+    axes[1].set_xticklabels(list(there))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return fig, "Forgetting relative to the learning-rate control, mean and 95 % interval over seeds. " + "; ".join(said) + "."
 
 
 def draw_domains(table: Table, arms: Sequence[str] = ("vanilla", SHARED, FIXED, ADAPTIVE, REPLAY)) -> tuple[Figure, str] | None:

@@ -62,11 +62,17 @@ _MODIFICATION_WORDS = {
 }
 
 
+def _weight(name: str) -> float:
+    "The weight behind the word interpolation, 0.0 if there is none."
+    found = re.search(r"interpol\w*\s+(\d*\.?\d+)", name)
+    return float(found[1]) if found else 0.0
+
+
 def arm_style(
     name: str,  # an arm's name: words such as 'shared', 'replay', 'adaptive', '×0.5', 'interpolation', in any order
     routing: str | None = None,  # its routing, where the name does not say it
 ) -> dict[str, Any]:  # color, marker, linestyle: keywords of matplotlib's plot, errorbar and scatter
-    """Style an arm by its name: colour by routing, marker by modification, shade and dash by strength or rate.
+    """Style an arm by its name: colour by routing, marker by modification, shade and dash by strength, rate or weight.
 
     Raises ValueError where neither the name nor `routing` says which routing the arm uses."""
     words = re.findall(r"[a-z]+(?:-[a-z]+)?", name.lower().replace("_", " "))
@@ -88,7 +94,7 @@ def arm_style(
         colour, line = mix(colour, "#ffffff", 0.42), "--"
     elif rate < 1:
         colour, line = mix(colour, "#ffffff", 0.45), ":"
-    elif rate > 1:
+    elif rate > 1 or (routing == "interpolation" and _weight(name) >= 0.5):
         colour, line = mix(colour, "#000000", 0.45), "-."
     return {"color": colour, "marker": marker, "linestyle": line}
 

@@ -5,66 +5,40 @@
 # %% ../nbs/guides/lightning.ipynb #ff08b7b1
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from typing import Any
 
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from .lora import lora_include, lora_layers
-from .modification import Modification
-from .routing import MomentRouter
-from .strength import Strength
+from .callbacks import DomainCallback
 
 # %% auto #0
 __all__ = ['LightningRouter']
 
 # %% ../nbs/guides/lightning.ipynb #fe494147
-class LightningRouter(Callback):
-    """Route the optimizer of a LightningModule.
+class LightningRouter(DomainCallback, Callback):
+    """Route the optimizer of a LightningModule; arguments as for DomainCallback.
 
-    Each `fit` is one domain, which ends with a `consolidate()`; or name the steps at which domains end inside one `fit`, which
-    keeps the optimizer's state across them (each `fit` makes a new optimizer). Keep one callback for all domains. The router's
-    state is saved in Lightning's checkpoints and comes back with `fit(ckpt_path=...)`. Raises ValueError for several optimizers,
-    and where a checkpoint was written without this callback.
+    Each `fit` is one domain, which ends with a `consolidate()`; or name as `boundaries` the global steps at which domains end
+    inside one `fit`, which keeps the optimizer's state across them (each `fit` makes a new optimizer). Keep one callback for all
+    domains. The router's state is saved in Lightning's checkpoints and comes back with `fit(ckpt_path=...)`. Raises ValueError for
+    several optimizers, and where a checkpoint was written without this callback.
     """
 
-    def __init__(
-        self,
-        modification: Modification | None = None,  # what is edited, such as Projection(rank=8)
-        routing: str = "decoupled",  # shared, decoupled, denominator or displacement
-        strength: Strength | float | None = None,  # as for MomentRouter
-        *,
-        protect: str | None = None,  # with adapters: which LoRA factor, A, B or both; None: every layer that include/exclude leave in
-        boundaries: Sequence[int] | None = None,  # global steps at which domains end; None: the end of each fit
-        interpolate: float | None = None,  # as for MomentRouter.consolidate
-        **options: Any,  # further arguments of MomentRouter
-    ):
-        if protect is not None:
-            options["include"] = lora_include(protect)
-        self.modification, self.routing, self.strength, self.protect = modification, routing, strength, protect
-        self.boundaries, self.interpolate, self.options = None if boundaries is None else set(boundaries), interpolate, options
-        self.router: MomentRouter | None = None
-        self.reports: list[dict] = []  # one for each domain
-        self.ended = 0  # global step of the last boundary
-        self._read: dict | None = None  # from a checkpoint, until there is an optimizer
+    ended = 0  # global step of the last boundary
+    _read: dict | None = None  # from a checkpoint, until there is an optimizer
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if len(trainer.optimizers) != 1:
             raise ValueError(f"configure_optimizers returned {len(trainer.optimizers)} optimizers; a router takes one")
-        if self.protect is not None:
-            lora_layers(pl_module)
-        state = None if self.router is None else self.router.state_dict()
-        if self.router is not None:
-            self.router.close()
-        self.router = MomentRouter(pl_module, trainer.optimizers[0], self.modification, self.routing, self.strength, **self.options)
+        router = self.attach(pl_module, trainer.optimizers[0])
         if trainer.ckpt_path is not None:
             if self._read is None:
                 raise ValueError(f"{trainer.ckpt_path} was written without this callback, so what was protected is not known; "
                                  "resume where it was saved, or begin anew")
-            state, self._read = self._read, None
-        if state is not None:
-            self.router.load_state_dict(state)
+            router.load_state_dict(self._read)
+            self._read = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         data = getattr(trainer.train_dataloader, "dataset", None)
@@ -82,12 +56,6 @@ class LightningRouter(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.boundaries is None:
             self.consolidate()
-
-    def consolidate(self) -> dict:
-        "End of a domain: protect what it used."
-        assert self.router is not None
-        self.reports.append(self.router.consolidate(interpolate=self.interpolate))
-        return self.reports[-1]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.router is None else {"router": self.router.state_dict(), "ended": self.ended}

@@ -5,17 +5,14 @@
 # %% ../nbs/guides/trainer.ipynb #8d844529
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .lora import lora_include, lora_layers
-from .modification import Modification
-from .routing import MomentRouter
-from .strength import Strength
+from .callbacks import DomainCallback
 from .training import read_checkpoint, write_checkpoint
 
 # %% auto #0
@@ -25,47 +22,14 @@ __all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']
 ROUTER_FILE = "router.pt"  # in a checkpoint's folder, beside optimizer.pt
 
 
-class RouterCallback(TrainerCallback):
-    """Route the optimizer of a transformers Trainer.
+class RouterCallback(DomainCallback, TrainerCallback):
+    """Route the optimizer of a transformers Trainer; arguments as for DomainCallback.
 
-    Each `train()` is one domain, which ends with a `consolidate()`; or name the steps at which domains end inside one `train()`.
-    Keep one callback for all domains, also with a new Trainer for each: what is protected stays with it. The router's state is
-    written into the Trainer's own checkpoints and comes back with `resume_from_checkpoint`. Raises FileNotFoundError where it is missing.
+    Each `train()` is one domain, which ends with a `consolidate()`; or name as `boundaries` the global steps at which domains end
+    inside one `train()`. Keep one callback for all domains, also with a new Trainer for each: what is protected stays with it.
+    The router's state is written into the Trainer's own checkpoints and comes back with `resume_from_checkpoint`. Raises
+    FileNotFoundError where it is missing.
     """
-
-    def __init__(
-        self,
-        modification: Modification | None = None,  # what is edited, such as Projection(rank=8)
-        routing: str = "decoupled",  # shared, decoupled, denominator or displacement
-        strength: Strength | float | None = None,  # as for MomentRouter
-        *,
-        protect: str | None = None,  # with adapters: which LoRA factor, A, B or both; None: every layer that include/exclude leave in
-        boundaries: Sequence[int] | None = None,  # global steps at which domains end; None: the end of each train()
-        interpolate: float | None = None,  # as for MomentRouter.consolidate
-        **options: Any,  # further arguments of MomentRouter
-    ):
-        if protect is not None:
-            options["include"] = lora_include(protect)
-        self.modification, self.routing, self.strength, self.protect = modification, routing, strength, protect
-        self.boundaries, self.interpolate, self.options = None if boundaries is None else set(boundaries), interpolate, options
-        self.router: MomentRouter | None = None
-        self.reports: list[dict] = []  # one for each domain
-
-    def attach(self, model: Any, optimizer: Any) -> MomentRouter:
-        "Route this optimizer; a router of an earlier one hands its state over."
-        from dmr.moments import unwrap
-
-        if self.router is not None and self.router.optimizer is unwrap(optimizer):
-            return self.router
-        state = None if self.router is None else self.router.state_dict()
-        if self.router is not None:
-            self.router.close()
-        if self.protect is not None:
-            lora_layers(model)
-        self.router = MomentRouter(model, optimizer, self.modification, self.routing, self.strength, **self.options)
-        if state is not None:
-            self.router.load_state_dict(state)
-        return self.router
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **more: Any) -> None:
         router = self.attach(model, optimizer)
@@ -95,13 +59,6 @@ class RouterCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if self.router is not None and logs is not None and "loss" in logs:
             logs |= {f"router_{key}": value for key, value in self.router.last.items()}
-
-    def consolidate(self) -> dict:
-        "End of a domain: protect what it used."
-        assert self.router is not None
-        self.reports.append(self.router.consolidate(interpolate=self.interpolate))
-        return self.reports[-1]
-
 
 class RoutedTrainer(Trainer):
     "A Trainer whose callback meets the optimizer where it is made, and offers every batch to methods that keep examples."

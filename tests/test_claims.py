@@ -28,8 +28,11 @@ from dmr.claims import (
     draw_domains,
     draw_growth,
     draw_heat,
+    draw_parts,
     draw_plane,
     evidence,
+    growth_table,
+    pair_table,
     read_inflation,
     read_table,
     simulated_table,
@@ -277,3 +280,46 @@ def test_the_figures_use_every_seed():
     assert len(fig.axes[0].collections) == 3 and "(n=5, t)" in alt  # a band for each arm
     fig, alt = draw_domains(table)
     assert len(fig.axes[0].containers) == 3 and "vanilla a" in alt
+
+
+def test_arm_against_arm_is_paired_and_says_how_many_seeds_are_comparable():
+    table = simulated_table({SHARED: 0.8, ADAPTIVE: 0.5}, seeds=6, noise=0.001)
+    text = pair_table(evidence(table), (ADAPTIVE, SHARED), (SHARED, "vanilla"), (SHARED, "absent"))
+    head, rule, first, second = text.splitlines()
+    numbers = lambda line: [float(cell.split(" [")[0]) for cell in line.strip("| ").split(" | ")[1:]]
+    assert first.startswith(f"| {ADAPTIVE} − {SHARED} | ") and first.count("n=6") == 2 and numbers(first) == pytest.approx([-0.15] * 2, abs=0.003)
+    assert second.startswith(f"| {SHARED} − vanilla | ") and numbers(second) == pytest.approx([-0.1] * 2, abs=0.003)  # vanilla: on its own curve
+    slow = with_matrix(table, lambda row, L: L.__setitem__(np.diag_indices(3), 9.0) if row["arm"] == SHARED and row["seed"] < 2 else None)
+    assert "| 4 of 6 seeds comparable |" in pair_table(evidence(slow), (ADAPTIVE, SHARED))
+
+
+def test_arms_on_top_of_interpolation_have_a_panel_of_their_own():
+    both = f"{SHARED} + {INTERPOLATION}"
+    fig, alt = draw_plane(simulated_table({SHARED: 0.9, INTERPOLATION: 0.7, both: 0.6}))
+    above, below = fig.axes
+    assert len(above.containers) == 3 and len(below.containers) == 3  # vanilla, the edit or the sum, interpolation alone
+    assert alt.count(both) == 1 and len(fig.legends[0].get_texts()) == 3
+    assert len(draw_plane(simulated_table({SHARED: 0.9}))[0].axes) == 1
+
+
+def test_parts_stand_side_by_side_with_those_that_are_there():
+    near, far = evidence(simulated_table({SHARED: 1.0, ADAPTIVE: 0.5}, noise=0.001)), evidence(simulated_table({SHARED: 0.6}, noise=0.001))
+    fig, alt = draw_parts({"near": near, "far": far, "later": None}, label="part")
+    for ax in fig.axes:
+        shared, adaptive = ax.containers
+        assert np.asarray(shared[0].get_ydata()) == pytest.approx([1.0, 0.6], abs=0.01)
+        assert np.asarray(adaptive[0].get_ydata()) == pytest.approx([0.5], abs=0.01)
+    assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["near", "far"]
+    assert f"{SHARED}, far, at equal learning: 0.6" in alt and "later" not in alt
+    assert draw_parts({"later": None}) is None
+
+
+def test_growth_is_taken_within_the_runs():
+    def change(row, L):
+        if row["arm"] == SHARED:
+            L[2, :2] += 0.3  # after the third domain it has lost more
+
+    table = with_matrix(simulated_table({SHARED: 0.6, ADAPTIVE: 0.5}, seeds=5, noise=0.0), change)
+    head, rule, first, second = growth_table(evidence(table, stage=2), evidence(table, stage=3)).splitlines()
+    assert first.startswith(f"| {ADAPTIVE} | -0.250") and "| 0.000 [0.000, 0.000]" in first
+    assert second.startswith(f"| {SHARED} | -0.200") and "| 0.300 [0.300, 0.300]" in second and second.count("n=5") == 3
