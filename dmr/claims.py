@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .report import _is_vanilla, base_rate
-from .statistics import (CLAIMS, COMPARABLE_SHARE, EXPLORATORY, UNDECIDED, Evidence, Interval, Point, Verdict, area_between,
-                         holm, interquartile_mean, join_cells, mean_interval, minimum_detectable_difference, paired_difference,
-                         paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5, verdict_c6, verdict_c7,
-                         verdict_c8, verdict_c10)
+from .statistics import (CLAIMS, COMPARABLE_SHARE, EXPLORATORY, FAILS, HOLDS, UNDECIDED, Evidence, Interval, Point, Verdict,
+                            area_between, holm, interquartile_mean, join_cells, mean_interval, minimum_detectable_difference,
+                            paired_difference, paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5,
+                            verdict_c6, verdict_c7, verdict_c8, verdict_c10)
 from .studies import Project, StudyError, find_project, read_study
 from .tables import read_rows
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPLED', 'INTERPOLATION', 'MAIN', 'STUDIES',
            'NOT_RUN', 'REFUTED', 'Table', 'read_table', 'Measured', 'measure', 'curves', 'evidence', 'simulated_row',
-           'simulated_table', 'Answer', 'answer_claims', 'read_inflation', 'Line', 'compare', 'expected_best', 'Choice',
-           'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box', 'verdict_table', 'pair_table',
-           'growth_table', 'comparison_table', 'advice', 'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps',
-           'draw_parts', 'draw_domains']
+           'simulated_table', 'Answer', 'answer_claims', 'read_inflation', 'read_answers', 'judged', 'Line', 'compare',
+           'expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box',
+           'verdict_table', 'pair_table', 'growth_table', 'comparison_table', 'advice', 'draw_plane', 'draw_heat',
+           'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
 
 # %% ../nbs/48_claims.ipynb #14414dda
 @dataclass(frozen=True)
@@ -327,6 +327,22 @@ def read_inflation(
         if out:
             return out, max(float(r["H"]) for r in rows), name
     return {}, 0.0, ""
+
+
+def read_answers(
+    project: Project | None = None,  # None: the one around the current folder
+    without: Iterable[str] = (),  # domains that do not count
+) -> tuple[dict[str, Table], list[Answer]]:  # study -> table; every claim in every regime
+    "Every claim answered from the committed tables."
+    project = project or find_project()
+    tables = {name: read_table(name, project) for name in (*STUDIES, "lora")}
+    return tables, answer_claims(tables, *read_inflation(project), without=without)
+
+
+def judged(answers: Sequence[Answer]) -> list[str]:  # names of claims
+    "The claims on which a complete table gave a verdict in the regime that decides: it holds, or it does not."
+    return sorted({a.claim for a in answers if a.decides and a.verdict is not None and a.verdict.verdict in (HOLDS, FAILS)
+                   and not a.note.startswith("preliminary")}, key=lambda c: int(c[1:]))
 
 # %% ../nbs/48_claims.ipynb #4217c720
 @dataclass(frozen=True)

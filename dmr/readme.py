@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import base64
+import configparser
 import json
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['directives', 'as_markdown', 'write_readme']
+__all__ = ['directives', 'as_markdown', 'badge_svg', 'badges', 'write_readme']
 
 # %% ../nbs/54_readme.ipynb #38e7ecdd
 def directives(
@@ -59,6 +61,46 @@ def as_markdown(
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", figures
 
 
+def badge_svg(
+    label: str,
+    value: str,
+    colour: str = "#0072b2",  # behind the value
+) -> str:  # an SVG, 20 px high
+    "Draw a badge, in the reader's own sans-serif, as wide as its text."
+    left, right = (round(6.4 * len(text)) + 12 for text in (label, value))
+    write = lambda x, width, text: (f'<text x="{x + 6}" y="14" textLength="{width - 12}" lengthAdjust="spacingAndGlyphs">'
+                                    f"{escape(text)}</text>")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
+            f'aria-label="{escape(label)}: {escape(value)}">'
+            f'<rect width="{left + right}" height="20" rx="3" fill="#4a4f55"/>'
+            f'<path d="M{left} 0h{right - 3}a3 3 0 0 1 3 3v14a3 3 0 0 1-3 3h-{right - 3}z" fill="{colour}"/>'
+            f'<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">'
+            f"{write(0, left, label)}{write(left, right, value)}</g></svg>\n")
+
+
+def badges(
+    root: Path,  # the project's folder
+) -> dict[str, tuple[str, str, str]]:  # name -> label, value, where it leads
+    "What the badges say, each read from the file that it leads to or from the committed tables."
+    from dmr.claims import judged, read_answers
+    from dmr.statistics import CLAIMS
+    from dmr.studies import find_project
+
+    parser = configparser.ConfigParser()
+    parser.read(root / "settings.ini", encoding="utf-8")
+    settings = parser["DEFAULT"]
+    torch = re.search(r"torch>=([\d.]+)", settings["requirements"])
+    pages = len(json.loads((root / "nbs/_executed.json").read_text(encoding="utf-8")))
+    licence = (root / "LICENSE").read_text(encoding="utf-8")
+    return {
+        "python": ("python", f"≥ {settings['min_python']}", "settings.ini"),
+        "torch": ("torch", f"≥ {torch[1]}" if torch else "any", "settings.ini"),
+        "licence": ("licence", "Apache-2.0" if "Apache License" in licence else "see file", "LICENSE"),
+        "pages": ("pages executed", str(pages), "nbs/_executed.json"),
+        "claims": ("claims judged", f"{len(judged(read_answers(find_project(root))[1]))} of {len(CLAIMS)}", "nbs/experiments/claims.ipynb"),
+    }
+
+
 def write_readme(
     root: str | Path = ".",  # the project's folder
 ) -> Path:
@@ -68,12 +110,17 @@ def write_readme(
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; run this in the project's folder, where settings.ini is")
     text, figures = as_markdown(json.loads(source.read_text(encoding="utf-8")))
-    for name, png in figures.items():
+    line = []
+    for name, (label, value, link) in badges(root).items():
+        figures[f"badge-{name}.svg"] = badge_svg(label, value).encode()
+        line.append(f"[![{label} {value}](nbs/assets/badge-{name}.svg)]({link})")
+    for name, content in figures.items():
         path = root / "nbs" / "assets" / name
         path.parent.mkdir(exist_ok=True)
-        if not path.exists() or path.read_bytes() != png:
-            path.write_bytes(png)
-    (root / "README.md").write_text(text, encoding="utf-8")
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+    title, _, rest = text.partition("\n\n")
+    (root / "README.md").write_text(f"{title}\n\n{' '.join(line)}\n\n{rest}", encoding="utf-8")
     return root / "README.md"
 
 # %% ../nbs/54_readme.ipynb #9058a32a

@@ -63,6 +63,23 @@ def test_readme_is_its_notebook(rebuilt):
         assert (ROOT / figure).read_bytes() == (rebuilt / figure).read_bytes()
 
 
+def test_badges_say_what_is_so():
+    from xml.etree import ElementTree
+
+    from dmr.claims import judged, read_answers
+
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"\[!\[([^\]]+)\]\((nbs/assets/badge-[a-z]+\.svg)\)\]\(([^)]+)\)", text)
+    assert len(found) == 5
+    for words, picture, link in found:
+        drawn = ElementTree.parse(ROOT / picture).getroot()  # well-formed
+        assert drawn.get("aria-label").replace(":", "") == words and (ROOT / link).is_file()
+    said = {words.rpartition(" ")[0]: words for words, *_ in found}
+    decided = [a.claim for a in read_answers()[1] if a.decides and a.word in ("holds", "does not hold")]  # words of a whole table only
+    assert said["claims judged 1 of".replace("1", str(len(decided)))] == f"claims judged {len(decided)} of 10"
+    assert len(judged(read_answers()[1])) == len(decided)
+
+
 def test_no_notebook_holds_an_error_or_lacks_its_opening():
     for path in project_files():
         if path.suffix != ".ipynb":
