@@ -30,8 +30,8 @@ __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPL
            'NOT_RUN', 'REFUTED', 'Table', 'read_table', 'Measured', 'measure', 'curves', 'evidence', 'simulated_row',
            'simulated_table', 'Answer', 'answer_claims', 'read_inflation', 'read_answers', 'judged', 'Line', 'compare',
            'expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box',
-           'verdict_table', 'pair_table', 'growth_table', 'comparison_table', 'advice', 'draw_plane', 'draw_heat',
-           'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
+           'verdict_table', 'pair_table', 'growth_table', 'comparison_table', 'recipe', 'advice', 'draw_plane',
+           'draw_heat', 'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
 
 # %% ../nbs/48_claims.ipynb #14414dda
 @dataclass(frozen=True)
@@ -597,10 +597,36 @@ def comparison_table(lines: Sequence[Line]) -> str:  # markdown
     return "\n".join(out)
 
 
+def recipe(
+    parameters: Mapping[str, Any],  # of a run by the template `continual_lm`
+) -> str:  # code, or '' for a method that has no short form
+    "The lines that give a loop of your own what an arm of a study did; `model` is yours, and `loss_fn(batch)` for replay."
+    p = parameters
+    edits = {"none": "None", "projection": f"dmr.Projection(rank={p.get('rank')})",
+             "replay": f"dmr.ReplayMix(dmr.ReplayBuffer(), loss_fn, fraction={p.get('fraction')})"}
+    if p["modification"] not in edits or p.get("optimizer") != "adamw" or p.get("second_batch") or p.get("joint"):
+        return ""
+    strength = f"dmr.OverlapAware(alpha_max={p['alpha']:g})" if p["strength"] == "overlap" else f"{p['alpha']:g}"
+    how = "" if p["modification"] == "none" else f", {edits[p['modification']]}, routing={p['routing']!r}, strength={strength}"
+    lines = [f"optimizer = torch.optim.AdamW(model.parameters(), lr={p['lr']:g}, betas=({p['beta1']:g}, {p['beta2']:g}), "
+             f"weight_decay={p['weight_decay']:g})", f"router = dmr.MomentRouter(model, optimizer{how})"]
+    if p["modification"] == "replay":
+        lines.append("router.observe(batch, total)  # before each backward pass; total: examples in the domain")
+    share = "" if p.get("interpolate") is None else f"interpolate={p['interpolate']:g}"
+    return "\n".join([*lines, f"router.consolidate({share})  # at the end of each domain"])
+
+
+def _recommend(table: Table, arm: str) -> str:
+    "The recipe of an arm, as a block of code."
+    rows = _nominal_rows(table, arm)
+    code = recipe(rows[0]["parameters"]) if rows and "alpha" in rows[0]["parameters"] else ""
+    return f"\n\n```python\n{code}\n```" if code else ""
+
+
 def advice(
     table: Table,  # of the study `eight`
 ) -> str:  # markdown
-    "Which arm lies best on the plane, by how much, and what to use; nothing from three seeds or fewer."
+    "Which arm lies best on the plane, by how much, and what to use, with and without keeping text; nothing from three seeds or fewer."
     lines = [x for x in compare(table) if x.matched and not x.arm.startswith("control:")]
     if not lines:
         return f"Nothing yet: {table}."
@@ -615,13 +641,20 @@ def advice(
     clear = [x for x in lines if x.matched and x.matched.high < 0]
     text = (f"**{best.arm}** lies best on the plane: {gap} nats against the learning-rate control at equal learning accuracy "
             f"({best.forgetting:.3f} nats forgotten at {best.learning_accuracy:.3f}).{short}")
+    keeps = {x.arm for x in clear if any(r["parameters"]["modification"] in ("replay", "agem") for r in _nominal_rows(table, x.arm))}
+    if best.arm in keeps:
+        text += " It keeps text of past domains and computes a second gradient at each step."
+    text += _recommend(table, best.arm)
+    if best.arm in keeps and (free := next((x for x in clear if x.arm not in keeps), None)) is not None:
+        text += (f"\n\nWhere no text may be kept, **{free.arm}** lies best: {free.matched} nats against the control "
+                 f"({free.forgetting:.3f} nats forgotten at {free.learning_accuracy:.3f}).{_recommend(table, free.arm)}")
     if len(clear) < 2 or e is None:
         return text
     at = {x.arm: e.matched(x.arm).difference for x in clear}
     p = holm({x.arm: paired_p(at[best.arm], at[x.arm]) for x in clear[1:]})
     tied = [arm for arm, value in p.items() if value >= 0.05]
     if tied:
-        text += f" These seeds do not tell it apart from {', '.join(tied)}."
+        text += f"\n\nThese seeds do not tell {best.arm} apart from {', '.join(tied)}."
     rows = [f"| {x.arm} | {x.matched} | {paired_difference(at[best.arm], at[x.arm])} | {p[x.arm]:.2g} |" for x in clear[1:]]
     head = f"| also below the control | minus the control | {best.arm} minus this arm | Holm p |\n| --- | --- | --- | --- |\n"
     return f"{text}\n\n{head}" + "\n".join(rows)

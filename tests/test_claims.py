@@ -35,6 +35,7 @@ from dmr.claims import (
     pair_table,
     read_inflation,
     read_table,
+    recipe,
     simulated_table,
     verdict_table,
 )
@@ -260,10 +261,10 @@ def test_every_claim_says_what_would_refute_it_and_links_its_table():
 
 def test_the_advice_names_what_the_seeds_do_not_tell_apart():
     clear = advice(simulated_table({**ARMS, ADAPTIVE: 0.5}))
-    assert clear.startswith(f"**{ADAPTIVE}** lies best") and "do not tell it apart" not in clear
+    assert clear.startswith(f"**{ADAPTIVE}** lies best") and "do not tell" not in clear
     assert f"| {REPLAY} |" in clear and f"| {FIXED} |" not in clear  # above the control
     close = advice(simulated_table({**ARMS, ADAPTIVE: 0.7, REPLAY: 0.7}))
-    assert f"do not tell it apart from {REPLAY}" in close or f"do not tell it apart from {ADAPTIVE}" in close
+    assert f"do not tell {ADAPTIVE} apart from {REPLAY}" in close or f"do not tell {REPLAY} apart from {ADAPTIVE}" in close
     assert "use plain AdamW" in advice(simulated_table({ADAPTIVE: 1.1, SHARED: 1.3}))
 
 
@@ -323,3 +324,38 @@ def test_growth_is_taken_within_the_runs():
     head, rule, first, second = growth_table(evidence(table, stage=2), evidence(table, stage=3)).splitlines()
     assert first.startswith(f"| {ADAPTIVE} | -0.250") and "| 0.000 [0.000, 0.000]" in first
     assert second.startswith(f"| {SHARED} | -0.200") and "| 0.300 [0.300, 0.300]" in second and second.count("n=5") == 3
+
+
+@pytest.mark.parametrize("arm", [*MAIN, f"{SHARED} + {INTERPOLATION}"])
+def test_a_recipe_runs_and_does_what_the_arm_did(arm):
+    import torch
+
+    import dmr
+
+    cell = next(c for c in read_study(find_project(ROOT).studies / "eight.yaml").cells if c.arm == arm)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+    batch = (torch.randn(6, 4), torch.randint(0, 2, (6,)))
+    loss_fn = lambda b: torch.nn.functional.cross_entropy(model(b[0]), b[1])  # noqa: E731
+    names = {"torch": torch, "dmr": dmr, "model": model, "loss_fn": loss_fn, "batch": batch, "total": 6}
+    lines = recipe(cell.parameters).splitlines()
+    set_up, loop = lines[:2], lines[2:]
+    exec("\n".join(set_up), names)
+    for _ in range(2):
+        for line in loop[:-1]:
+            exec(line, names)
+        loss_fn(batch).backward()
+        names["optimizer"].step()
+        exec(loop[-1], names)
+    router, p = names["router"], cell.parameters
+    assert router.domains == 2 and names["optimizer"].defaults["betas"] == (p["beta1"], p["beta2"])
+    if p["modification"] != "none":
+        assert router.routing == p["routing"] and f"{p['alpha']:g}" in repr(router)
+
+
+def test_advice_names_what_needs_no_text_and_how_to_do_it():
+    about = {"rank": 6, "routing": "shared", "strength": "fixed", "alpha": 0.5, "beta1": 0.9, "weight_decay": 0.0, "fraction": 0.005}
+    table = simulated_table({**ARMS, ADAPTIVE: 0.9, REPLAY: 0.3}, **about)
+    rows = [{**r, "parameters": {**r["parameters"], "modification": "replay"} if "replay" in r["arm"] else r["parameters"]} for r in table.rows]
+    text = advice(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal))
+    assert text.startswith(f"**{REPLAY}** lies best") and "dmr.ReplayMix" in text.split("Where no text")[0]
+    assert f"Where no text may be kept, **{INTERPOLATION}** lies best" in text or f"**{DISPLACED}**" in text
