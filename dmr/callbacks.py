@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from .lora import lora_include, lora_layers
 from .modification import Modification
 from .moments import unwrap
@@ -45,7 +43,7 @@ class DomainCallback:
 
     def attach(
         self,
-        model: nn.Module,
+        model: Any,  # an nn.Module
         optimizer: Any,  # torch's, or a framework's wrapper around it
     ) -> MomentRouter:  # the one that was there, if it routes this optimizer already
         """Route this optimizer; a router of an earlier one hands over what it protects.

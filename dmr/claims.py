@@ -708,7 +708,7 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
     both = {a: at for a, at in found.items() if " + interpolation" in a}
     alone = {a: at for a, at in found.items() if a not in both}
     fig = NewFigure(figsize=(7.2, 8.2 if both else 5.6), layout="constrained")
-    axes = np.atleast_1d(fig.subplots(2 if both else 1))
+    axes: Any = np.ravel([fig.subplots(2 if both else 1)])
     spots = [_draw_arm(axes[0], arm, at) for arm, at in alone.items()]
     lines = [z for z in compare(table, part) if z.matched and not z.arm.startswith("control:")]
     decided = lines and lines[0].n > EXPLORATORY

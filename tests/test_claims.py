@@ -288,8 +288,10 @@ def test_arm_against_arm_is_paired_and_says_how_many_seeds_are_comparable():
     text = pair_table(evidence(table), (ADAPTIVE, SHARED), (SHARED, "vanilla"), (SHARED, "absent"))
     head, rule, first, second = text.splitlines()
     numbers = lambda line: [float(cell.split(" [")[0]) for cell in line.strip("| ").split(" | ")[1:]]
-    assert first.startswith(f"| {ADAPTIVE} − {SHARED} | ") and first.count("n=6") == 2 and numbers(first) == pytest.approx([-0.15] * 2, abs=0.003)
-    assert second.startswith(f"| {SHARED} − vanilla | ") and numbers(second) == pytest.approx([-0.1] * 2, abs=0.003)  # vanilla: on its own curve
+    assert first.startswith(f"| {ADAPTIVE} − {SHARED} | ") and first.count("n=6") == 2
+    assert numbers(first) == pytest.approx([-0.15] * 2, abs=0.003)
+    assert second.startswith(f"| {SHARED} − vanilla | ")
+    assert numbers(second) == pytest.approx([-0.1] * 2, abs=0.003)  # vanilla lies on its own curve
     slow = with_matrix(table, lambda row, L: L.__setitem__(np.diag_indices(3), 9.0) if row["arm"] == SHARED and row["seed"] < 2 else None)
     assert "| 4 of 6 seeds comparable |" in pair_table(evidence(slow), (ADAPTIVE, SHARED))
 
@@ -355,7 +357,7 @@ def test_a_recipe_runs_and_does_what_the_arm_did(arm):
 def test_advice_names_what_needs_no_text_and_how_to_do_it():
     about = {"rank": 6, "routing": "shared", "strength": "fixed", "alpha": 0.5, "beta1": 0.9, "weight_decay": 0.0, "fraction": 0.005}
     table = simulated_table({**ARMS, ADAPTIVE: 0.9, REPLAY: 0.3}, **about)
-    rows = [{**r, "parameters": {**r["parameters"], "modification": "replay"} if "replay" in r["arm"] else r["parameters"]} for r in table.rows]
+    rows = [{**r, "parameters": {**r["parameters"], "modification": "replay"}} if "replay" in r["arm"] else r for r in table.rows]
     text = advice(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal))
     assert text.startswith(f"**{REPLAY}** lies best") and "dmr.ReplayMix" in text.split("Where no text")[0]
     assert f"Where no text may be kept, **{INTERPOLATION}** lies best" in text or f"**{DISPLACED}**" in text
