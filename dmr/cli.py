@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,52 +303,48 @@ def accept(args: argparse.Namespace) -> int:
     return 0
 
 
-def streams(args: argparse.Namespace) -> int:
-    "`dmr streams`: the streams on offer; `dmr streams fetch NAME` brings one here."
-    from dmr.streams import fetch
-    from dmr.streams import list_streams as rows
-
+def _offer(
+    args: argparse.Namespace,
+    kind: str,  # 'stream' or 'model'
+    example: str,  # a name to fetch
+    fetch: Callable[..., Path],  # name, progress=... -> where it lies now
+    rows: Callable[[], list[dict[str, Any]]],  # lists what is on offer
+    columns: str,  # head of the list
+    line: Callable[[dict[str, Any]], str],  # a row as a line of the list
+) -> int:
+    "List what is on offer, or fetch what is named."
     if args.what == "fetch":
         if not args.names:
-            raise ValueError("name a stream to fetch: dmr streams fetch text8")
+            raise ValueError(f"name a {kind} to fetch: dmr {kind}s fetch {example}")
         for name in args.names:
             path = fetch(name, progress=not args.quiet)
             if not args.quiet:
                 print(f"{name}: {path}")
         return 0
     if args.names:
-        raise ValueError(f"the list takes no name; to bring a stream here: dmr streams fetch {args.names[0]}")
-    if args.json:
-        print(json.dumps(rows(), indent=1))
-        return 0
-    print(f"{'domain':12} {'MB':>6}  {'leak':>6}  {'here':4}  {'streams':16} licence")
-    for r in rows():
-        here = "yes" if r["cached"] else "no"
-        print(f"{r['domain']:12} {r['bytes'] / 1e6:6.1f}  {r['leak']:6.2%}  {here:4}  {r['streams']:16} {r['licence']}")
+        raise ValueError(f"the list takes no name; to bring a {kind} here: dmr {kind}s fetch {args.names[0]}")
+    print(json.dumps(rows(), indent=1) if args.json else "\n".join([columns, *map(line, rows())]))
     return 0
+
+
+def streams(args: argparse.Namespace) -> int:
+    "`dmr streams`: the streams on offer; `dmr streams fetch NAME` brings one here."
+    from dmr.streams import fetch, list_streams
+
+    return _offer(args, "stream", "text8", fetch, list_streams,
+                  f"{'domain':12} {'MB':>6}  {'leak':>6}  {'here':4}  {'streams':16} licence",
+                  lambda r: f"{r['domain']:12} {r['bytes'] / 1e6:6.1f}  {r['leak']:6.2%}  {'yes' if r['cached'] else 'no':4}  "
+                            f"{r['streams']:16} {r['licence']}")
 
 
 def models(args: argparse.Namespace) -> int:
     "`dmr models`: the pinned pretrained models; `dmr models fetch NAME` brings one here."
-    from dmr.pretrained import fetch_model
-    from dmr.pretrained import list_models as rows
+    from dmr.pretrained import fetch_model, list_models
 
-    if args.what == "fetch":
-        if not args.names:
-            raise ValueError("name a model to fetch: dmr models fetch smollm2-135m")
-        for name in args.names:
-            path = fetch_model(name, progress=not args.quiet)
-            if not args.quiet:
-                print(f"{name}: {path}")
-        return 0
-    if args.json:
-        print(json.dumps(rows(), indent=1))
-        return 0
-    print(f"{'model':14} {'MB':>6}  {'parameters':>12}  {'here':4}  licence")
-    for r in rows():
-        here = "yes" if r["cached"] else "no"
-        print(f"{r['model']:14} {r['bytes'] / 1e6:6.1f}  {r['parameters']:12,}  {here:4}  {r['licence']}")
-    return 0
+    return _offer(args, "model", "smollm2-135m", fetch_model, list_models,
+                  f"{'model':14} {'MB':>6}  {'parameters':>12}  {'here':4}  licence",
+                  lambda r: f"{r['model']:14} {r['bytes'] / 1e6:6.1f}  {r['parameters']:12,}  {'yes' if r['cached'] else 'no':4}  "
+                            f"{r['licence']}")
 
 # %% ../nbs/49_cli.ipynb #ca9eeea0
 def add_folders(p: argparse.ArgumentParser) -> None:
@@ -432,16 +429,11 @@ def parser() -> argparse.ArgumentParser:
     p = command("report", report, "table, figures and HTML of what is there; `tuning`: what tuning selects; `claims`: the verdicts")
     p.add_argument("study", metavar="STUDY")
     add_folders(p)
-    p = command("streams", streams, "the streams on offer")
-    p.add_argument("what", nargs="?", choices=("list", "fetch"), default="list")
-    p.add_argument("names", nargs="*", metavar="NAME")
-    p.add_argument("--quiet", action="store_true")
-    p.add_argument("--json", action="store_true")
-    p = command("models", models, "the pinned pretrained models")
-    p.add_argument("what", nargs="?", choices=("list", "fetch"), default="list")
-    p.add_argument("names", nargs="*", metavar="NAME")
-    p.add_argument("--quiet", action="store_true")
-    p.add_argument("--json", action="store_true")
+    for p in (command("streams", streams, "the streams on offer"), command("models", models, "the pinned pretrained models")):
+        p.add_argument("what", nargs="?", choices=("list", "fetch"), default="list")
+        p.add_argument("names", nargs="*", metavar="NAME")
+        p.add_argument("--quiet", action="store_true")
+        p.add_argument("--json", action="store_true")
     return top
 
 # %% ../nbs/49_cli.ipynb #ab9472fe

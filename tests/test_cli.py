@@ -191,3 +191,11 @@ def test_a_reader_of_a_pipe_may_leave_early(tmp_path):
         assert shown.wait(60) == 141 and "1000 waiting" in first
         said.seek(0)
         assert said.read() == ""
+
+
+@pytest.mark.parametrize(("kind", "name"), [("stream", "text8"), ("model", "smollm2-135m")])
+def test_lists_of_what_is_on_offer_take_no_name(kind, name, capsys):
+    assert main([f"{kind}s", "list", name]) == 2
+    assert f"to bring a {kind} here: dmr {kind}s fetch {name}" in capsys.readouterr().err
+    assert main([f"{kind}s", "fetch"]) == 2
+    assert f"name a {kind} to fetch: dmr {kind}s fetch {name}" in capsys.readouterr().err
