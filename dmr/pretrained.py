@@ -169,7 +169,7 @@ def load_pretrained(
                          f"a .gguf file, or a name on Hugging Face that this machine can reach ({str(e).splitlines()[0][:120]})") from None
     check_memory(str(name), parameters, kind, copies=2.2 if options else 1.2)  # a .gguf file is unpacked beside the model
     words = load_tokenizer(place if tokenizer is None else str(tokenizer), str(name), options if tokenizer is None else {})
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=kind, **options)
+    model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=kind, **options)  # read once: a .gguf file is slow
     return model.eval(), words
 
 

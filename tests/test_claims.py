@@ -361,3 +361,21 @@ def test_advice_names_what_needs_no_text_and_how_to_do_it():
     text = advice(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal))
     assert text.startswith(f"**{REPLAY}** lies best") and "dmr.ReplayMix" in text.split("Where no text")[0]
     assert f"Where no text may be kept, **{INTERPOLATION}** lies best" in text or f"**{DISPLACED}**" in text
+
+
+def test_every_study_takes_the_settings_of_eight():
+    "What the protocol says: an arm is the same everywhere, but for both replays of `conflict` and the rank in small adapters."
+    project = find_project(ROOT)
+    keys = ("modification", "routing", "strength", "alpha", "fraction", "interpolate", "rank")
+    settings = lambda p: {k: p.get(k) for k in keys}  # noqa: E731
+    eight = {c.arm: settings(c.parameters) for c in read_study(project.studies / "eight.yaml").cells}
+    differ = {}
+    for study in ("sixteen", "corners", "overlap", "conflict", "confirm", "longer", "small", "backbones", "lora"):
+        cells = [c for c in read_study(project.studies / f"{study}.yaml").cells if c.arm in eight]
+        assert {c.arm for c in cells}, study
+        for c in cells:
+            theirs = settings(c.parameters)
+            for key in [k for k in keys if theirs[k] != eight[c.arm][k]]:
+                differ.setdefault((study, key), set()).add(c.arm)
+    projections = {SHARED, FIXED, ADAPTIVE, DISPLACED}
+    assert differ == {("conflict", "alpha"): {REPLAY_DECOUPLED}, ("lora", "rank"): projections}
