@@ -36,7 +36,8 @@ SECTIONS: tuple[tuple[str, int, int, str], ...] = (
 #: Pages of a folder that are read in an order of their own; the others follow, by name.
 READING_ORDER: tuple[str, ...] = (
     "experiments/protocol", "experiments/inflation_monte_carlo", "experiments/inflation_causal", "experiments/inflation_live",
-    "experiments/continual_lm", "experiments/families", "experiments/eight",
+    "experiments/continual_lm", "experiments/families", "experiments/eight", "experiments/sixteen",
+    "experiments/regimes",
     "guides/your_loop", "guides/your_text", "guides/your_method", "guides/cluster",
 )
 #: Pages that belong to another section than their folder's.

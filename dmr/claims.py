@@ -548,6 +548,11 @@ def verdict_table(
     return "\n".join(out)
 
 
+def _short(interval: Interval | None, n: int) -> str:
+    "An interval for a table with a column n; what is not as that column says stays."
+    return "–" if interval is None else str(interval).removesuffix(f" (n={n}, t)")
+
+
 def pair_table(
     found: Evidence,  # from `evidence`
     *pairs: tuple[str, str],  # of arms; a pair of which one arm has no runs is left out
@@ -555,17 +560,17 @@ def pair_table(
     """Arm against arm, seed by seed: forgetting at the nominal rate, and what is left of it against the control at equal learning.
 
     Where fewer than 80 % of the seeds are comparable, the second number is not given."""
-    lines = ["| difference | nominal | matched |", "| --- | --- | --- |"]
+    lines = ["| difference | n | nominal | matched |", "| --- | --- | --- | --- |"]
     for a, b in pairs:
         if not {a, b} <= {"vanilla", *found.arms}:
             continue
         x, y = found.nominal(a), found.nominal(b)
         over = {n: dict.fromkeys(found.nominal(n), 0.0) if n == "vanilla" else found.matched(n).difference for n in (a, b)}
         both = [over[a][s] - over[b][s] for s in sorted(over[a].keys() & over[b].keys())]
-        pairs_there = len(x.keys() & y.keys())
-        enough = len(both) > 1 and len(both) >= COMPARABLE_SHARE * pairs_there
-        at = str(mean_interval(both)) if enough else f"{len(both)} of {pairs_there} seeds comparable"
-        lines.append(f"| {a} − {b} | {paired_difference(x, y)} | {at} |")
+        n = len(x.keys() & y.keys())
+        enough = len(both) > 1 and len(both) >= COMPARABLE_SHARE * n
+        at = _short(mean_interval(both), n) if enough else f"{len(both)} of {n} seeds comparable"
+        lines.append(f"| {a} − {b} | {n} | {_short(paired_difference(x, y), n)} | {at} |")
     return "\n".join(lines)
 
 
@@ -574,26 +579,27 @@ def growth_table(
     late: Evidence,  # after the later stage of the same runs
 ) -> str:  # markdown
     "What lies between each arm and vanilla at two stages of the same runs, and how it grew; least in the end first."
-    out = ["| arm − vanilla | earlier stage | later stage | growth |", "| --- | --- | --- | --- |"]
+    out = ["| arm − vanilla | n | earlier stage | later stage | growth |", "| --- | --- | --- | --- | --- |"]
     gap = lambda e, a: {s: f - v[s] for s, f in e.nominal(a).items() if s in (v := e.nominal("vanilla"))}
     found = [(a, gap(early, a), gap(late, a)) for a in early.arms if a in late.arms]
     for arm, x, y in sorted((f for f in found if f[1] and f[2]), key=lambda f: float(np.mean(list(f[2].values())))):
-        out.append(f"| {arm} | {mean_interval(list(x.values()))} | {mean_interval(list(y.values()))} | {paired_difference(y, x)} |")
+        cells = (mean_interval(list(x.values())), mean_interval(list(y.values())), paired_difference(y, x))
+        out.append(f"| {arm} | {len(y)} | " + " | ".join(_short(c, len(y)) for c in cells) + " |")
     return "\n".join(out)
 
 
 def comparison_table(lines: Sequence[Line]) -> str:  # markdown
-    "The arms of one study against the control."
+    "The arms of one study against the control, with 95 % t intervals; the arms that are controls themselves come last."
     if not lines:
         return "No runs yet."
-    out = ["| arm | n | forgetting | IQM | learning accuracy | − vanilla (nominal) | Holm p "
-           "| − control (matched) | gap of the curves | detectable |",
+    out = ["| arm | n | − vanilla (nominal) | Holm p | − control (matched) | forgetting | IQM | learning accuracy "
+           "| gap of the curves | detectable |",
            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for x in lines:
-        matched = str(x.matched) if x.matched else f"not comparable: {x.fell_out}"
-        out.append(f"| {x.arm} | {x.n} | {x.forgetting:.3f} | {x.iqm:.3f} | {x.learning_accuracy:.3f} | {x.nominal} | "
-                   + ("–" if math.isnan(x.p) else f"{x.p:.2g}") + f" | {matched} | {x.area or '–'} | "
-                   + ("–" if math.isnan(x.detectable) else f"{x.detectable:.3f}") + " |")
+    number = lambda value, spec: "–" if math.isnan(value) else format(value, spec)
+    for x in sorted(lines, key=lambda x: x.arm.startswith("control:")):
+        matched = _short(x.matched, x.n) if x.matched else f"not comparable: {x.fell_out}"
+        out.append(f"| {x.arm} | {x.n} | {_short(x.nominal, x.n)} | {number(x.p, '.2g')} | {matched} | {x.forgetting:.3f} | {x.iqm:.3f} "
+                   f"| {x.learning_accuracy:.3f} | {_short(x.area, x.n)} | {number(x.detectable, '.3f')} |")
     return "\n".join(out)
 
 

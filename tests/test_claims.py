@@ -25,6 +25,7 @@ from dmr.claims import (
     answer_claims,
     claim_box,
     compare,
+    comparison_table,
     draw_domains,
     draw_growth,
     draw_heat,
@@ -287,10 +288,10 @@ def test_arm_against_arm_is_paired_and_says_how_many_seeds_are_comparable():
     table = simulated_table({SHARED: 0.8, ADAPTIVE: 0.5}, seeds=6, noise=0.001)
     text = pair_table(evidence(table), (ADAPTIVE, SHARED), (SHARED, "vanilla"), (SHARED, "absent"))
     head, rule, first, second = text.splitlines()
-    numbers = lambda line: [float(cell.split(" [")[0]) for cell in line.strip("| ").split(" | ")[1:]]
-    assert first.startswith(f"| {ADAPTIVE} − {SHARED} | ") and first.count("n=6") == 2
+    numbers = lambda line: [float(cell.split(" [")[0]) for cell in line.strip("| ").split(" | ")[2:]]
+    assert first.startswith(f"| {ADAPTIVE} − {SHARED} | 6 | ") and "n=" not in first  # the column says it
     assert numbers(first) == pytest.approx([-0.15] * 2, abs=0.003)
-    assert second.startswith(f"| {SHARED} − vanilla | ")
+    assert second.startswith(f"| {SHARED} − vanilla | 6 | ")
     assert numbers(second) == pytest.approx([-0.1] * 2, abs=0.003)  # vanilla lies on its own curve
     slow = with_matrix(table, lambda row, L: L.__setitem__(np.diag_indices(3), 9.0) if row["arm"] == SHARED and row["seed"] < 2 else None)
     assert "| 4 of 6 seeds comparable |" in pair_table(evidence(slow), (ADAPTIVE, SHARED))
@@ -324,8 +325,8 @@ def test_growth_is_taken_within_the_runs():
 
     table = with_matrix(simulated_table({SHARED: 0.6, ADAPTIVE: 0.5}, seeds=5, noise=0.0), change)
     head, rule, first, second = growth_table(evidence(table, stage=2), evidence(table, stage=3)).splitlines()
-    assert first.startswith(f"| {ADAPTIVE} | -0.250") and "| 0.000 [0.000, 0.000]" in first
-    assert second.startswith(f"| {SHARED} | -0.200") and "| 0.300 [0.300, 0.300]" in second and second.count("n=5") == 3
+    assert first.startswith(f"| {ADAPTIVE} | 5 | -0.250") and "| 0.000 [0.000, 0.000]" in first
+    assert second.startswith(f"| {SHARED} | 5 | -0.200") and "| 0.300 [0.300, 0.300] |" in second
 
 
 @pytest.mark.parametrize("arm", [*MAIN, f"{SHARED} + {INTERPOLATION}"])
@@ -379,3 +380,13 @@ def test_every_study_takes_the_settings_of_eight():
                 differ.setdefault((study, key), set()).add(c.arm)
     projections = {SHARED, FIXED, ADAPTIVE, DISPLACED}
     assert differ == {("conflict", "alpha"): {REPLAY_DECOUPLED}, ("lora", "rank"): projections}
+
+
+def test_the_comparison_names_n_once_and_puts_controls_last():
+    table = simulated_table({"control: random basis": 0.5, SHARED: 0.8}, seeds=6)
+    head, rule, first, second = comparison_table(compare(table)).splitlines()
+    assert first.startswith(f"| {SHARED} | 6 | -0.09") and second.startswith("| control: random basis | 6 | -0.2")
+    assert "n=" not in first + second and first.count("|") == head.count("|") == rule.count("|")
+    rows = [r for r in table.rows if (r["arm"], r["seed"]) != (SHARED, 0)]
+    short = comparison_table(compare(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal)))
+    assert "1 missing" in short  # what the column cannot say stays in the cell
