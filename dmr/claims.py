@@ -613,9 +613,13 @@ def recipe(
     if p["modification"] not in edits or p.get("optimizer") != "adamw" or p.get("second_batch") or p.get("joint"):
         return ""
     strength = f"dmr.OverlapAware(alpha_max={p['alpha']:g})" if p["strength"] == "overlap" else f"{p['alpha']:g}"
-    how = "" if p["modification"] == "none" else f", {edits[p['modification']]}, routing={p['routing']!r}, strength={strength}"
-    lines = [f"optimizer = torch.optim.AdamW(model.parameters(), lr={p['lr']:g}, betas=({p['beta1']:g}, {p['beta2']:g}), "
-             f"weight_decay={p['weight_decay']:g})", f"router = dmr.MomentRouter(model, optimizer{how})"]
+    lines = [f"optimizer = torch.optim.AdamW(model.parameters(), lr={p['lr']:g},",
+             f"                              betas=({p['beta1']:g}, {p['beta2']:g}), weight_decay={p['weight_decay']:g})"]
+    if p["modification"] == "none":
+        lines.append("router = dmr.MomentRouter(model, optimizer)")
+    else:
+        lines += ["router = dmr.MomentRouter(", f"    model, optimizer, {edits[p['modification']]},",
+                  f"    routing={p['routing']!r}, strength={strength},", ")"]
     if p["modification"] == "replay":
         lines.append("router.observe(batch, total)  # before each backward pass; total: examples in the domain")
     share = "" if p.get("interpolate") is None else f"interpolate={p['interpolate']:g}"
@@ -661,8 +665,9 @@ def advice(
     tied = [arm for arm, value in p.items() if value >= 0.05]
     if tied:
         text += f"\n\nThese seeds do not tell {best.arm} apart from {', '.join(tied)}."
-    rows = [f"| {x.arm} | {x.matched} | {paired_difference(at[best.arm], at[x.arm])} | {p[x.arm]:.2g} |" for x in clear[1:]]
-    head = f"| also below the control | minus the control | {best.arm} minus this arm | Holm p |\n| --- | --- | --- | --- |\n"
+    rows = [f"| {x.arm} | {x.n} | {_short(x.matched, x.n)} | {_short(paired_difference(at[best.arm], at[x.arm]), x.n)} | {p[x.arm]:.2g} |"
+            for x in clear[1:]]
+    head = "| also below the control | n | minus the control | best minus this | Holm p |\n| --- | --- | --- | --- | --- |\n"
     return f"{text}\n\n{head}" + "\n".join(rows)
 
 # %% ../nbs/48_claims.ipynb #9c37d07e

@@ -341,7 +341,8 @@ def test_a_recipe_runs_and_does_what_the_arm_did(arm):
     loss_fn = lambda b: torch.nn.functional.cross_entropy(model(b[0]), b[1])  # noqa: E731
     names = {"torch": torch, "dmr": dmr, "model": model, "loss_fn": loss_fn, "batch": batch, "total": 6}
     lines = recipe(cell.parameters).splitlines()
-    set_up, loop = lines[:2], lines[2:]
+    first = next(i for i, line in enumerate(lines) if line.startswith("router."))
+    set_up, loop = lines[:first], lines[first:]
     exec("\n".join(set_up), names)
     for _ in range(2):
         for line in loop[:-1]:
