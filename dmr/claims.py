@@ -300,7 +300,8 @@ def answer_claims(
                                                                          and (a == "vanilla" or a in e.arms)])
     states = [get(n) for n in ("eight", "small", "longer", "backbones")]
     short = "; ".join(str(t) for t in states if not t.complete)
-    out.append(Answer("C9", "backbones", f"{len(cells)} cells", join_cells("C9", cells) if cells else None,
+    whose = next(iter(cells), "backbones").partition(" ")[0]  # the first study that has a cell
+    out.append(Answer("C9", whose, f"{len(cells)} cell{'s' * (len(cells) != 1)}", join_cells("C9", cells) if cells else None,
                       f"preliminary: {short}" if short and cells else short))
     streams = {float(part.removeprefix("rho ")): e for part in overlap.nominal if (e := evidence(overlap, part)) is not None}
     ready = 0.0 in streams and all(SHARED in e.arms for e in streams.values())
