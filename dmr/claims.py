@@ -166,6 +166,12 @@ def evidence(
     H = float(p["steps"]) * (1 - float(p["beta2"])) if p["optimizer"] != "sgd" else 0.0
     return Evidence({a: at[1.0] for a, at in found.items() if 1.0 in at}, dict(sorted(control.items())), round(H, 9), p["state"])
 
+
+def _nominal_rows(table: Table, arm: str) -> list[Mapping[str, Any]]:
+    "Runs of an arm at the nominal rate."
+    return [r for r in table.rows if ("vanilla" if _is_vanilla(r["parameters"]) else r["arm"]) == arm
+            and abs(float(r["parameters"]["lr"]) / table.nominal.get(r["part"], math.inf) - 1) < 1e-6]
+
 # %% ../nbs/48_claims.ipynb #a38c70c3
 def simulated_row(
     forgetting: float,  # nats, the same on every past domain
@@ -677,12 +683,6 @@ def _axes(**size: Any) -> tuple[Any, Any]:
 
     fig = NewFigure(layout="constrained", **size)
     return fig, fig.subplots()
-
-
-def _nominal_rows(table: Table, arm: str) -> list[Mapping[str, Any]]:
-    "Runs of an arm at the nominal rate."
-    return [r for r in table.rows if ("vanilla" if _is_vanilla(r["parameters"]) else r["arm"]) == arm
-            and abs(float(r["parameters"]["lr"]) / table.nominal.get(r["part"], math.inf) - 1) < 1e-6]
 
 
 def _mean_matrix(table: Table, arm: str) -> tuple[Any, int]:
