@@ -773,7 +773,7 @@ def draw_growth(table: Table) -> tuple[Figure, str] | None:
         return None
     last = max(len(json.loads(r["loss_columns"])) for r in table.rows)
     stages = range(2, last + 1)
-    fig, ax = _axes(figsize=(7.2, 4.2))
+    fig, ax = _axes(figsize=(7.2, 4.8))
     shown: dict[str, list[Interval]] = {}
     for stage in stages:
         for arm, at in curves(table, stage=stage).items():
@@ -784,9 +784,10 @@ def draw_growth(table: Table) -> tuple[Figure, str] | None:
         ax.plot(x, [v.estimate for v in values], label=arm, color=style["color"], ls=style["linestyle"], marker=style["marker"], ms=3)
         if values[-1].n > 1:
             ax.fill_between(x, [v.low for v in values], [v.high for v in values], color=style["color"], alpha=0.12, lw=0)
-    least = min(shown, key=lambda arm: shown[arm][-1].estimate)
-    ax.set(title=f"After {last} domains {least} has forgotten least", xlabel="domains finished", ylabel="forgetting (nats per byte)")
-    fig.legend(loc="outside right upper", fontsize=7)
+    best = next((z.arm for z in compare(table) if z.matched and z.arm in shown and z.n > EXPLORATORY), None)
+    title = f"After {last} domains {best} forgot least at equal learning" if best else f"Forgetting over {last} domains, exploratory"
+    ax.set(title=title, xlabel="domains finished", ylabel="forgetting (nats per byte)")
+    fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     ends = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
     return fig, f"Forgetting after each stage with 95 % intervals over seeds. {ends}."
 
@@ -874,7 +875,7 @@ def draw_domains(table: Table, arms: Sequence[str] = ("vanilla", SHARED, FIXED, 
     if not lost:
         return None
     names = sorted({n for v in lost.values() for n in v})
-    fig, ax = _axes(figsize=(7.2, 3.8))
+    fig, ax = _axes(figsize=(7.2, 4.4))
     for k, (arm, values) in enumerate(lost.items()):
         style = arm_style(arm, "none" if arm == "vanilla" else None)
         at = [i + 0.14 * (k - (len(lost) - 1) / 2) for i, n in enumerate(names) if n in values]
@@ -885,6 +886,6 @@ def draw_domains(table: Table, arms: Sequence[str] = ("vanilla", SHARED, FIXED, 
     worst = max(lost[of], key=lambda n: float(np.mean(lost[of][n])))
     ax.set(title=f"Under {of}, {worst} loses most", ylabel="nats forgotten per byte", xticks=range(len(names)))
     ax.set_xticklabels(names, rotation=45, ha="right")
-    fig.legend(loc="outside right upper", fontsize=7)
+    fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     ends = "; ".join(f"{arm} " + ", ".join(f"{n} {np.mean(v[n]):.2f}" for n in names if n in v) for arm, v in lost.items())
     return fig, f"Nats forgotten of each domain at the end, mean and 95 % interval over seeds. {ends}."
