@@ -526,14 +526,14 @@ def claim_box(
             out.append(f"- {place}, {a.regime or label}: {a.word} ({a.note})" if a.note else f"- {place}: {a.word}")
             continue
         out.append(f"- {place}, {a.regime}, {label}: **{a.word}**, n = {a.verdict.n}" + (f" ({a.note})" if a.note else ""))
-        out += [f"  - {name}: {part.text}" for name, part in a.verdict.parts.items()]
+        out += [f"  - {name}: " + "; ".join(line.strip() for line in part.text.splitlines()) for name, part in a.verdict.parts.items()]
     t = tables.get(head.study) if head else None
     if t is not None and t.rows:
         seeds = sorted({r["seed"] for r in t.rows})
         out += ["", f"Seeds {seeds[0]} to {seeds[-1]}; {len(t.rows)} of {t.planned} runs, {t.seconds / 3600:.1f} core hours; "
                     f"code `{t.code}`; run ids in {table_link(t.study)}, made by `dmr batch {t.study}`."]
     where = ", at the nominal rate and at matched learning accuracy" if claim not in ("C6", "C9", "C10") else ""
-    out += ["", f"Holds if: {rule}{where}. Refuted by {REFUTED[claim]}" + (", at either." if where else ".")]
+    out += ["", f"Holds if: {rule.rstrip('.')}{where}. Refuted by {REFUTED[claim]}" + (", at either." if where else ".")]
     return "\n".join(out)
 
 
