@@ -129,7 +129,7 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         assert metadata[field], f"no {field}"
     assert metadata.get_all("Classifier")
     assert metadata["Description-Content-Type"].startswith("text/markdown")
-    assert (ROOT / "README.md").read_text(encoding="utf-8").strip()[:400] in metadata.get_payload()
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip()[:400] in metadata.get_payload(decode=True).decode()
     core = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(r.split(">")[0].split("[")[0].strip() for r in core) == ["einops", "numpy", "torch"]
 
