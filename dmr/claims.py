@@ -348,8 +348,7 @@ def read_answers(
 
 def judged(answers: Sequence[Answer]) -> list[str]:  # names of claims
     "The claims on which a complete table gave a verdict in the regime that decides: it holds, or it does not."
-    return sorted({a.claim for a in answers if a.decides and a.verdict is not None and a.verdict.verdict in (HOLDS, FAILS)
-                   and not a.note.startswith("preliminary")}, key=lambda c: int(c[1:]))
+    return sorted({a.claim for a in answers if a.decides and a.word in (HOLDS, FAILS)}, key=lambda c: int(c[1:]))
 
 # %% ../nbs/48_claims.ipynb #4217c720
 @dataclass(frozen=True)
@@ -779,17 +778,19 @@ def draw_growth(table: Table) -> tuple[Figure, str] | None:
         for arm, at in curves(table, stage=stage).items():
             if 1.0 in at and (arm == "vanilla" or arm in MAIN):
                 shown.setdefault(arm, []).append(mean_interval([p.forgetting for p in at[1.0].values()]))
-    for arm, values in shown.items():
+    for k, (arm, values) in enumerate(shown.items()):
         style, x = arm_style(arm, "none" if arm == "vanilla" else None), list(stages)[: len(values)]
         ax.plot(x, [v.estimate for v in values], label=arm, color=style["color"], ls=style["linestyle"], marker=style["marker"], ms=3)
-        if values[-1].n > 1:
-            ax.fill_between(x, [v.low for v in values], [v.high for v in values], color=style["color"], alpha=0.12, lw=0)
+        ends = [i for i in (last // 2 - 2, last - 2) if 0 <= i < len(values) and values[i].n > 1]  # bars everywhere would hide the lines
+        place = [x[i] + 0.012 * last * (k - (len(shown) - 1) / 2) for i in ends]
+        ax.errorbar(place, [values[i].estimate for i in ends], [values[i].high - values[i].estimate for i in ends], color=style["color"],
+                    ls="", elinewidth=1)
     best = next((z.arm for z in compare(table) if z.matched and z.arm in shown and z.n > EXPLORATORY), None)
     title = f"After {last} domains {best} forgot least at equal learning" if best else f"Forgetting over {last} domains, exploratory"
     ax.set(title=title, xlabel="domains finished", ylabel="forgetting (nats per byte)")
     fig.legend(loc="outside lower center", ncols=3, fontsize=8)
-    ends = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
-    return fig, f"Forgetting after each stage with 95 % intervals over seeds. {ends}."
+    told = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
+    return fig, f"Forgetting after each stage, with 95 % intervals over seeds half way and in the end. {told}."
 
 
 def draw_maps(choices: Sequence[Choice]) -> tuple[Figure, str] | None:

@@ -183,8 +183,6 @@ def test_weight(docs, pages):
         limit = INTERACTIVE_PAGE if "hero-table.js" in text or name == "gallery.html" else TEXT_PAGE
         if size > limit:
             over.append(f"{name}: {size / 1000:.0f} kB, limit {limit / 1000:.0f}")
-    figures = ("experiments/claims.html", "experiments/sixteen.html", "gallery.html")  # pages of figures: up to 520 kB
-    over = [h for h in over if not (h.split(":")[0] in figures and int(h.split()[1]) <= 520)]
     assert not over, "\n".join(over)
 
 

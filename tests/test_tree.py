@@ -74,10 +74,7 @@ def test_badges_say_what_is_so():
     for words, picture, link in found:
         drawn = ElementTree.parse(ROOT / picture).getroot()  # well-formed
         assert drawn.get("aria-label").replace(":", "") == words and (ROOT / link).is_file()
-    said = {words.rpartition(" ")[0]: words for words, *_ in found}
-    decided = [a.claim for a in read_answers()[1] if a.decides and a.word in ("holds", "does not hold")]  # words of a whole table only
-    assert said["claims judged 1 of".replace("1", str(len(decided)))] == f"claims judged {len(decided)} of 10"
-    assert len(judged(read_answers()[1])) == len(decided)
+    assert f"claims judged {len(judged(read_answers()[1]))} of 10" in {words for words, *_ in found}
 
 
 def test_no_notebook_holds_an_error_or_lacks_its_opening():
