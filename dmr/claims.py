@@ -753,6 +753,7 @@ def draw_heat(table: Table, arms: Sequence[str] = ("vanilla", SHARED, ADAPTIVE))
     said = []
     for ax, (arm, L, n) in zip(axes, found):
         image = ax.imshow(np.exp(L), cmap="cividis_r", vmin=1, vmax=min(top, 60))
+        ax.grid(False)
         first = f"first domain {np.exp(L[0, 0]):.1f}, in the end {np.exp(L[-1, 0]):.1f}"
         said.append(f"{arm} ({n} seeds): {first}")
         ticks = range(len(L)) if len(L) <= 10 else range(1, len(L), 2)
@@ -781,16 +782,16 @@ def draw_growth(table: Table) -> tuple[Figure, str] | None:
     for k, (arm, values) in enumerate(shown.items()):
         style, x = arm_style(arm, "none" if arm == "vanilla" else None), list(stages)[: len(values)]
         ax.plot(x, [v.estimate for v in values], label=arm, color=style["color"], ls=style["linestyle"], marker=style["marker"], ms=3)
-        ends = [i for i in (last // 2 - 2, last - 2) if 0 <= i < len(values) and values[i].n > 1]  # bars everywhere would hide the lines
-        place = [x[i] + 0.012 * last * (k - (len(shown) - 1) / 2) for i in ends]
-        ax.errorbar(place, [values[i].estimate for i in ends], [values[i].high - values[i].estimate for i in ends], color=style["color"],
-                    ls="", elinewidth=1)
+        end = values[-1]
+        if end.n > 1:  # beside the lines, which bars or bands at every stage would hide
+            ax.errorbar([last + 0.03 * last * (k + 1)], [end.estimate], [end.high - end.estimate], color=style["color"],
+                        marker=style["marker"], ms=3, elinewidth=1)
     best = next((z.arm for z in compare(table) if z.matched and z.arm in shown and z.n > EXPLORATORY), None)
     title = f"After {last} domains {best} forgot least at equal learning" if best else f"Forgetting over {last} domains, exploratory"
     ax.set(title=title, xlabel="domains finished", ylabel="forgetting (nats per byte)")
     fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     told = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
-    return fig, f"Forgetting after each stage, with 95 % intervals over seeds half way and in the end. {told}."
+    return fig, f"Forgetting after each stage, with 95 % intervals over seeds beside the end. {told}."
 
 
 def draw_maps(choices: Sequence[Choice]) -> tuple[Figure, str] | None:
@@ -816,6 +817,7 @@ def draw_maps(choices: Sequence[Choice]) -> tuple[Figure, str] | None:
         alphas, ranks = sorted({a for a, _ in m}), sorted({r for _, r in m})
         grid = np.array([[m.get((a, r), math.nan) for r in ranks] for a in alphas])
         image = ax.imshow(grid, cmap="cividis_r", vmin=min(every), vmax=max(every))
+        ax.grid(False)
         for i, j in np.argwhere(np.isfinite(grid)):
             ink = "white" if grid[i, j] > np.mean(every) else "black"
             ax.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center", fontsize=7, color=ink)
@@ -831,6 +833,7 @@ def draw_parts(
     found: Mapping[str, Evidence | None],  # name of a part, such as 'rho 0.5' -> its evidence; None: not yet there
     arms: Sequence[str] = (SHARED, FIXED, ADAPTIVE),
     label: str = "",  # of the horizontal axis
+    title: str = "",  # what it shows
 ) -> tuple[Figure, str] | None:
     "Forgetting relative to the control in every part of a study, at the nominal rate and at equal learning."
     from matplotlib.figure import Figure as NewFigure
@@ -843,6 +846,8 @@ def draw_parts(
         return None
     fig = NewFigure(figsize=(7.2, 5.8), layout="constrained")
     axes, said = fig.subplots(2, sharex=True), []
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize="large", fontweight="bold")
     for ax, what in zip(axes, ("at the nominal rate", "at equal learning")):
         ax.axhline(1.0, color="#5f6368", lw=1)
         for k, arm in enumerate(shown):
@@ -857,7 +862,8 @@ def draw_parts(
             ax.errorbar(x, [r.estimate for r in at.values()], yerr=[0.0 if r.n < 2 else r.high - r.estimate for r in at.values()],
                         label=arm, color=style["color"], marker=style["marker"], ls="", ms=5, elinewidth=0.9)
             said += [f"{arm}, {list(there)[i]}, {what}: {r}" for i, r in at.items()]
-        ax.set(title=what[0].upper() + what[1:], ylabel="forgetting / control's")
+        ax.set_title(what[0].upper() + what[1:], fontweight="normal")
+        ax.set(ylabel="forgetting / control's")
     axes[1].set(xlabel=label, xticks=range(len(there)))
     axes[1].set_xticklabels(list(there))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)

@@ -309,13 +309,14 @@ def test_arms_on_top_of_interpolation_have_a_panel_of_their_own():
 
 def test_parts_stand_side_by_side_with_those_that_are_there():
     near, far = evidence(simulated_table({SHARED: 1.0, ADAPTIVE: 0.5}, noise=0.001)), evidence(simulated_table({SHARED: 0.6}, noise=0.001))
-    fig, alt = draw_parts({"near": near, "far": far, "later": None}, label="part")
+    fig, alt = draw_parts({"near": near, "far": far, "later": None}, label="part", title="Near and far")
     for ax in fig.axes:
         shared, adaptive = ax.containers
         assert np.asarray(shared[0].get_ydata()) == pytest.approx([1.0, 0.6], abs=0.01)
         assert np.asarray(adaptive[0].get_ydata()) == pytest.approx([0.5], abs=0.01)
     assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["near", "far"]
     assert f"{SHARED}, far, at equal learning: 0.6" in alt and "later" not in alt
+    assert fig.get_suptitle() == "Near and far"
     assert draw_parts({"later": None}) is None
 
 
