@@ -788,7 +788,7 @@ def draw_growth(table: Table) -> tuple[Figure, str] | None:
                         marker=style["marker"], ms=3, elinewidth=1)
     best = next((z.arm for z in compare(table) if z.matched and z.arm in shown and z.n > EXPLORATORY), None)
     title = f"After {last} domains {best} forgot least at equal learning" if best else f"Forgetting over {last} domains, exploratory"
-    ax.set(title=title, xlabel="domains finished", ylabel="forgetting (nats per byte)")
+    ax.set(title=title, xlabel="domains finished", ylabel="forgetting (nats per byte)", xticks=range(2, last + 1, 1 + (last > 10)))
     fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     told = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
     return fig, f"Forgetting after each stage, with 95 % intervals over seeds beside the end. {told}."
@@ -821,7 +821,7 @@ def draw_maps(choices: Sequence[Choice]) -> tuple[Figure, str] | None:
         for i, j in np.argwhere(np.isfinite(grid)):
             ink = "white" if grid[i, j] > np.mean(every) else "black"
             ax.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center", fontsize=7, color=ink)
-        ax.set(title=arm, xlabel="rank", xticks=range(len(ranks)), yticks=range(len(alphas)))
+        ax.set(title=arm.replace(" projection", "\nprojection"), xlabel="rank", xticks=range(len(ranks)), yticks=range(len(alphas)))
         ax.title.set_fontsize(7)
         ax.set_xticklabels([f"{r:g}" for r in ranks]), ax.set_yticklabels([f"{a:g}" for a in alphas])
     axes[0].set_ylabel("strength α")
