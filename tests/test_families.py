@@ -723,6 +723,7 @@ def replica(rank, store, names, out):
                     optimizer.step()
                 router.consolidate()
         torch.save(flat(problem.model.parameters()), f"{out}/{name}-{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while the other still writes
     torch.distributed.destroy_process_group()
 
 
