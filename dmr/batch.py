@@ -32,9 +32,9 @@ from .tables import row_key, row_of
 # %% auto #0
 __all__ = ['CARRIED', 'DISK_FLOOR', 'RUN_DISK', 'RUN_MEMORY', 'ATTEMPTS', 'DONE', 'SOME_FAILED', 'REFUSED', 'UNFINISHED',
            'LocalExecutor', 'cores', 'launch_there', 'bring_back', 'DaskExecutor', 'Refused', 'measured', 'run_memory',
-           'preflight', 'need_streams', 'run_seconds', 'clock', 'describe', 'Voice', 'Batch', 'runs_to_make',
-           'stoppable', 'Work', 'room', 'in_budget', 'hand_out', 'collect', 'book', 'drive', 'book_earlier',
-           'run_batch']
+           'preflight', 'need_devices', 'need_streams', 'run_seconds', 'clock', 'describe', 'Voice', 'Batch',
+           'runs_to_make', 'stoppable', 'Work', 'room', 'in_budget', 'hand_out', 'collect', 'book', 'drive',
+           'book_earlier', 'run_batch']
 
 # %% ../nbs/45_batch.ipynb #42b26d15
 class LocalExecutor(ThreadPoolExecutor):
@@ -181,6 +181,20 @@ def preflight(plan: Plan, todo: int, local: bool = True) -> None:
             f"one run needs about {one / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are free; "
             "end other programs or run it elsewhere"
         )
+
+
+def need_devices(todo: list[Planned]) -> None:
+    "Make sure that this machine has the devices that the runs to come name; raises Refused."
+    accelerated = [p for p in todo if str(p.cell.parameters.get("device", "cpu")).startswith("cuda")]
+    if accelerated:
+        import torch
+
+        if not torch.cuda.is_available():
+            name = accelerated[0].cell.parameters["device"]
+            raise Refused(
+                f"{len(accelerated)} of {len(todo)} runs name device={name!r}, and torch finds no GPU here; "
+                "start the batch on a machine that has one, or take the processor: -p device cpu (those are then runs of their own)"
+            )
 
 
 def need_streams(plan: Plan, todo: list[Planned]) -> None:
@@ -556,6 +570,8 @@ def run_batch(
     try:
         if todo:
             preflight(plan, len(todo), local=scheduler is None)
+            if scheduler is None:
+                need_devices(todo)
             need_streams(plan, todo)
         plan.ledger.remember(Identity(plan.runs[0].cell.parameters, None, *plan.code))
         keep_sources(plan)

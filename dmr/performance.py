@@ -116,17 +116,19 @@ def random_bases(
     rank: int,
 ) -> dict[nn.Parameter | str, Tensor]:  # name -> U (fan_in, rank)
     "Orthonormal directions for every linear layer."
-    generator = torch.Generator().manual_seed(0)
-    return {n: torch.linalg.qr(torch.randn(t.fan_in, min(rank, t.fan_in), generator=generator)).Q for n, t in find_targets(model).items()}
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    draw = lambda fan_in: torch.randn(fan_in, min(rank, fan_in), generator=generator)
+    return {n: torch.linalg.qr(draw(t.fan_in)).Q.to(device) for n, t in find_targets(model).items()}
 
 
 def with_gradients(
-    model: nn.Module,  # a copy is made; gradients are drawn
+    model: nn.Module,  # is moved to the device
+    device: str = "cpu",
 ) -> nn.Module:
     "The model with random gradients, as a step finds it."
     generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
+    for p in model.to(device).parameters():
+        p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
     return model
 
 
@@ -134,15 +136,19 @@ def paired(
     a: Callable[[], Any],  # the yardstick
     b: Callable[[], Any],  # what is measured
     rounds: int = 25,  # pairs, alternating which comes first
+    device: str = "cpu",  # is waited for before and after each
 ) -> tuple[float, float, float, float]:  # seconds of a and of b, b / a: medians; and b / a of the fastest runs
     "Time two functions side by side."
+    wait = torch.get_device_module(device).synchronize
     for f in (a, b, a, b):
         f()
     times: dict[int, list[float]] = {0: [], 1: []}
     for i in range(rounds):
         for which in (0, 1) if i % 2 else (1, 0):
+            wait()
             start = time.perf_counter()
             (a, b)[which]()
+            wait()
             times[which].append(time.perf_counter() - start)
     ratio = statistics.median(y / x for x, y in zip(times[0], times[1]))
     return statistics.median(times[0]), statistics.median(times[1]), ratio, min(times[1]) / min(times[0])
@@ -201,14 +207,14 @@ def _router(
     return optimizer
 
 
-def _measure_steps(rounds: int = 25) -> list[dict]:
+def _measure_steps(device: str, rounds: int = 25) -> list[dict]:
     "Routed steps against fused AdamW, and the two baselines."
-    plain_model, model = with_gradients(Transformer()), with_gradients(Transformer())
+    plain_model, model = with_gradients(Transformer(), device), with_gradients(Transformer(), device)
     plain = torch.optim.AdamW(plain_model.parameters(), lr=1e-5, fused=True)
     rows = []
 
     def add(case: str, step: Callable[[], Any], target: float | None = TARGETS["step"], n: int = rounds) -> None:
-        a, b, ratio, best = paired(plain.step, step, n)
+        a, b, ratio, best = paired(plain.step, step, n, device)
         rows.append({"measure": "step", "case": case, "value": ratio, "best": best, "unit": "× fused AdamW", "target": target,
                      "ms": b * 1e3, "plain_ms": a * 1e3})  # fmt: skip
 
@@ -251,17 +257,18 @@ def _measure_steps(rounds: int = 25) -> list[dict]:
     return rows
 
 # %% ../nbs/13b_performance.ipynb #a30c48b1
-def _measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
+def _measure_training(device: str, rounds: int = 5, tokens: int = 4096) -> list[dict]:
     "Whole training steps, the share of sketch feeding, and a domain's end."
-    model = Transformer()
-    text = torch.randint(4096, (tokens // 256, 257), generator=torch.Generator().manual_seed(2))
+    model = Transformer().to(device)
+    wait = torch.get_device_module(device).synchronize
+    text = torch.randint(4096, (tokens // 256, 257), generator=torch.Generator().manual_seed(2)).to(device)
 
     def backward() -> None:
         model.zero_grad(set_to_none=True)
         logits = model(text[:, :-1])
         nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
 
-    plain_model = with_gradients(Transformer())
+    plain_model = with_gradients(Transformer(), device)
     plain = torch.optim.AdamW(plain_model.parameters(), lr=1e-5, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     every = 10
@@ -269,14 +276,17 @@ def _measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
     router = MomentRouter(model, optimizer, projection, "decoupled", OverlapAware(0.5))
     backward()
     optimizer.step()
+    wait()
     start = time.perf_counter()
     router.consolidate()
+    wait()
     boundary = time.perf_counter() - start
     whole = []
     for _ in range(rounds):
         start = time.perf_counter()
         backward()
         plain.step()  # the other model's: the same work
+        wait()
         whole.append(time.perf_counter() - start)
     step = statistics.median(whole)
 
@@ -287,8 +297,8 @@ def _measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
 
         return run
 
-    a, b, *_ = paired(plain.step, at(1), 15)
-    _, fed, *_ = paired(plain.step, at(0), 9)
+    a, b, *_ = paired(plain.step, at(1), 15, device)
+    _, fed, *_ = paired(plain.step, at(0), 9, device)
     routed, feeding = b - a, max(fed - b, 0.0) / every
     row = lambda measure, case, value, ms: {"measure": measure, "case": case, "value": value, "unit": "of a plain training step",
                                             "target": TARGETS[measure], "ms": ms * 1e3, "plain_ms": step * 1e3}  # fmt: skip
@@ -299,9 +309,9 @@ def _measure_training(rounds: int = 5, tokens: int = 4096) -> list[dict]:
     ]
 
 
-def _measure_memory() -> list[dict]:
+def _measure_memory(device: str) -> list[dict]:
     "What is kept between steps, and held within one, over the parameters' bytes."
-    model = with_gradients(Transformer())
+    model = with_gradients(Transformer(), device)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     rows: list[dict] = []
     for case, cap in (("max_rank=32", 32), ("rank=32, capped at half of fan_in", None)):
@@ -328,15 +338,15 @@ def _measure_memory() -> list[dict]:
     return rows
 
 # %% ../nbs/13b_performance.ipynb #9e13063e
-def _measure_scale(rounds: int = 7) -> list[dict]:
+def _measure_scale(device: str, rounds: int = 7) -> list[dict]:
     "The cost of routing over the number of parameters and over the rank."
     rows = []
     shapes = [(3, 160, 512), (4, 256, 1024), (6, 360, 2048), (6, 512, 4096), (9, 704, 4096), (12, 832, 4096)]
 
     def one(measure: str, layers: int, width: int, vocabulary: int, rank: int) -> None:
-        model, other = (with_gradients(Transformer(layers, width, vocabulary)) for _ in range(2))
+        model, other = (with_gradients(Transformer(layers, width, vocabulary), device) for _ in range(2))
         plain = torch.optim.AdamW(other.parameters(), lr=1e-5, fused=True)
-        a, b, *_ = paired(plain.step, _router(model, "decoupled", 0.5, rank, check_finite=False).step, rounds)
+        a, b, *_ = paired(plain.step, _router(model, "decoupled", 0.5, rank, check_finite=False).step, rounds, device)
         n = sum(p.numel() for p in model.parameters())
         rows.append({"measure": measure, "case": f"{n} parameters, r={rank}", "value": (b - a) * 1e3, "unit": "ms more per step",
                      "target": None, "ms": b * 1e3, "plain_ms": a * 1e3, "parameters": n, "rank": rank})  # fmt: skip
@@ -349,11 +359,11 @@ def _measure_scale(rounds: int = 7) -> list[dict]:
     return rows
 
 
-def machine() -> dict:
+def machine(device: str = "cpu") -> dict:
     "Where and how it ran."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
-            "load": round(load, 1)}  # fmt: skip
+    processor = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor, "load": round(load, 1)}
 
 
 COLUMNS = ["measure", "case", "value", "best", "unit", "target", "ms", "plain_ms", "parameters", "rank"]
@@ -365,11 +375,13 @@ def main(
 ) -> None:
     "Run the benchmark and write results/performance.csv."
     parser = argparse.ArgumentParser(prog="python -m dmr.performance", description=main.__doc__)
-    parser.add_argument("--out", default="results/performance.csv", help="where the table goes")
+    parser.add_argument("--out", help="where the table goes; default: results/performance.csv, for a GPU results/performance_cuda.csv")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--only", nargs="*", choices=["steps", "training", "memory", "scale"], help="these alone; keep other rows")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    args.out = args.out or f"results/performance{'' if args.device == 'cpu' else '_' + args.device.partition(':')[0]}.csv"
     parts = {"steps": _measure_steps, "training": _measure_training, "memory": _measure_memory, "scale": _measure_scale}
     belongs = {"step": "steps", "training": "training", "training, sketch fed": "training", "consolidate": "training", "memory": "memory",
                "parameters": "scale", "rank": "scale"}  # fmt: skip
@@ -378,8 +390,8 @@ def main(
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if belongs[row["measure"]] not in args.only]
     for name in args.only or parts:
-        for row in parts[name]():
-            row |= machine()
+        for row in parts[name](args.device):
+            row |= machine(args.device)
             rows.append(row)
             missed = row["target"] is not None and row["value"] > row["target"]
             target = "" if row["target"] is None else f"   target ≤ {row['target']:g}{'  MISSED' if missed else ''}"

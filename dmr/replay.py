@@ -66,6 +66,8 @@ class ReplayBuffer:
                 "offer batches of one form"
             )
         self.form = form
+        for part in (self.current, self.memory):  # a state that was loaded may lie elsewhere: examples live where the batches do
+            part.update({key: x.to(columns[key].device) for key, x in part.items() if key in columns})
         n = len(next(iter(columns.values())))
         self.batch_size = n
         order = torch.arange(self.seen, self.seen + n)
@@ -124,7 +126,7 @@ class ReplayBuffer:
         self.generator.set_state(state["generator"].cpu())
         for key in ("form", "seen", "domains", "batch_size"):
             setattr(self, key, state[key])
-        self.domain, self.drawn = state["domain"].clone(), state["drawn"].clone()  # both memory and counts are changed in place
+        self.domain, self.drawn = (state[k].cpu().clone() for k in ("domain", "drawn"))  # memory and counts are changed in place
         self.current, self.memory = ({k: x.clone() for k, x in state[part].items()} for part in ("current", "memory"))
 
 # %% ../nbs/16_replay.ipynb #ae4a11e8

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from tiny import dmr, processes, project, wait_for
 
-from dmr.batch import Batch, Refused, bring_back, clock, preflight, run_batch
+from dmr.batch import Batch, Refused, bring_back, clock, need_devices, preflight, run_batch
 from dmr.plans import make_plan
 from dmr.runs import FAILED, KILLED, OK
 from dmr.studies import read_study
@@ -54,6 +54,19 @@ def test_a_batch_that_cannot_work_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Refused, match="papermill, ipykernel, psutil not installed"):
         preflight(plan, 2)
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_run(tmp_path, monkeypatch):
+    made = project(tmp_path, "seeds: [0, 1]\n")
+    plan = make_plan(read_study(made.studies / "tiny.yaml"), made)
+    need_devices(plan.runs)
+    for p in plan.runs[:1]:
+        p.cell.parameters["device"] = "cuda:0"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Refused, match="1 of 2 runs name device='cuda:0'.*-p device cpu"):
+        need_devices(plan.runs)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    need_devices(plan.runs)
 
 
 def test_files_from_elsewhere_come_with_the_marker_last(tmp_path, monkeypatch):

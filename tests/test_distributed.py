@@ -83,6 +83,7 @@ def test_accelerate_goes_where_one_process_goes_and_resumes_in_another_number(pr
 
 CASES = '''
 import sys
+import time
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -239,6 +240,7 @@ for name in sys.argv[1:]:
     dist.barrier()
     if rank == 0:
         print("passed", name)
+time.sleep(0.2)  # as in the guide
 dist.destroy_process_group()
 '''
 

@@ -1300,6 +1300,19 @@ def test_loading_a_replay_memory_leaves_the_state_alone():
     assert torch.equal(*draws)
 
 
+def test_kept_examples_live_where_the_batches_do():
+    "A state read on the host and continued on an accelerator; the meta device stands for one."
+    first, second = (dmr.ReplayBuffer(capacity=4) for _ in range(2))
+    first.observe(torch.ones(6, 3), 4)
+    first.consolidate()
+    first.observe(torch.ones(6, 3), 4)
+    second.load_state_dict(first.state_dict())
+    second.observe(torch.ones(6, 3, device="meta"), 4)
+    second.consolidate()
+    assert second.memory[""].device.type == "meta" and second.memory[""].shape == (8, 3)
+    assert second.sample(5).device.type == "meta" and first.memory[""].device.type == "cpu"
+
+
 @pytest.mark.parametrize("routing", ["shared", "decoupled", "denominator"])
 def test_a_non_finite_replay_gradient_is_named_and_nothing_changes(routing):
     model = layer(dtype=torch.float32)
