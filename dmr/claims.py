@@ -835,7 +835,7 @@ def draw_parts(
     label: str = "",  # of the horizontal axis
     title: str = "",  # what it shows
 ) -> tuple[Figure, str] | None:
-    "Forgetting relative to the control in every part of a study, at the nominal rate and at equal learning."
+    "Forgetting relative to the control in every part of a study, at the nominal rate and, where any arm is comparable, at equal learning."
     from matplotlib.figure import Figure as NewFigure
 
     from dmr.figures import arm_style
@@ -844,19 +844,21 @@ def draw_parts(
     shown = [a for a in arms if any(a in e.arms for e in there.values())]
     if not shown:
         return None
-    fig = NewFigure(figsize=(7.2, 5.8), layout="constrained")
-    axes, said = fig.subplots(2, sharex=True), []
+    comparable = lambda e, arm: arm in e.arms and (m := e.matched(arm)).enough and len(m.ratio) == len(m.difference)
+    panels = ["at the nominal rate"] + ["at equal learning"] * any(comparable(e, a) for e in there.values() for a in shown)
+    fig = NewFigure(figsize=(7.2, 0.8 + 2.5 * len(panels)), layout="constrained")
+    axes, said = fig.subplots(len(panels), sharex=True, squeeze=False)[:, 0], []
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize="large", fontweight="bold")
-    for ax, what in zip(axes, ("at the nominal rate", "at equal learning")):
+    for ax, what in zip(axes, panels):
         ax.axhline(1.0, color="#5f6368", lw=1)
         for k, arm in enumerate(shown):
             at: dict[int, Interval] = {}
             for i, e in enumerate(there.values()):
                 if arm in e.arms and ax is axes[0] and min(e.nominal("vanilla").values()) > 0:  # else a ratio has no meaning
                     at[i] = paired_ratio(e.nominal(arm), e.nominal("vanilla"))
-                elif arm in e.arms and ax is axes[1] and (m := e.matched(arm)).enough and len(m.ratio) == len(m.difference):
-                    at[i] = mean_interval(list(m.ratio.values()))
+                elif what == "at equal learning" and comparable(e, arm):
+                    at[i] = mean_interval(list(e.matched(arm).ratio.values()))
             style = arm_style(arm)
             x = [i + 0.09 * (k - (len(shown) - 1) / 2) for i in at]
             ax.errorbar(x, [r.estimate for r in at.values()], yerr=[0.0 if r.n < 2 else r.high - r.estimate for r in at.values()],
@@ -864,8 +866,8 @@ def draw_parts(
             said += [f"{arm}, {list(there)[i]}, {what}: {r}" for i, r in at.items()]
         ax.set_title(what[0].upper() + what[1:], fontweight="normal")
         ax.set(ylabel="forgetting / control's")
-    axes[1].set(xlabel=label, xticks=range(len(there)))
-    axes[1].set_xticklabels(list(there))
+    axes[-1].set(xlabel=label, xticks=range(len(there)))
+    axes[-1].set_xticklabels(list(there))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return fig, "Forgetting relative to the learning-rate control, mean and 95 % interval over seeds. " + "; ".join(said) + "."
 
