@@ -835,7 +835,7 @@ def draw_parts(
     label: str = "",  # of the horizontal axis
     title: str = "",  # what it shows
 ) -> tuple[Figure, str] | None:
-    "Forgetting relative to the control in every part of a study, at the nominal rate and, where any arm is comparable, at equal learning."
+    "Forgetting relative to the control in every part of a study: at the nominal rate, and at equal learning if an arm is comparable."
     from matplotlib.figure import Figure as NewFigure
 
     from dmr.figures import arm_style
