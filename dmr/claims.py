@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .report import _is_vanilla, base_rate
-from .statistics import (CLAIMS, COMPARABLE_SHARE, EXPLORATORY, FAILS, HOLDS, UNDECIDED, Evidence, Interval, Point, Verdict,
-                            area_between, holm, interquartile_mean, join_cells, mean_interval, minimum_detectable_difference,
-                            paired_difference, paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5,
+from .statistics import (CLAIMS, COMPARABLE_SHARE, EXPLORATORY, FAILS, HOLDS, OPEN, UNDECIDED, Evidence, Interval, Part, Point,
+                            Verdict, area_between, decide, holm, interquartile_mean, join_cells, mean_interval,
+                            minimum_detectable_difference, paired_difference, paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5,
                             verdict_c6, verdict_c7, verdict_c8, verdict_c10)
 from .studies import Project, StudyError, find_project, read_study
 from .tables import read_rows
@@ -43,6 +43,7 @@ class Table:
     planned: int = 0  # runs in the study file
     rows: tuple[Mapping[str, Any], ...] = ()  # finished runs of the plan, numbers as numbers
     failed: int = 0  # runs that ended in an error
+    failed_seeds: Mapping[str, int] = field(default_factory=dict)  # arm -> runs of it that ended in an error
     left_out: int = 0  # finished rows of the plan by other versions of the code
     seconds: float = 0.0  # of all finished runs
     nominal: Mapping[str, float] = field(default_factory=dict)  # part -> nominal rate
@@ -50,7 +51,8 @@ class Table:
 
     @property
     def complete(self) -> bool:
-        return 0 < self.planned == len(self.rows)
+        "Has every planned run ended, with a result or in an error?"
+        return 0 < self.planned == len(self.rows) + self.failed
 
     def __str__(self) -> str:
         if not self.planned:
@@ -102,7 +104,8 @@ def read_table(
             by_cell[r["cell"]] = {k: _number(v) for k, v in r.items()} | {
                 "part": cell.part, "arm": cell.arm, "seed": cell.seed, "parameters": cell.parameters, "run_id": r["run_id"]}
     failed = {r["cell"] for r in rows if r.get("status") in ("failed", "timeout", "out-of-memory")} - set(by_cell)
-    return Table(study, plan.title, len(cells), tuple(by_cell.values()), len(failed), len(good) - len(by_cell),
+    arms = Counter(cells[cell].arm for cell in failed)
+    return Table(study, plan.title, len(cells), tuple(by_cell.values()), len(failed), arms, len(good) - len(by_cell),
                  math.fsum(float(r.get("wall_s") or 0) for r in by_cell.values()), nominal, code)
 
 # %% ../nbs/48_claims.ipynb #08eaa803
@@ -266,6 +269,15 @@ def _without_exploratory(e: Evidence) -> Evidence:
     return replace(e, arms=arms)
 
 
+def _c7(table: Table, e: Evidence, decoupled: str, shared: str) -> Verdict:
+    "C7 for one family; where every run of an arm ended in an error there is nothing to compare, and that is said."
+    ended = {arm: table.failed_seeds[arm] for arm in (decoupled, shared) if arm not in e.arms and table.failed_seeds.get(arm)}
+    if not ended:
+        return verdict_c7(e, decoupled, shared)
+    part = Part(OPEN, "; ".join(f"{arm}: all {n} runs ended in an error" for arm, n in ended.items()))
+    return decide("C7", {"nominal": part, "matched": part}, max(ended.values()), e.horizon, e.state)
+
+
 def answer_claims(
     tables: Mapping[str, Table],  # study -> table
     inflation: Mapping[float, Mapping[Any, Any]] | None = None,  # C6: α -> seed -> R_U of each matrix
@@ -293,8 +305,9 @@ def answer_claims(
         out.append(Answer("C6", "inflation_live", "", None, "no table of inflations on real text"))
     families = {"penalty, EWC additive": "EWC additive", "penalty, EWC rescaling": "EWC rescaling", "penalty, SI additive": "SI additive",
                 "penalty, SI rescaling": "SI rescaling", "replay mixing": "replay 0.5 %"}
-    out.append(_answer("C7", get("conflict"), lambda e: join_cells("C7", {
-        name: verdict_c7(e, f"{arm} decoupled", f"{arm} shared") for name, arm in families.items()}), without=skip))
+    conflict = get("conflict")
+    out.append(_answer("C7", conflict, lambda e: join_cells("C7", {
+        name: _c7(conflict, e, f"{arm} decoupled", f"{arm} shared") for name, arm in families.items()}), without=skip))
     out.append(_answer("C8", get("lora"), lambda e: verdict_c8(_without_exploratory(e), SHARED, ADAPTIVE)))
     cells = {}
     for name in ("eight", "small", "longer", "backbones"):

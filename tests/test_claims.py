@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,21 @@ def test_growth_overlap_and_families():
              for r, x in (("shared", 1.0), ("decoupled", 0.6))}
     c7 = next(a for a in answer_claims({"conflict": simulated_table(pairs, seeds=5, study="conflict")}) if a.claim == "C7")
     assert c7.verdict.verdict == HOLDS
+
+
+def test_an_arm_of_which_every_run_failed_is_said_to_have_failed():
+    "Diverged runs are ended runs: the table is complete, the family stays open, and the box says why."
+    arms = {f"{f} {r}": x for f in ("EWC additive", "EWC rescaling", "SI additive", "SI rescaling", "replay 0.5 %")
+            for r, x in (("shared", 1.0), ("decoupled", 0.6))}  # fmt: skip
+    whole = simulated_table(arms, seeds=5, study="conflict")
+    rows = tuple(r for r in whole.rows if r["arm"] != "EWC additive decoupled")
+    table = replace(whole, rows=rows, failed=5, failed_seeds={"EWC additive decoupled": 5})
+    assert table.complete
+    c7 = next(a for a in answer_claims({"conflict": table}) if a.claim == "C7")
+    assert c7.word == "undecided at n = 5" and "EWC additive decoupled: all 5 runs ended in an error" in str(c7.verdict)
+    lacking = replace(table, failed=0, failed_seeds={})
+    c7 = next(a for a in answer_claims({"conflict": lacking}) if a.claim == "C7")
+    assert not lacking.complete and c7.word == NOT_RUN
 
 
 def test_c8_is_drawn_without_arms_of_two_seeds():
