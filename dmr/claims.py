@@ -17,8 +17,8 @@ import numpy as np
 from .report import _is_vanilla, base_rate
 from .statistics import (CLAIMS, COMPARABLE_SHARE, EXPLORATORY, FAILS, HOLDS, OPEN, UNDECIDED, Evidence, Interval, Part, Point,
                             Verdict, area_between, decide, holm, interquartile_mean, join_cells, mean_interval,
-                            minimum_detectable_difference, paired_difference, paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3, verdict_c4, verdict_c5,
-                            verdict_c6, verdict_c7, verdict_c8, verdict_c10)
+                            minimum_detectable_difference, paired_difference, paired_p, paired_ratio, verdict_c1, verdict_c2, verdict_c3,
+                            verdict_c4, verdict_c5, verdict_c6, verdict_c7, verdict_c8, verdict_c10)
 from .studies import Project, StudyError, find_project, read_study
 from .tables import read_rows
 
