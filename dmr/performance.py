@@ -375,7 +375,7 @@ def main(
 ) -> None:
     "Run the benchmark and write results/performance.csv."
     parser = argparse.ArgumentParser(prog="python -m dmr.performance", description=main.__doc__)
-    parser.add_argument("--out", help="where the table goes; default: results/performance.csv, for a GPU results/performance_cuda.csv")
+    parser.add_argument("--out", help="where the table goes; default: in results/")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--only", nargs="*", choices=["steps", "training", "memory", "scale"], help="these alone; keep other rows")
