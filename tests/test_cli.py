@@ -180,15 +180,15 @@ def test_a_table_of_another_kind_beside_the_studies_is_passed_over(capsys, tmp_p
 
 
 def test_a_reader_of_a_pipe_may_leave_early(tmp_path):
-    "`dmr batch tiny --dry-run | head -1` ends without a traceback or a complaint."
-    project(tmp_path, "seeds: [" + ", ".join(map(str, range(1000))) + "]\n")
+    "`dmr batch tiny --dry-run | head -1` ends without a traceback or a complaint; the plan is longer than a pipe holds."
+    project(tmp_path, "seeds: [" + ", ".join(map(str, range(4000))) + "]\n")
     code = "import sys; from dmr.cli import main; sys.exit(main())"
     with open(tmp_path / "said", "w+") as said:
         plan = [sys.executable, "-c", code, "batch", "tiny", "--dry-run"]
         shown = subprocess.Popen(plan, cwd=tmp_path, stdout=subprocess.PIPE, stderr=said, text=True)
         first = shown.stdout.readline()
         shown.stdout.close()
-        assert shown.wait(60) == 141 and "1000 waiting" in first
+        assert shown.wait(60) == 141 and "4000 waiting" in first
         said.seek(0)
         assert said.read() == ""
 
