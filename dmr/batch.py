@@ -30,7 +30,7 @@ from .studies import Project, Study
 from .tables import row_key, row_of
 
 # %% auto #0
-__all__ = ['CARRIED', 'DISK_FLOOR', 'RUN_DISK', 'RUN_MEMORY', 'ATTEMPTS', 'DONE', 'SOME_FAILED', 'REFUSED', 'UNFINISHED',
+__all__ = ['CARRIED', 'DISK_FLOOR', 'RUN_DISK', 'RUN_MEMORY', 'ATTEMPTS', 'DONE', 'SOME_FAILED', 'REFUSED', 'UNFINISHED', 'OPEN',
            'LocalExecutor', 'cores', 'launch_there', 'bring_back', 'DaskExecutor', 'Refused', 'measured', 'run_memory',
            'preflight', 'need_devices', 'need_streams', 'run_seconds', 'clock', 'describe', 'Voice', 'Batch',
            'runs_to_make', 'stoppable', 'Work', 'room', 'in_budget', 'hand_out', 'collect', 'book', 'drive',
@@ -327,6 +327,7 @@ class Voice:
 # %% ../nbs/45_batch.ipynb #e094456e
 ATTEMPTS = 3  # for runs that were killed
 DONE, SOME_FAILED, REFUSED, UNFINISHED = 0, 1, 2, 3  # exit codes
+OPEN = (WAITING, RUNNING, KILLED, "busy")  # states that another batch goes on from
 
 
 @dataclass
@@ -352,14 +353,15 @@ class Batch:
     @property
     def left(self) -> int:
         "Runs without a final state."
-        return sum(
-            self.outcomes.get(p.name, p.state)["state"] in (WAITING, RUNNING, KILLED, "busy") for p in self.plan.runs
-        )
+        return sum(self.outcomes.get(p.name, p.state)["state"] in OPEN for p in self.plan.runs)
 
     @property
     def exit_code(self) -> int:
-        "0 all done, 1 some failed, 3 not finished (budget, interruption)."
-        return SOME_FAILED if self.failed or self.table_error else UNFINISHED if self.interrupted or self.left else DONE
+        "0 all done, 3 not finished (budget, interruption; whatever has failed), 1 all ended and some failed."
+        broken = {p.name for p, _ in self.failed}
+        if self.interrupted or any(self.outcomes.get(p.name, p.state)["state"] in OPEN for p in self.plan.runs if p.name not in broken):
+            return UNFINISHED
+        return SOME_FAILED if broken or self.table_error else DONE
 
     def summary(self) -> str:
         made = sum(o["state"] == OK for o in self.outcomes.values())

@@ -38,7 +38,7 @@ READING_ORDER: tuple[str, ...] = (
     "experiments/protocol", "experiments/inflation_monte_carlo", "experiments/inflation_causal", "experiments/inflation_live",
     "experiments/continual_lm", "experiments/families", "experiments/eight", "experiments/sixteen",
     "experiments/confirm", "experiments/regimes", "experiments/overlap", "experiments/conflict",
-    "experiments/adapters",
+    "experiments/backbones", "experiments/scale", "experiments/adapters",
     "guides/your_loop", "guides/your_text", "guides/your_method", "guides/cluster",
 )
 #: Pages that belong to another section than their folder's.

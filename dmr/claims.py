@@ -30,8 +30,8 @@ __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPL
            'NOT_RUN', 'REFUTED', 'Table', 'read_table', 'Measured', 'measure', 'curves', 'evidence', 'simulated_row',
            'simulated_table', 'Answer', 'answer_claims', 'read_inflation', 'read_answers', 'judged', 'Line', 'compare',
            'expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text', 'table_link', 'claim_box',
-           'verdict_table', 'pair_table', 'growth_table', 'comparison_table', 'recipe', 'advice', 'draw_plane',
-           'draw_heat', 'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
+           'verdict_table', 'pair_table', 'growth_table', 'comparison_table', 'recipe', 'final_table', 'advice',
+           'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
 
 # %% ../nbs/48_claims.ipynb #14414dda
 @dataclass(frozen=True)
@@ -47,7 +47,13 @@ class Table:
     left_out: int = 0  # finished rows of the plan by other versions of the code
     seconds: float = 0.0  # of all finished runs
     nominal: Mapping[str, float] = field(default_factory=dict)  # part -> nominal rate
-    code: str = ""  # version of the code
+    code: str = ""  # version of the code that most rows have
+
+    @property
+    def versions(self) -> str:
+        "The versions of the code, each with the number of its rows where there are several; all count as the same (`dmr accept`)."
+        counts = Counter(str(r.get("code") or self.code) for r in self.rows)
+        return ", ".join(f"`{k}`" + f" ({n} runs)" * (len(counts) > 1) for k, n in counts.most_common()) or f"`{self.code}`"
 
     @property
     def complete(self) -> bool:
@@ -218,6 +224,7 @@ REPLAY, REPLAY_DECOUPLED, INTERPOLATION = "replay 0.5 % shared", "replay 0.5 % d
 MAIN: tuple[str, ...] = (SHARED, FIXED, ADAPTIVE, DISPLACED, REPLAY, REPLAY_DECOUPLED, INTERPOLATION)
 #: The studies of the protocol, in its order.
 STUDIES: tuple[str, ...] = ("tuning", "eight", "corners", "sixteen", "overlap", "conflict", "backbones", "longer", "small", "confirm")
+#: What is said of a claim whose study has no table.
 NOT_RUN = "not yet run"
 
 
@@ -232,6 +239,7 @@ class Answer:
     note: str = ""  # what is missing, or that it is preliminary
     decides: bool = True
     source: str = ""  # the table's name where it is not the study's
+    studies: tuple[str, ...] = ()  # all studies that have a say, where it is more than the one
 
     @property
     def word(self) -> str:
@@ -321,7 +329,8 @@ def answer_claims(
     short = "; ".join(str(t) for t in states if not t.complete)
     whose = next(iter(cells), "backbones").partition(" ")[0]  # the first study that has a cell
     out.append(Answer("C9", whose, f"{len(cells)} cell{'s' * (len(cells) != 1)}", join_cells("C9", cells) if cells else None,
-                      f"preliminary: {short}" if short and cells else short))
+                      f"preliminary: {short}" if short and cells else short,
+                      studies=tuple(dict.fromkeys(name.partition(" ")[0] for name in cells))))
     streams = {float(part.removeprefix("rho ")): e for part in overlap.nominal if (e := evidence(overlap, part)) is not None}
     ready = 0.0 in streams and all(SHARED in e.arms for e in streams.values())
     out.append(Answer("C10", "overlap", f"{len(streams)} values of ρ", verdict_c10(streams, SHARED) if ready else None,
@@ -516,8 +525,14 @@ def table_link(study: str, rows: bool = True) -> str:  # markdown
 
 
 def _linked(answer: Answer, tables: Mapping[str, Table]) -> str:
-    t = tables.get(answer.study)
-    return table_link(answer.source or answer.study, bool(answer.source or (t is not None and t.rows)))
+    names = (answer.source,) if answer.source else answer.studies or (answer.study,)
+    return ", ".join(table_link(n, bool(answer.source) or (n in tables and bool(tables[n].rows))) for n in names)
+
+
+def _hours(table: Table) -> str:
+    "What hours of runs are: of one core each, but for those on a GPU."
+    cuda = sum(str(r["parameters"].get("device", "cpu")).startswith("cuda") for r in table.rows)
+    return f"hours of runs, {cuda} of them on a GPU" if cuda else "core hours"
 
 
 def claim_box(
@@ -539,11 +554,10 @@ def claim_box(
             continue
         out.append(f"- {place}, {a.regime}, {label}: **{a.word}**, n = {a.verdict.n}" + (f" ({a.note})" if a.note else ""))
         out += [f"  - {name}: " + "; ".join(line.strip() for line in part.text.splitlines()) for name, part in a.verdict.parts.items()]
-    t = tables.get(head.study) if head else None
-    if t is not None and t.rows:
+    for t in (tables[n] for n in (head.studies or (head.study,) if head else ()) if n in tables and tables[n].rows):
         seeds = sorted({r["seed"] for r in t.rows})
-        out += ["", f"Seeds {seeds[0]} to {seeds[-1]}; {len(t.rows)} of {t.planned} runs, {t.seconds / 3600:.1f} core hours; "
-                    f"code `{t.code}`; run ids in {table_link(t.study)}, made by `dmr batch {t.study}`."]
+        out += ["", f"Seeds {seeds[0]} to {seeds[-1]}; {len(t.rows)} of {t.planned} runs, {t.seconds / 3600:.1f} {_hours(t)}; "
+                    f"code {t.versions}; run ids in {table_link(t.study)}, made by `dmr batch {t.study}`."]
     where = ", at the nominal rate and at matched learning accuracy" if claim not in ("C6", "C9", "C10") else ""
     out += ["", f"Holds if: {rule.rstrip('.')}{where}. Refuted by {REFUTED[claim]}" + (", at either." if where else ".")]
     return "\n".join(out)
@@ -554,7 +568,7 @@ def verdict_table(
     tables: Mapping[str, Table] | None = None,  # None: no links to tables
 ) -> str:  # markdown
     "All claims at a glance; the deciding regimes only."
-    out = ["| claim | statement; the source's figure | verdict | nominal | matched | study |", "| --- | --- | --- | --- | --- | --- |"]
+    out = ["| claim | verdict | statement; the source's figure | nominal | matched | study |", "| --- | --- | --- | --- | --- | --- |"]
     for claim, (statement, source, _) in CLAIMS.items():
         a = next((x for x in answers if x.claim == claim and x.decides), None)
         if a is None:
@@ -563,7 +577,7 @@ def verdict_table(
         cells = [str(p.interval).partition(" (")[0] if (p := parts.get(k)) is not None and p.interval is not None
                  else p.text if p is not None and len(p.text) < 90 else "–" for k in ("nominal", "matched")]
         told = statement if source in ("", "–") else f"{statement}; source: {source}"
-        out.append(f"| {claim} | {told} | **{a.word}** | {cells[0]} | {cells[1]} | {_linked(a, tables or {})} |")
+        out.append(f"| {claim} | **{a.word}** | {told} | {cells[0]} | {cells[1]} | {_linked(a, tables or {})} |")
     return "\n".join(out)
 
 
@@ -652,6 +666,43 @@ def _recommend(table: Table, arm: str) -> str:
     return f"\n\n```python\n{code}\n```" if code else ""
 
 
+def _not_apart(e: Evidence | None, best: Line, lines: Sequence[Line]) -> str:
+    "The arms that the seeds do not tell apart from one at equal learning, Holm over all of them; empty where there is none."
+    if e is None:
+        return ""
+    at = {x.arm: e.matched(x.arm).difference for x in lines}
+    apart = {x.arm: paired_difference(at[best.arm], at[x.arm]) for x in lines if x.arm != best.arm}
+    p = holm({arm: paired_p(at[best.arm], at[arm]) for arm in apart})
+    close = [f"{arm} (difference {_short(apart[arm], best.n)})" for arm, value in p.items() if value >= 0.05]
+    return f" These seeds do not tell it apart from {', '.join(close)}." if close else ""
+
+
+def final_table(
+    table: Table,
+    part: str | None = None,
+) -> str:  # markdown
+    """Final average (nats per byte, the mean loss over all domains at the end) of every arm: at the nominal rate, its difference to
+    vanilla's there seed by seed with a 95 % t interval, and the lowest mean over the rates that the arm ran at. Lowest first."""
+    at: dict[str, dict[float, dict[Any, float]]] = {}
+    for r in table.rows:
+        if part is None or r["part"] == part:
+            arm = "vanilla" if _is_vanilla(r["parameters"]) else r["arm"]
+            at.setdefault(arm, {}).setdefault(float(r["parameters"]["lr"]), {})[r["seed"]] = float(r["final_average"])
+    rate = table.nominal.get(part or "", math.nan)
+    base = at.get("vanilla", {}).get(rate)
+    if base is None:
+        return "No runs yet."
+    out = ["| arm | n | final average | − vanilla | lowest over rates |", "| --- | --- | --- | --- | --- |"]
+    here = {arm: rates[rate] for arm, rates in at.items() if rates.get(rate)}
+    for arm, values in sorted(here.items(), key=lambda item: float(np.mean(list(item[1].values())))):
+        means = {lr: float(np.mean(list(v.values()))) for lr, v in at[arm].items() if len(v) == len(values)}
+        best = min(means, key=lambda lr: means[lr])
+        gap = "" if arm == "vanilla" else _short(paired_difference(values, base), len(values))
+        lowest = f"{means[best]:.3f} at {best:g}" if len(means) > 1 else "–"
+        out.append(f"| {arm} | {len(values)} | {means[rate]:.3f} | {gap} | {lowest} |")
+    return "\n".join(out)
+
+
 def advice(
     table: Table,  # of the study `eight`
 ) -> str:  # markdown
@@ -676,7 +727,8 @@ def advice(
     text += _recommend(table, best.arm)
     if best.arm in keeps and (free := next((x for x in clear if x.arm not in keeps), None)) is not None:
         text += (f"\n\nWhere no text may be kept, **{free.arm}** lies best: {free.matched} nats against the control "
-                 f"({free.forgetting:.3f} nats forgotten at {free.learning_accuracy:.3f}).{_recommend(table, free.arm)}")
+                 f"({free.forgetting:.3f} nats forgotten at {free.learning_accuracy:.3f})."
+                 f"{_not_apart(e, free, [x for x in clear if x.arm not in keeps])}{_recommend(table, free.arm)}")
     if len(clear) < 2 or e is None:
         return text
     at = {x.arm: e.matched(x.arm).difference for x in clear}
@@ -732,7 +784,7 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
     both = {a: at for a, at in found.items() if " + interpolation" in a}
     alone = {a: at for a, at in found.items() if a not in both}
     fig = NewFigure(figsize=(7.2, 8.2 if both else 5.6), layout="constrained")
-    axes: Any = np.ravel([fig.subplots(2 if both else 1)])
+    axes: Any = np.ravel([fig.subplots(2 if both else 1, sharex=True)])
     spots = [_draw_arm(axes[0], arm, at) for arm, at in alone.items()]
     lines = [z for z in compare(table, part) if z.matched and not z.arm.startswith("control:")]
     decided = lines and lines[0].n > EXPLORATORY
@@ -748,6 +800,7 @@ def draw_plane(table: Table, part: str | None = None) -> tuple[Figure, str] | No
     axes[-1].set(xlabel="learning accuracy (nats per byte, lower is better)")
     for ax in axes:
         ax.set(ylabel="forgetting (nats per byte)")
+        ax.tick_params(labelbottom=True)
     fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return fig, f"Forgetting against learning accuracy with 95 % intervals; vanilla's curve over rates is the control. {'; '.join(spots)}."
 
@@ -770,11 +823,11 @@ def draw_heat(table: Table, arms: Sequence[str] = ("vanilla", SHARED, ADAPTIVE))
         first = f"first domain {np.exp(L[0, 0]):.1f}, in the end {np.exp(L[-1, 0]):.1f}"
         said.append(f"{arm} ({n} seeds): {first}")
         ticks = range(len(L)) if len(L) <= 10 else range(1, len(L), 2)
-        ax.set(xlabel="text of the domain learnt as number", xticks=ticks, yticks=ticks)
+        ax.set(xlabel="domain, by its place in the order", xticks=ticks, yticks=ticks)
         ax.set_title(f"{arm}\n{first}", fontsize=9)
         ax.set_xticklabels([k + 1 for k in ticks]), ax.set_yticklabels([k + 1 for k in ticks])
     axes[0].set_ylabel("domains finished")
-    fig.colorbar(image, ax=list(axes), label="perplexity per byte, cut at 60")
+    fig.colorbar(image, ax=list(axes), label="perplexity per byte" + ", cut at 60" * (top > 60))
     return fig, "Perplexity by finished stage (rows) and place of the held-out domain in the order (columns). " + "; ".join(said) + "."
 
 

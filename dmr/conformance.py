@@ -58,6 +58,7 @@ class Problem:
         return x[rows], y[rows]
 
 
+#: Makes the modification under test for a problem.
 Make = Callable[[Problem], Modification]
 
 
@@ -300,7 +301,7 @@ def reports(make: Make) -> None:
 
 
 def overlap(make: Make) -> None:
-    "The overlap signal lies in [0, 1], and drives the strength."
+    "The overlap signal lies in [0, 1]."
     for routing in meaningful(make(Problem())):
         problem, optimizer, router = trainer(make, routing, strength=OverlapAware(0.9, beta=0.5))
         train(problem, optimizer, router, 0, range(4))

@@ -27,6 +27,7 @@ __all__ = ['TARGETS', 'OWN', 'UNUSED', 'FinetuneConfig', 'adapted_model', 'route
            'FinetuneRun', 'finetune_stream']
 
 # %% ../nbs/36c_finetuning.ipynb #39c8bc9d
+#: Layers that get an adapter by default, by the ends of their names.
 TARGETS: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
 
 
@@ -53,6 +54,7 @@ class FinetuneConfig(Config):
             object.__setattr__(self, name, value)
 
 
+#: Parameters that the loop for fine-tuning has and `dmr.training.Config` has not.
 OWN: tuple[str, ...] = tuple(f.name for f in fields(FinetuneConfig) if f.name not in {g.name for g in fields(Config)})
 UNUSED: dict[str, Any] = {"size": "nano", "joint": False, "compile": False}  # parameters of the byte-level loop that have no meaning here
 

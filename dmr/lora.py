@@ -31,6 +31,7 @@ def delta_on(
     return scale * dB @ (A @ U), scale * (B + dB) @ (dA @ U)
 
 # %% ../nbs/36b_lora.ipynb #7fd30691
+#: Which factor is routed -> patterns of its weights' names.
 PROTECT: dict[str, tuple[str, ...]] = {"A": ("*lora_A.*",), "B": ("*lora_B.*",), "both": ("*lora_A.*", "*lora_B.*")}
 
 

@@ -35,6 +35,7 @@ class Size(NamedTuple):
         return self.layers * (12 * d * d + 2 * d) + d + 2 * VOCABULARY * d
 
 
+#: Sizes by name: `nano` 0.27 M weights, and larger ones.
 SIZES: dict[str, Size] = {
     "nano": Size(layers=2, width=96, heads=3),
     "small": Size(layers=4, width=256, heads=8),
@@ -144,6 +145,7 @@ class ByteLM(nn.Module):
         return f"context={self.context}, parameters={sum(p.numel() for p in self.parameters()):,}"
 
 # %% ../nbs/30_model.ipynb #8b3381f3
+#: Standard deviation of the first embeddings.
 EMBEDDING_STD = 0.5
 
 

@@ -71,6 +71,7 @@ class Dense:
         return self.d.to(like.dtype)
 
 
+#: What a modification takes away from a matrix: a product of thin matrices, or a whole one.
 Edit = LowRank | Dense
 
 # %% ../nbs/11_modification.ipynb #afd3bb74

@@ -114,7 +114,9 @@ class Moments:
         return state[self.first] / denominator
 
 
+#: Where Adam and AdamW keep their moments, and how they divide.
 ADAM = Moments("exp_avg", "exp_avg_sq", adam_denominator, _prepare("exp_avg", "exp_avg_sq", maximum="max_exp_avg_sq", fused=True))
+#: Optimizers that can be routed -> where each keeps its moments.
 SUPPORTED: dict[type[Optimizer], Moments] = {
     torch.optim.Adam: ADAM,
     torch.optim.AdamW: ADAM,
@@ -124,6 +126,7 @@ SUPPORTED: dict[type[Optimizer], Moments] = {
 }
 
 # %% ../nbs/12_moments.ipynb #c94d6e31
+#: Optimizers that cannot be routed rightly -> why.
 REFUSED = {
     "NAdam": "its step uses the gradient itself beside the first moment",
     "RMSprop": "it keeps no first moment",

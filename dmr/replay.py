@@ -19,6 +19,7 @@ from .strength import check_fraction
 __all__ = ['Batch', 'ReplayBuffer', 'ReplayMix']
 
 # %% ../nbs/16_replay.ipynb #370dc07d
+#: A batch: a tensor, or a tuple, list or dict of them, examples along the first axis.
 Batch = Tensor | tuple | list | dict
 
 

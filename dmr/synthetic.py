@@ -134,7 +134,9 @@ def cross_entropy(source: MarkovSource,  # whose text is predicted
     pi = stationary(source)
     if (source.symbols != model.symbols).any():
         return math.inf
-    return float(-(pi[:, None] * source.rows * np.log(model.rows)).sum())
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 · log 0 counts as 0; what the model rules out costs infinitely much
+        terms = np.where(source.rows > 0, source.rows * np.log(model.rows), 0.0)
+    return float(-(pi[:, None] * terms).sum())
 
 def entropy_floor(source: MarkovSource) -> float:  # nats per byte
     "The entropy rate of a source: the loss that no predictor of its text can beat."

@@ -73,6 +73,7 @@ def unpack_stages(packed: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(packed, values)) for values in zip(*packed.values())]
 
 # %% ../nbs/43_tables.ipynb #3bc42053
+#: Columns that say which run a row is, first in every table.
 IDENTITY = ("run_id", "study", "part", "arm", "seed", "status", "error", "cell", "stream_hash", "code", "finished")
 
 

@@ -22,7 +22,9 @@ __all__ = ['INTERVAL', 'CHOICES', 'KINDS', 'ENGINE_PARAMETERS', 'Interval', 'rea
            'problems', 'resolve', 'check_default']
 
 # %% ../nbs/38_templates.ipynb #ecda6aa2
+#: A range in a parameter's comment, such as `[0, 1)`.
 INTERVAL = re.compile(r"([\[(])\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*,\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*([\])])")
+#: Choices in a parameter's comment, such as `{kept, reset}`.
 CHOICES = re.compile(r"\{([^{}]+)\}")
 
 
@@ -93,6 +95,7 @@ def as_type(
     raise TypeError(kind)
 
 # %% ../nbs/38_templates.ipynb #e01041b9
+#: Types of parameters as error messages call them.
 KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "None": "null"}
 
 

@@ -436,8 +436,8 @@ def budget_strength(
 def conflict_strength(
     agreement: ArrayLike,  # ⟨r, g⟩, of the raw gradient with a reference gradient of the old loss
     protected_agreement: ArrayLike,  # ⟨r, Pg⟩, of its protected part
-) -> NDArray[np.float64]:  # α in [0, 1]; 0 also where the protected part does not conflict and no strength would help
-    """Smallest strength with which a step does not raise the old loss to first order; 1 where none suffices.
+) -> NDArray[np.float64]:  # α in [0, 1]; 0 also where the protected part does not conflict, so that no strength would help
+    """Smallest strength with which a step does not raise the old loss to first order; 1 where even the full strength does not suffice.
 
     Raises ValueError for NaN."""
     total, inside = np.asarray(agreement, dtype=np.float64), np.asarray(protected_agreement, dtype=np.float64)

@@ -106,6 +106,7 @@ def evaluate(
     return losses.mean().item(), error.item()
 
 # %% ../nbs/32_training.ipynb #26a5a7b2
+#: Optimizers that a run may name.
 OPTIMIZERS: tuple[str, ...] = ("adam", "adamw", "amsgrad", "radam", "adamax", "sgd")
 
 
@@ -143,6 +144,7 @@ def horizon(
     return steps * (1 - beta2)
 
 # %% ../nbs/32_training.ipynb #df510297
+#: Schedules of the rate after the warm-up of each domain.
 DECAYS: tuple[str, ...] = ("none", "linear", "cosine")
 
 
@@ -218,6 +220,7 @@ class Config:
         return None if self.optimizer == "sgd" else horizon(self.steps, self.beta2)
 
 # %% ../nbs/32_training.ipynb #eb12b327
+#: Parameters of a run -> ranges and choices, as a template's comments state them.
 LIMITS: dict[str, str] = {
     "cap": "[1000, inf)", "order": "{given, shuffled}", "size": f"{{{', '.join(SIZES)}}}",
     "context": "[1, inf)", "batch": "[1, inf)", "steps": "[1, inf)",
@@ -276,6 +279,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 # %% ../nbs/32_training.ipynb #9a05a42c
 Loss = Callable[[Tensor], Tensor]  # a batch of windows -> mean loss
 
+#: Names of modifications -> what makes each from a run's parameters.
 MODIFICATIONS: dict[str, Callable[[Config, nn.Module, Loss], Modification | None]] = {
     "none": lambda c, model, loss_fn: None,
     "projection": lambda c, model, loss_fn: Projection(

@@ -264,6 +264,9 @@ def test_c9_needs_every_cell(elsewhere, expected):
     other = simulated_table({**ARMS, ADAPTIVE: elsewhere}, seeds=5, study="backbones", part="RAdam")
     (c9,) = [a for a in answer_claims({"eight": eight, "backbones": other}) if a.claim == "C9"]
     assert c9.verdict.verdict == expected and set(c9.verdict.parts) == {"eight", "backbones RAdam"}
+    box = claim_box("C9", [c9], {"eight": eight, "backbones": other})
+    assert all(f"[`{name}`](../../results/{name}.csv), made by `dmr batch {name}`" in box for name in ("eight", "backbones"))
+    assert verdict_table([c9], {"eight": eight, "backbones": other}).count("results/") == 2
 
 
 def test_every_claim_says_what_would_refute_it_and_links_its_table():

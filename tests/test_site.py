@@ -261,6 +261,26 @@ def test_small_book(project):
     assert 'id="hero-curve"' in text["index.html"] and "window.heroTable" in (docs / "assets/hero-table.js").read_text()
 
 
+def test_figures_link_their_tables_and_what_made_them(project, monkeypatch):
+    made = freshness.Execution("ab12", "2026-11-22", "1f0c2d3", "2 cores", "Python 3.11", 1.0, ("nbs/", "results/table.csv"))
+    monkeypatch.setattr(site, "read_executions", lambda root: {"10_damping.ipynb": (made, False)})
+    assert site.build(project)[1] == []
+    page = (project / "_docs/damping.html").read_text()
+    source = '<a href="results/table.csv">table.csv</a> (<code>dmr batch table</code>)'
+    assert re.search(rf'<figcaption>[^\n]*<span class="origin">From {re.escape(source)}</span></figcaption>', page)
+    assert f'<span id="tables">Numbers from {source}.</span>' in page
+
+
+def test_every_table_in_results_says_what_makes_it():
+    for path in (ROOT / "results").glob("*.csv"):
+        study = (ROOT / f"nbs/experiments/studies/{path.stem}.yaml").is_file()
+        made = site.MADE_BY.get(path.stem)
+        assert study != bool(made), f"{path.name}: a study has its command, any other table needs an entry in dmr.site.MADE_BY"
+        if made and made.startswith("experiments/"):
+            template = (ROOT / f"nbs/{made}.ipynb").read_text()
+            assert f"-p table results/{path.name}" in template, f"{made} does not say how {path.name} is made"
+
+
 def test_a_second_build_replaces_the_first(project):
     site.build(project)
     (project / "nbs/experiments/eight.ipynb").unlink()
