@@ -192,7 +192,7 @@ def simulated_row(
     n = len(domains)
     L = [[learning_accuracy + forgetting * (j < i) if j <= i else 5.0 for j in range(n)] for i in range(n)]
     return {"loss_matrix": json.dumps(L), "loss_columns": json.dumps(list(domains)), "forgetting": forgetting,
-            "learning_accuracy": learning_accuracy, "part": "", **about}
+            "learning_accuracy": learning_accuracy, "final_average": learning_accuracy + forgetting * (n - 1) / n, "part": "", **about}
 
 
 def simulated_table(

@@ -90,6 +90,8 @@ def test_exit_codes_of_a_batch(tmp_path):
 
     assert (code(OK, OK), code(OK, FAILED), code(OK, KILLED), code(OK, KILLED, "stopped")) == (0, 1, 1, 3)
     assert Batch(plan, {a: dict(state=OK)}).exit_code == 3
+    assert Batch(plan, {a: dict(state=FAILED)}).exit_code == 3  # a failure does not hide that runs are left
+    assert code(FAILED, KILLED, "stopped") == 3
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from dmr.claims import (
     draw_parts,
     draw_plane,
     evidence,
+    final_table,
     growth_table,
     judged,
     pair_table,
@@ -384,6 +385,35 @@ def test_advice_names_what_needs_no_text_and_how_to_do_it():
     text = advice(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal))
     assert text.startswith(f"**{REPLAY}** lies best") and "dmr.ReplayMix" in text.split("Where no text")[0]
     assert f"Where no text may be kept, **{INTERPOLATION}** lies best" in text  # the least of the others
+
+
+def test_advice_says_what_is_not_told_apart_from_the_best_without_text():
+    table = simulated_table({REPLAY: 0.3, FIXED: 0.6, DISPLACED: 0.6, SHARED: 0.8}, modification="projection")
+    rows = [{**r, "parameters": {**r["parameters"], "modification": "replay"}} if r["arm"] == REPLAY else r for r in table.rows]
+    text = advice(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal))
+    without = text.partition("Where no text may be kept")[2]
+    best, close = (FIXED, DISPLACED) if f"**{FIXED}**" in without else (DISPLACED, FIXED)
+    assert f"**{best}** lies best" in without and f"do not tell it apart from {close} (difference " in without
+    assert f"apart from {close} (difference" in without and SHARED not in without.partition("\n\n")[0]
+
+
+def test_final_averages_by_hand():
+    table = simulated_table({SHARED: 0.5}, seeds=6, noise=1e-9)
+    lines = final_table(table).splitlines()
+    # three domains, vanilla forgets 0.5 at 2.0: 2.0 + 0.5 · 2/3; at a quarter of the rate 0.25 at 2.1
+    assert lines[2] == f"| {SHARED} | 6 | {2 + 0.25 * 2 / 3:.3f} | -0.167 [-0.167, -0.167] | – |"
+    assert lines[3] == f"| vanilla | 6 | {2 + 0.5 * 2 / 3:.3f} |  | {2.2 - 0.2 * 2**0.5 + 0.5 * 2**0.5 * 2 / 3:.3f} at 0.002 |" or \
+        lines[3].startswith(f"| vanilla | 6 | {2 + 0.5 * 2 / 3:.3f} |  | {2.1 + 0.25 * 2 / 3:.3f} at 0.00025 |")
+    assert final_table(Table("eight")) == "No runs yet."
+
+
+def test_versions_and_hours_say_what_there_is():
+    table = simulated_table({SHARED: 0.5}, seeds=2)
+    rows = [{**r, "code": "new" if r["seed"] else "old", "parameters": {**r["parameters"], "device": "cuda"}} for r in table.rows]
+    tables = {"eight": replace(table, rows=tuple(rows), code="new")}
+    box = claim_box("C1", answer_claims(tables), tables)
+    assert "`new` (6 runs)" in box and "`old` (6 runs)" in box and "hours of runs, 12 of them on a GPU" in box
+    assert "core hours" in claim_box("C1", answer_claims({"eight": table}), {"eight": table})
 
 
 def test_every_study_takes_the_settings_of_eight():

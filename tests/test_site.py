@@ -271,6 +271,25 @@ def test_figures_link_their_tables_and_what_made_them(project, monkeypatch):
     assert f'<span id="tables">Numbers from {source}.</span>' in page
 
 
+def test_pictures_keep_the_colours_of_the_routings(tmp_path):
+    "A curve is a few pixels among many; its colour must not become another's."
+    import matplotlib.pyplot as plt
+
+    from dmr.figures import PALETTE, figure_png, use_theme
+
+    use_theme()
+    fig, (ax, other) = plt.subplots(1, 2)
+    for k, colour in enumerate(PALETTE.values()):
+        ax.plot([0, 1], [k, k + 1], color=colour, lw=1, marker="o", ms=4)
+        ax.errorbar([0.5], [k], yerr=[0.2], color=colour, lw=0.6, alpha=0.7)
+    other.imshow([[0.1 * i + 0.03 * j for j in range(20)] for i in range(20)], cmap="cividis_r")
+    name, *_ = site.store_picture(figure_png(fig), tmp_path)
+    seen = {pixel for _, pixel in Image.open(tmp_path / name).convert("RGB").getcolors(1 << 24)}
+    for routing, colour in PALETTE.items():
+        want = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert min(max(abs(a - b) for a, b in zip(want, pixel)) for pixel in seen) <= 6, routing
+
+
 def test_every_table_in_results_says_what_makes_it():
     for path in (ROOT / "results").glob("*.csv"):
         study = (ROOT / f"nbs/experiments/studies/{path.stem}.yaml").is_file()
