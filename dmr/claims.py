@@ -674,7 +674,7 @@ def _not_apart(e: Evidence | None, best: Line, lines: Sequence[Line]) -> str:
     apart = {x.arm: paired_difference(at[best.arm], at[x.arm]) for x in lines if x.arm != best.arm}
     p = holm({arm: paired_p(at[best.arm], at[arm]) for arm in apart})
     close = [f"{arm} (difference {_short(apart[arm], best.n)})" for arm, value in p.items() if value >= 0.05]
-    return f" These seeds do not tell it apart from {', '.join(close)}." if close else ""
+    return f" With Holm's correction these seeds do not tell it apart from {', '.join(close)}." if close else ""
 
 
 def final_table(

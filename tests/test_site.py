@@ -277,6 +277,7 @@ def test_pictures_keep_the_colours_of_the_routings(tmp_path):
 
     from dmr.figures import PALETTE, figure_png, use_theme
 
+    before = dict(plt.rcParams)
     use_theme()
     fig, (ax, other) = plt.subplots(1, 2)
     for k, colour in enumerate(PALETTE.values()):
@@ -284,6 +285,8 @@ def test_pictures_keep_the_colours_of_the_routings(tmp_path):
         ax.errorbar([0.5], [k], yerr=[0.2], color=colour, lw=0.6, alpha=0.7)
     other.imshow([[0.1 * i + 0.03 * j for j in range(20)] for i in range(20)], cmap="cividis_r")
     name, *_ = site.store_picture(figure_png(fig), tmp_path)
+    plt.close(fig)
+    plt.rcParams.update(before)
     seen = {pixel for _, pixel in Image.open(tmp_path / name).convert("RGB").getcolors(1 << 24)}
     for routing, colour in PALETTE.items():
         want = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
