@@ -121,9 +121,10 @@ def readable(
     import pandas as pd
 
     number = lambda x: "" if pd.isna(x) else f"{x:.3f}"
+    twice = lines.duplicated(["method", "setting", "routing"], keep=False)
     return pd.DataFrame({
         "setting": lines.setting,
-        "routing": lines.routing + lines.native.map({True: " (native)", False: ""}),
+        "routing": lines.routing + lines.native.map({True: " (native)", False: ""}) + (", " + lines.arm).where(twice, ""),
         "seeds": [f"{n} of {n + lost}" for n, lost in zip(lines.seeds, lines.failed)],
         "learning accuracy": lines.learning_accuracy.map(number),
         "forgetting": lines.forgetting.map(number),
@@ -168,7 +169,8 @@ def draw_planes(
             _curve(ax, control_branch({rate: _mean(seeds) for rate, seeds in curves.items()}), 2.5)
         lost: list[str] = []
         off: list[str] = []
-        for (_, routing), group in here.groupby(["arm", "routing"], sort=False):
+        arms = here.drop_duplicates(["arm", "routing"]).routing.value_counts()
+        for (arm, routing), group in here.groupby(["arm", "routing"], sort=False):
             at = points(group)
             if not at or _mean(at).learning_accuracy > GUESSING:
                 (off if at else lost).append(routing)
@@ -177,6 +179,8 @@ def draw_planes(
             for p in at.values():
                 ax.plot(*p, "o", color=PALETTE[routing], markersize=4, alpha=0.6, zorder=3)
             ax.plot(*_mean(at), "o", color=PALETTE[routing], markersize=9, markeredgecolor="white", zorder=4)
+            if arms[routing] > 1:  # several arms of one routing: say which is which
+                ax.annotate(arm, _mean(at), xytext=(0, 11), textcoords="offset points", ha="center", fontsize=7.5)
             if native:
                 ax.plot(*_mean(at), "o", color="none", markeredgecolor="black", markersize=14, markeredgewidth=1.3, zorder=5)
         ax.set_title(f"{method}: {setting}", fontsize=9.5)

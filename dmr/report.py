@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .metrics import LossMatrix, loss_matrix, summarize
-from .statistics import (EXPLORATORY, Branch, Interval, Point, control_branch, interquartile_mean, match_control,
-                            matched_forgetting, mean_interval, paired_difference)
+from .statistics import (COMPARABLE_SHARE, EXPLORATORY, Branch, Interval, Point, control_branch, interquartile_mean,
+                            match_control, matched_forgetting, mean_interval, paired_difference)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -419,14 +419,16 @@ def text_table(
     lines = study.lines
     parts = [headline(study)]
     for unit, suffix, digits in (("in nats per byte", "", 3), ("as perplexity", "_ppl", 2)):
-        head = ["arm", "seeds", *(f"{title} Δ" for title in COLUMNS.values())] + ([] if suffix else ["matched"])
+        head = ["arm", *(f"{title} Δ" for title in COLUMNS.values()), "seeds"]
+        head[2:2] = [] if suffix else ["matched"]
         rows = []
         for s in lines:
-            cells = [s.name, f"{s.n}/{s.planned}"]
+            cells = [s.name]
             changes = [_change(s.delta[m + suffix], digits) for m in COLUMNS]
             width = max(len(_change(t.delta[m + suffix], digits)) for t in lines for m in COLUMNS)
             cells += [f"{_number(s.mean[m + suffix], digits)} {c:>{width}}" for m, c in zip(COLUMNS, changes)]
-            rows.append(cells + ([] if suffix else [_against_control(s)]))
+            cells[2:2] = [] if suffix else [_against_control(s)]
+            rows.append([*cells, f"{s.n}/{s.planned}"])
         parts.append(f"{unit}\n{_grid(head, rows)}")
     notes = ["Lower is better everywhere. Δ: paired difference to vanilla at the base rate.",
              "matched: forgetting minus that of vanilla at the rate which learned as much; n/c: not comparable."]
@@ -462,12 +464,12 @@ def plane_finding(
 ) -> str:
     "The figure's title: what can be read off it, counted."
     lines = [s for s in study.lines if s.note != "control" and s.n]
-    comparable = [s for s in lines if s.matched is not None]
+    comparable = [s for s in lines if s.matched is not None and s.matched.n >= COMPARABLE_SHARE * s.n]
     if not comparable:
         return "No arm is comparable with the control"
     below = sum(s.matched.estimate < -MARGIN for s in comparable if s.matched)
     out = len(lines) - len(comparable)
-    return f"{below} of {len(lines)} arms lie over {MARGIN:g} nats below the control" + (f", {out} not comparable" if out else "")
+    return f"{below} of {len(lines)} arms lie more than {MARGIN:g} nats below the control" + (f", {out} not comparable" if out else "")
 
 
 def plot_plane(
