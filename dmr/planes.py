@@ -169,7 +169,7 @@ def draw_planes(
             _curve(ax, control_branch({rate: _mean(seeds) for rate, seeds in curves.items()}), 2.5)
         lost: list[str] = []
         off: list[str] = []
-        arms = here.drop_duplicates(["arm", "routing"]).routing.value_counts()
+        arms, named = here.drop_duplicates(["arm", "routing"]).routing.value_counts(), 0
         for (arm, routing), group in here.groupby(["arm", "routing"], sort=False):
             at = points(group)
             if not at or _mean(at).learning_accuracy > GUESSING:
@@ -180,7 +180,8 @@ def draw_planes(
                 ax.plot(*p, "o", color=PALETTE[routing], markersize=4, alpha=0.6, zorder=3)
             ax.plot(*_mean(at), "o", color=PALETTE[routing], markersize=9, markeredgecolor="white", zorder=4)
             if arms[routing] > 1:  # several arms of one routing: say which is which
-                ax.annotate(arm, _mean(at), xytext=(0, 11), textcoords="offset points", ha="center", fontsize=7.5)
+                named += 1
+                ax.annotate(arm, _mean(at), xytext=(4, 2 + 10 * named), textcoords="offset points", ha="right", fontsize=7.5)
             if native:
                 ax.plot(*_mean(at), "o", color="none", markeredgecolor="black", markersize=14, markeredgewidth=1.3, zorder=5)
         ax.set_title(f"{method}: {setting}", fontsize=9.5)
