@@ -9,7 +9,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -279,6 +279,12 @@ def same_code(
     return True
 
 
-def changed_parts(old: Mapping[str, str], new: Mapping[str, str]) -> list[dict[str, str | None]]:
-    "The records that would accept every change from old to new."
-    return [dict(part=p, old=old.get(p), new=new.get(p)) for p in sorted({*old, *new}) if old.get(p) != new.get(p)]
+def changed_parts(
+    old: Mapping[str, str],  # part -> hash, from `code_parts`
+    new: Mapping[str, str],
+    accepted: Sequence[Mapping[str, Any]] = (),  # records that there are
+) -> list[dict[str, str | None]]:
+    "The records that would accept every change from old to new; what is accepted already keeps the reason that it was given then."
+    alone = lambda parts, name: {k: v for k, v in parts.items() if k == name}
+    return [dict(part=p, old=old.get(p), new=new.get(p)) for p in sorted({*old, *new})
+            if not same_code(alone(old, p), alone(new, p), accepted)]

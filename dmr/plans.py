@@ -380,7 +380,7 @@ def accept(
                 and f.parts
                 and not same_code(f.parts, parts, [*known, *changes])
             ):
-                changes += [{**c, "reason": reason.strip(), "on": now()[:10]} for c in changed_parts(f.parts, parts)]
+                changes += [{**c, "reason": reason.strip(), "on": now()[:10]} for c in changed_parts(f.parts, parts, [*known, *changes])]
     if changes:
         plan.ledger.accept(changes)
     return changes

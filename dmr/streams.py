@@ -666,12 +666,14 @@ def _download(archive: Archive,
 
 # %% ../nbs/20_streams.ipynb #af53c750
 def _progress(total: int, show: bool) -> Callable[[str, int], None]:
-    "A function of (what, bytes so far) that shows progress: a bar where tqdm is installed, else a line per archive."
+    "A function of (what, bytes so far) that shows progress: a bar on a terminal or in a notebook, a line per archive in a log."
     if not show:
         return lambda what, done: None
     try:
         from tqdm.auto import tqdm
     except ImportError:
+        tqdm = None
+    if tqdm is None or not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # a log keeps every state of a bar
         said: set[str] = set()
 
         def line(what: str, done: int) -> None:

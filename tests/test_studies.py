@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import BODY, EMIT, PARAMETERS, notebook, project
 
-from dmr.identity import code_digest, module_hashes, package_folder
+from dmr.identity import changed_parts, code_digest, module_hashes, package_folder
 from dmr.plans import accept, make_plan, prepare_planned, results_of, table_rows, why
 from dmr.runs import OK
 from dmr.studies import StudyError, combinations, find_project, list_studies, load_results, read_study
@@ -201,6 +201,14 @@ def test_acceptance_is_one_way_and_needs_a_reason(tmp_path):
     notebook(tmp_path / "nbs/experiments/tiny.ipynb", PARAMETERS, BODY.replace("0.05", "0.07"), EMIT)
     assert plan_of(folders).counts() == {"waiting": 4}
     assert "a pause does not count" in (folders.results / "tiny.code.json").read_text()
+    assert [c["reason"] for c in accept(plan_of(folders), "nor does a longer one")] == ["nor does a longer one"]
+
+
+def test_a_later_acceptance_leaves_the_reasons_of_earlier_ones():
+    one = dict(part="dmr.a", old="1", new="2")
+    assert changed_parts({"dmr.a": "1", "dmr.b": "5"}, {"dmr.a": "2", "dmr.b": "6"}, [one]) == [dict(part="dmr.b", old="5", new="6")]
+    assert changed_parts({"dmr.a": "1"}, {"dmr.a": "3"}, [one]) == [dict(part="dmr.a", old="1", new="3")]
+    assert changed_parts({"dmr.a": "1"}, {"dmr.a": "1"}) == [] and changed_parts({}, {"dmr.a": "1"})[0]["old"] is None
 
 
 def test_results_of_two_versions_are_never_in_one_table(tmp_path):
