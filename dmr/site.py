@@ -118,7 +118,9 @@ def store_picture(
         small.save(folder / f"small-{name}", format="webp", quality=38, method=6)
         # not made narrower: that blurs flat colours and makes the file larger
         exact, close = io.BytesIO(), io.BytesIO()  # lines and text are smaller without loss, a cloud of points with
-        picture.save(exact, format="webp", lossless=True, quality=80, method=4)  # fewer colours would mix those of two routings
+        # by median cut, the default, the colours of two routings can become one
+        few = picture.quantize(96, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).convert("RGB")
+        few.save(exact, format="webp", lossless=True, quality=80, method=4)
         picture.save(close, format="webp", quality=80, method=4)
         (folder / name).write_bytes(min(exact.getvalue(), close.getvalue(), key=len))
     return name, width, height

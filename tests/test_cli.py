@@ -157,7 +157,7 @@ def test_exit_codes(tmp_path):
     assert "raise FloatingPointError" in tail.communicate()[0]
     budget = dmr(tmp_path, "batch", "tiny", "--retry-failed", "--budget-hours", "0.00000001")
     out, _ = budget.communicate(timeout=120)
-    assert budget.returncode == 1 and "time budget" in out  # not begun again, so it is still failed
+    assert budget.returncode == 3 and "time budget" in out  # what was asked for has not been begun
 
 
 def test_streams_are_listed_and_fetched_through_the_command(capsys, monkeypatch):
