@@ -9,7 +9,7 @@ __all__ = ['PAGE_DIRECTIVES', 'FOLD_LINES', 'FOLD_DRAWING', 'THUMBNAIL', 'MADE_B
            'closing_html', 'Prepared', 'joined_streams', 'rewrite_links', 'box_claims', 'prepare_chapter', 'paths_html',
            'contents_page', 'gallery_page', 'citation_page', 'Typesetter', 'typeset_page', 'link_names', 'Source',
            'read_sources', 'link_sources', 'sources_list', 'finish_page', 'subset_icons', 'inline_fonts', 'other_hosts',
-           'prepare', 'render', 'build', 'serve', 'main']
+           'prepare', 'render', 'plain_outputs', 'build', 'serve', 'main']
 
 # %% ../nbs/53_site.ipynb #c702391e
 import base64
@@ -809,6 +809,14 @@ def render(
     return [w for w in built.warnings if "html-math-method" not in w and "execute.enabled" not in w]
 
 
+def plain_outputs(
+    text: str,  # the Markdown copy of a page
+) -> str:
+    "Write what code printed as plain text; pages hold it as HTML."
+    pattern = r'^(`{3,})\{=html\}\n<div class="cell-output[^"]*"><pre><code>(.*?)</code></pre></div>\n\1$'
+    return re.sub(pattern, lambda m: f"{m[1]}\n{html.unescape(m[2])}\n{m[1]}", text, flags=re.M | re.S)
+
+
 def build(
     root: Path | None = None,  # the project
     quarto: bool = False,
@@ -840,6 +848,8 @@ def build(
             raise ValueError(f"{file.relative_to(site).with_suffix('')}: {error}") from None
         problems += [f"{file.relative_to(site)} fetches {a}" for a in other_hosts(page)]
         file.write_text(page, encoding="utf-8")
+    for file in site.rglob("*.llms.md"):
+        file.write_text(plain_outputs(file.read_text(encoding="utf-8")), encoding="utf-8")
     for sheet, fonts in EARLY_FONTS.items():
         file = site / "assets" / sheet
         file.write_text(inline_fonts(file.read_text(encoding="utf-8"), file.parent, fonts), encoding="utf-8")

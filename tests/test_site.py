@@ -254,6 +254,8 @@ def test_small_book(project):
     # Markdown copies and their index
     assert "damping.llms.md" in (docs / "llms.txt").read_text()
     assert "Make a step smaller" in (docs / "damping.llms.md").read_text()
+    copy = (docs / "reference/damping.llms.md").read_text()
+    assert "{=html}" not in copy and "```\n0.5\n\n[nor](this.ipynb)\n```" in copy
     entries = json.loads((docs / "search.json").read_text())
     assert any("damp" == e["section"] or "damp" in e["href"] for e in entries)
 
