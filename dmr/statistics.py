@@ -66,7 +66,7 @@ def mean_interval(
     x: ArrayLike,  # one value for each seed, all finite
     level: float = 0.95,  # nominal coverage, in (0, 1)
     seed: int = 0,  # of the bootstrap's own random stream
-    n_resamples: int = 9999,
+    n_resamples: int = 9999,  # of each bootstrap
 ) -> Interval:
     "Mean of `x`: t interval below 20 values, BCa bootstrap from there on; both bootstraps always beside it."
     stats = _scipy_stats()
@@ -116,7 +116,7 @@ def _paired(a: Mapping[Any, float], b: Mapping[Any, float]) -> tuple[list[Any], 
 def paired_difference(
     a: Mapping[Any, float],  # seed -> value
     b: Mapping[Any, float],  # seed -> value of the arm that is subtracted
-    level: float = 0.95,
+    level: float = 0.95,  # nominal coverage, in (0, 1)
     seed: int = 0,  # of the bootstrap
 ) -> Interval:
     "Interval for the mean of a - b within seeds. Raises ValueError when no seed has both."
@@ -126,7 +126,7 @@ def paired_difference(
 def paired_ratio(
     a: Mapping[Any, float],  # seed -> value
     b: Mapping[Any, float],  # seed -> value of the arm that divides, positive
-    level: float = 0.95,
+    level: float = 0.95,  # nominal coverage, in (0, 1)
     seed: int = 0,  # of the bootstrap
 ) -> Interval:
     "Interval for the mean of a / b within seeds. Raises ValueError where b is not positive: no ratio has a meaning."
@@ -178,7 +178,7 @@ def paired_power(
     difference: float,  # true mean of the paired differences
     sd: float,  # their standard deviation over seeds
     n: int,  # seeds, at least 2
-    level: float = 0.95,
+    level: float = 0.95,  # nominal coverage, in (0, 1)
 ) -> float:
     "Chance that the paired t interval of n seeds excludes 0."
     stats = _scipy_stats()
@@ -194,8 +194,8 @@ def paired_power(
 def minimum_detectable_difference(
     sd: float,  # standard deviation of the paired differences over seeds
     n: int,  # seeds, at least 2
-    power: float = 0.8,
-    level: float = 0.95,
+    power: float = 0.8,  # chance to detect it, in (1 − level, 1)
+    level: float = 0.95,  # nominal coverage, in (0, 1)
 ) -> float:
     "The smallest true difference that n seeds detect with the given power, in the unit of `sd`."
     if not 1 - level < power < 1:
