@@ -666,15 +666,14 @@ def _recommend(table: Table, arm: str) -> str:
     return f"\n\n```python\n{code}\n```" if code else ""
 
 
-def _not_apart(e: Evidence | None, best: Line, lines: Sequence[Line]) -> str:
-    "The arms that the seeds do not tell apart from one at equal learning, Holm over all of them; empty where there is none."
-    if e is None:
-        return ""
-    at = {x.arm: e.matched(x.arm).difference for x in lines}
-    apart = {x.arm: paired_difference(at[best.arm], at[x.arm]) for x in lines if x.arm != best.arm}
-    p = holm({arm: paired_p(at[best.arm], at[arm]) for arm in apart})
-    close = [f"{arm} (difference {_short(apart[arm], best.n)})" for arm, value in p.items() if value >= 0.05]
-    return f" With Holm's correction these seeds do not tell it apart from {', '.join(close)}." if close else ""
+def _apart(e: Evidence, best: Line, others: Sequence[Line]) -> tuple[dict[str, tuple[Interval, float]], str]:
+    "What one arm saves at equal learning minus what others save, with Holm's p over them; and a sentence on those not told apart."
+    at = {x.arm: e.matched(x.arm).difference for x in (best, *others)}
+    p = holm({x.arm: paired_p(at[best.arm], at[x.arm]) for x in others})
+    found = {arm: (paired_difference(at[best.arm], at[arm]), value) for arm, value in p.items()}
+    close = [f"{arm} (difference {_short(gap, best.n)})" for arm, (gap, value) in found.items() if value >= 0.05]
+    said = f" With Holm's correction these seeds do not tell {best.arm} apart from {', '.join(close)}." if close else ""
+    return found, said
 
 
 def final_table(
@@ -725,19 +724,16 @@ def advice(
     if best.arm in keeps:
         text += " It keeps text of past domains and computes a second gradient at each step."
     text += _recommend(table, best.arm)
-    if best.arm in keeps and (free := next((x for x in clear if x.arm not in keeps), None)) is not None:
+    if best.arm in keeps and e is not None and (without := [x for x in clear if x.arm not in keeps]):
+        free, *others = without
         text += (f"\n\nWhere no text may be kept, **{free.arm}** lies best: {free.matched} nats against the control "
                  f"({free.forgetting:.3f} nats forgotten at {free.learning_accuracy:.3f})."
-                 f"{_not_apart(e, free, [x for x in clear if x.arm not in keeps])}{_recommend(table, free.arm)}")
+                 f"{_apart(e, free, others)[1]}{_recommend(table, free.arm)}")
     if len(clear) < 2 or e is None:
         return text
-    at = {x.arm: e.matched(x.arm).difference for x in clear}
-    p = holm({x.arm: paired_p(at[best.arm], at[x.arm]) for x in clear[1:]})
-    tied = [arm for arm, value in p.items() if value >= 0.05]
-    if tied:
-        text += f"\n\nThese seeds do not tell {best.arm} apart from {', '.join(tied)}."
-    rows = [f"| {x.arm} | {x.n} | {_short(x.matched, x.n)} | {_short(paired_difference(at[best.arm], at[x.arm]), x.n)} | {p[x.arm]:.2g} |"
-            for x in clear[1:]]
+    gaps, close = _apart(e, best, clear[1:])
+    text += f"\n\n{close.strip()}" if close else ""
+    rows = [f"| {x.arm} | {x.n} | {_short(x.matched, x.n)} | {_short(gaps[x.arm][0], x.n)} | {gaps[x.arm][1]:.2g} |" for x in clear[1:]]
     head = "| also below the control | n | minus the control | best minus this | Holm p |\n| --- | --- | --- | --- | --- |\n"
     return f"{text}\n\n{head}" + "\n".join(rows)
 

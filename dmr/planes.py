@@ -184,10 +184,8 @@ def draw_planes(
                 ax.annotate(arm, _mean(at), xytext=(4, 2 + 10 * named), textcoords="offset points", ha="right", fontsize=7.5)
             if native:
                 ax.plot(*_mean(at), "o", color="none", markeredgecolor="black", markersize=14, markeredgewidth=1.3, zorder=5)
-        ax.set_title(f"{method}: {setting}", fontsize=9.5)
         missing = [f"{what}: {', '.join(names)}" for what, names in (("failed", lost), ("worse than guessing", off)) if names]
-        if missing:
-            ax.set_title(f"{method}: {setting}\n" + "; ".join(missing), fontsize=8.5)
+        ax.set_title("\n".join([f"{method}: {setting}", *(["; ".join(missing)] if missing else [])]), fontsize=8.5 if missing else 9.5)
         ax.set_xlabel("learning accuracy (nats/byte, lower is better)", fontsize=9)
         ax.grid(True)
     for ax in axes[len(panels):]:

@@ -264,7 +264,7 @@ def tables_html(
     parts = []
     for name in names:
         made = MADE_BY.get(name, f"dmr batch {name}")
-        how = f'<a href="{to_root}{made}.html">made by</a>' if made.startswith("experiments/") else f"<code>{made}</code>"
+        how = f'<a href="{to_root}{made}.html">its notebook</a>' if made.startswith("experiments/") else f"<code>{made}</code>"
         parts.append(f'<a href="{to_root}results/{name}.csv">{name}.csv</a> ({how})')
     return ", ".join(parts)
 
@@ -379,7 +379,7 @@ def prepare_chapter(
             text = cell_source(cell)
             if not opened and re.search(r"^# +", text, re.M):
                 opened = True
-                text = re.sub(r"^# +.+\n*(?:\s*(?:> *.*\n?)+)?(?:\s*- \w+: .*\n?)*", "", text, count=1, flags=re.M)
+                text = re.sub(r"^# +.+\n*(?:\s*(?:> *.*\n?)+)?(?:\s*- skip_\w+: .*\n?)*", "", text, count=1, flags=re.M)
                 if not text.strip():
                     continue
             text = re.sub(r"^#\| .*\n", "", text, flags=re.M)

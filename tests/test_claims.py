@@ -393,8 +393,8 @@ def test_advice_says_what_is_not_told_apart_from_the_best_without_text():
     text = advice(Table("eight", "", len(rows), tuple(rows), nominal=table.nominal))
     without = text.partition("Where no text may be kept")[2]
     best, close = (FIXED, DISPLACED) if f"**{FIXED}**" in without else (DISPLACED, FIXED)
-    assert f"**{best}** lies best" in without and f"do not tell it apart from {close} (difference " in without
-    assert f"apart from {close} (difference" in without and SHARED not in without.partition("\n\n")[0]
+    assert f"**{best}** lies best" in without and f"do not tell {best} apart from {close} (difference " in without
+    assert SHARED not in without.partition("\n\n")[0]
 
 
 def test_final_averages_by_hand():
@@ -402,8 +402,7 @@ def test_final_averages_by_hand():
     lines = final_table(table).splitlines()
     # three domains, vanilla forgets 0.5 at 2.0: 2.0 + 0.5 · 2/3; at a quarter of the rate 0.25 at 2.1
     assert lines[2] == f"| {SHARED} | 6 | {2 + 0.25 * 2 / 3:.3f} | -0.167 [-0.167, -0.167] | – |"
-    assert lines[3] == f"| vanilla | 6 | {2 + 0.5 * 2 / 3:.3f} |  | {2.2 - 0.2 * 2**0.5 + 0.5 * 2**0.5 * 2 / 3:.3f} at 0.002 |" or \
-        lines[3].startswith(f"| vanilla | 6 | {2 + 0.5 * 2 / 3:.3f} |  | {2.1 + 0.25 * 2 / 3:.3f} at 0.00025 |")
+    assert lines[3] == f"| vanilla | 6 | {2 + 0.5 * 2 / 3:.3f} |  | {2.1 + 0.25 * 2 / 3:.3f} at 0.00025 |"
     assert final_table(Table("eight")) == "No runs yet."
 
 

@@ -173,7 +173,7 @@ def project(tmp_path):
     )
     write(
         nbs / "experiments/eight.ipynb",
-        prose("# Study: eight domains\n\n> What happened.\n\nAs in arXiv:2103.09762v2, see @eq-damp, "
+        prose("# Study: eight domains\n\n> What happened.\n- skip_exec: true\n\n- kept: a list\n\nAs in arXiv:2103.09762v2, see @eq-damp, "
               "@fig-white, [the chapter](../10_damping.ipynb#why) and "
               "[the table](../../results/table.csv)."),
         code("import dmr.damping\nseed = 7\ndmr.damping.damp(2.0)"),
@@ -242,6 +242,8 @@ def test_small_book(project):
     assert "No execution of this page is on record" in text["index.html"]  # the home page too
     assert "builds on" in eight and "No execution of this page is on record" in eight
     assert 'href="../notebooks/experiments/eight.ipynb"' in eight and (docs / "notebooks/experiments/eight.ipynb").is_file()
+
+    assert "skip_exec" not in eight and "kept: a list" in eight  # an instruction for nbdev is not text, a list is
 
     # tables scroll, without pandas' own style
     assert eight.count("table-scroll") == 1 and "scoped" not in eight

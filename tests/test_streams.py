@@ -650,6 +650,13 @@ def test_check_stream(cache):
 
 # --- synthetic -------------------------------------------------------------------------------------------------------
 
+def test_a_transition_that_never_happens_costs_nothing_unless_it_does():
+    never = synthetic.MarkovSource(np.array([[0.0, 1.0], [0.5, 0.5]]), np.array([97, 98], np.uint8), np.zeros(2, bool))
+    always = synthetic.MarkovSource(np.full((2, 2), 0.5), never.symbols, never.shared)
+    assert synthetic.entropy_floor(never) == pytest.approx(2 / 3 * np.log(2))  # two thirds of the time in the second state
+    assert synthetic.cross_entropy(never, always) == pytest.approx(np.log(2)) and synthetic.cross_entropy(always, never) == np.inf
+
+
 @given(st.integers(0, 3), st.integers(2, 6), st.integers(0, 100), st.integers(1, 2))
 @settings(max_examples=25, deadline=None)
 def test_overlap_is_exact(quarters, domains, seed, order):
