@@ -45,28 +45,28 @@ lab: $(STAMP)  ## open the book in JupyterLab with this environment's kernel
 	$(BIN)/jupyter lab nbs
 
 docs: $(STAMP)  ## build the site into _docs/ from the committed outputs, without Quarto
-	@$(BIN)/python -m dmr.site build
+	@$(BIN)/python -m dmr.book.site build
 
 docs-quarto: $(STAMP)  ## the same site with Quarto, where it is installed
-	@$(BIN)/python -m dmr.site build --quarto
+	@$(BIN)/python -m dmr.book.site build --quarto
 
 book: fetch  ## execute the chapters whose cells or code changed since they were last executed
-	@$(BIN)/python -m dmr.freshness execute
+	@$(BIN)/python -m dmr.book.freshness execute
 
 preview: docs  ## build and serve the site
-	@$(BIN)/python -m dmr.site serve
+	@$(BIN)/python -m dmr.book.site serve
 
 bench: fetch  ## measure the router's cost; writes results/performance.csv
-	@$(BIN)/python -m dmr.performance
+	@$(BIN)/python -m dmr.book.performance
 
 readme: fetch  ## take the last `make run` into results/readme.csv, the home page and README.md
 	@cp runs/demo/report/runs.csv results/readme.csv
-	@$(BIN)/python -m dmr.freshness execute nbs/index.ipynb
-	@$(BIN)/python -m dmr.readme
+	@$(BIN)/python -m dmr.book.freshness execute nbs/index.ipynb
+	@$(BIN)/python -m dmr.book.home
 
 export: $(STAMP)  ## write dmr/ and README.md from the notebooks
 	@$(BIN)/nbdev_export
-	@$(BIN)/python -m dmr.readme
+	@$(BIN)/python -m dmr.book.home
 
 clean:  ## remove built files and runs (not .venv, not the stream cache)
 	rm -rf _proc _docs runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

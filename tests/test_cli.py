@@ -1,4 +1,6 @@
-"""The command line: quick, one line for what a user gets wrong, and exit codes that tell."""
+"""The command line: quick, one line for what a user gets wrong, and exit codes
+that tell.
+"""
 
 import json
 import subprocess
@@ -11,19 +13,42 @@ from dmr.cli import last_lines, main, parse_value, parser
 
 
 def call(capsys, root, *argv):
-    code = main([*argv, "--runs", str(root / "runs"), "--results", str(root / "results")])
+    code = main(
+        [
+            *argv,
+            "--runs",
+            str(root / "runs"),
+            "--results",
+            str(root / "results"),
+        ]
+    )
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["status"], ["batch", "--list"], ["batch", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["status"],
+        ["batch", "--list"],
+        ["batch", "--help"],
+    ],
+)
 def test_looking_needs_no_torch(argv, tmp_path):
     project(tmp_path, "seeds: [0]\n")
     code = (
-        "import sys\nfrom dmr.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print('loaded', [m for m in ('torch', 'numpy', 'pandas', 'papermill', 'matplotlib') if m in sys.modules])"
+        "import sys\nfrom dmr.cli import main\ntry: main(sys.argv[1:])\nexcept"
+        " SystemExit: pass\nprint('loaded', [m for m in ('torch', 'numpy',"
+        " 'pandas', 'papermill', 'matplotlib') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert out.stdout.splitlines()[-1] == "loaded []", out
 
 
@@ -31,16 +56,32 @@ def test_every_command_has_a_line_of_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for name in ("run", "batch", "status", "tail", "why", "accept", "report", "streams", "models"):
+    for name in (
+        "run",
+        "batch",
+        "status",
+        "tail",
+        "why",
+        "accept",
+        "report",
+        "streams",
+        "models",
+    ):
         assert f"    {name}" in said
     assert main([]) == 2
 
 
-def test_a_report_of_nothing_says_so_and_writes_nothing(capsys, tmp_path, monkeypatch):
+def test_a_report_of_nothing_says_so_and_writes_nothing(
+    capsys, tmp_path, monkeypatch
+):
     project(tmp_path, "seeds: [0]\n")
     monkeypatch.chdir(tmp_path)
     code, out, _ = call(capsys, tmp_path, "report", "tiny")
-    assert code == 1 and "no run of 'tiny' has ended" in out and "dmr batch tiny" in out
+    assert (
+        code == 1
+        and "no run of 'tiny' has ended" in out
+        and "dmr batch tiny" in out
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -86,20 +127,45 @@ def test_what_a_user_gets_wrong(capsys, tmp_path, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
     code, out, err = call(capsys, tmp_path, *argv)
     assert code == 2 and said in err and "Traceback" not in err
-    assert err.startswith(f"dmr {argv[0]}: ") and not (tmp_path / "runs/tiny").exists()
+    assert (
+        err.startswith(f"dmr {argv[0]}: ")
+        and not (tmp_path / "runs/tiny").exists()
+    )
 
 
 def test_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
     project(tmp_path, "seeds: 0..3\nestimate: 10 s\n")
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(capsys, tmp_path, "batch", "tiny", "--dry-run", "--workers", "2")
-    assert code == 0 and "4 runs, 4 waiting; 4 to make" in out and "about 10 s each, 20 s in all" in out
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+    code, out, _ = call(
+        capsys, tmp_path, "batch", "tiny", "--dry-run", "--workers", "2"
+    )
+    assert (
+        code == 0
+        and "4 runs, 4 waiting; 4 to make" in out
+        and "about 10 s each, 20 s in all" in out
+    )
+    assert (
+        not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+    )
 
 
 def test_dry_run_reads_no_text(capsys, monkeypatch):
-    monkeypatch.setattr("dmr.streams.load_stream", lambda *a, **k: pytest.fail("a plan fetched a stream"))
-    assert main(["batch", "sixteen", "--dry-run", "--runs", "a folder that is not there"]) == 0
+    monkeypatch.setattr(
+        "dmr.text.load.load_stream",
+        lambda *a, **k: pytest.fail("a plan fetched a stream"),
+    )
+    assert (
+        main(
+            [
+                "batch",
+                "sixteen",
+                "--dry-run",
+                "--runs",
+                "a folder that is not there",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "sixteen: " in out and "not read yet: text16" in out
 
@@ -121,8 +187,15 @@ def test_options_of_the_brief():
             "2",
         ]
     )
-    assert (args.workers, args.scheduler, args.budget_hours, args.retry_failed) == (3, "tcp://h:1", 2.0, True)
-    assert p.parse_args(["streams", "fetch", "text8", "--quiet"]).names == ["text8"]
+    assert (
+        args.workers,
+        args.scheduler,
+        args.budget_hours,
+        args.retry_failed,
+    ) == (3, "tcp://h:1", 2.0, True)
+    assert p.parse_args(["streams", "fetch", "text8", "--quiet"]).names == [
+        "text8"
+    ]
 
 
 def test_the_last_lines_of_a_log(tmp_path):
@@ -135,14 +208,28 @@ def test_the_last_lines_of_a_log(tmp_path):
 @pytest.mark.slow
 def test_one_run_from_the_shell(tmp_path):
     project(tmp_path, "seeds: [0]\n")
-    first = dmr(tmp_path, "run", "nbs/experiments/tiny.ipynb", "-p", "lr", "0.25")
+    first = dmr(
+        tmp_path, "run", "nbs/experiments/tiny.ipynb", "-p", "lr", "0.25"
+    )
     out, _ = first.communicate(timeout=120)
     assert first.returncode == 0 and "loss 2.5" in out
-    second = dmr(tmp_path, "run", "nbs/experiments/tiny.ipynb", "-p", "lr", "0.25", "--json")
+    second = dmr(
+        tmp_path,
+        "run",
+        "nbs/experiments/tiny.ipynb",
+        "-p",
+        "lr",
+        "0.25",
+        "--json",
+    )
     out, _ = second.communicate(timeout=120)
     events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == ["plan", "summary"] and events[0]["todo"] == 0
-    assert list((tmp_path / "runs").rglob("output.ipynb")) and not list((tmp_path / "nbs").rglob("output.ipynb"))
+    assert [e["event"] for e in events] == ["plan", "summary"] and events[0][
+        "todo"
+    ] == 0
+    assert list((tmp_path / "runs").rglob("output.ipynb")) and not list(
+        (tmp_path / "nbs").rglob("output.ipynb")
+    )
 
 
 @pytest.mark.slow
@@ -150,27 +237,57 @@ def test_exit_codes(tmp_path):
     project(tmp_path, "arms: {good: {}, bad: {mode: raise}}\n")
     batch = dmr(tmp_path, "batch", "tiny", "--workers", "2")
     out, _ = batch.communicate(timeout=120)
-    assert batch.returncode == 1 and "bad seed 0: failed: FloatingPointError: diverged at lr=0.001" in out
+    assert (
+        batch.returncode == 1
+        and "bad seed 0: failed: FloatingPointError: diverged at lr=0.001"
+        in out
+    )
     status = dmr(tmp_path, "status", "tiny")
-    assert "1 of 2 done, 1 failed" in status.communicate()[0] and status.returncode == 1
+    assert (
+        "1 of 2 done, 1 failed" in status.communicate()[0]
+        and status.returncode == 1
+    )
     tail = dmr(tmp_path, "tail", "bad")
     assert "raise FloatingPointError" in tail.communicate()[0]
-    budget = dmr(tmp_path, "batch", "tiny", "--retry-failed", "--budget-hours", "0.00000001")
+    budget = dmr(
+        tmp_path,
+        "batch",
+        "tiny",
+        "--retry-failed",
+        "--budget-hours",
+        "0.00000001",
+    )
     out, _ = budget.communicate(timeout=120)
-    assert budget.returncode == 3 and "time budget" in out  # what was asked for has not been begun
+    # what was asked for has not been begun
+    assert budget.returncode == 3 and "time budget" in out
 
 
-def test_streams_are_listed_and_fetched_through_the_command(capsys, monkeypatch):
+def test_streams_are_listed_and_fetched_through_the_command(
+    capsys, monkeypatch
+):
     asked = []
-    monkeypatch.setattr("dmr.streams.fetch", lambda name, progress=True: asked.append((name, progress)) or "here")
-    assert main(["streams", "fetch", "text8", "--quiet"]) == 0 and asked == [("text8", False)]
+    monkeypatch.setattr(
+        "dmr.text.load.fetch",
+        lambda name, progress=True: asked.append((name, progress)) or "here",
+    )
+    assert main(["streams", "fetch", "text8", "--quiet"]) == 0 and asked == [
+        ("text8", False)
+    ]
     assert main(["streams"]) == 0 and "shakespeare" in capsys.readouterr().out
-    assert main(["streams", "fetch"]) == 2 and "name a stream to fetch" in capsys.readouterr().err
-    assert main(["streams", "list", "text8"]) == 2 and "dmr streams fetch text8" in capsys.readouterr().err
+    assert (
+        main(["streams", "fetch"]) == 2
+        and "name a stream to fetch" in capsys.readouterr().err
+    )
+    assert (
+        main(["streams", "list", "text8"]) == 2
+        and "dmr streams fetch text8" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", ["tail", "why"])
-def test_a_table_of_another_kind_beside_the_studies_is_passed_over(capsys, tmp_path, monkeypatch, command):
+def test_a_table_of_another_kind_beside_the_studies_is_passed_over(
+    capsys, tmp_path, monkeypatch, command
+):
     project(tmp_path, "seeds: [0]\n")
     (tmp_path / "results").mkdir(exist_ok=True)
     (tmp_path / "results/speed.csv").write_text("measure,value\nstep,2\n")
@@ -180,12 +297,16 @@ def test_a_table_of_another_kind_beside_the_studies_is_passed_over(capsys, tmp_p
 
 
 def test_a_reader_of_a_pipe_may_leave_early(tmp_path):
-    "`dmr batch tiny --dry-run | head -1` ends without a traceback or a complaint; the plan is longer than a pipe holds."
+    """`dmr batch tiny --dry-run | head -1` ends without a traceback or a
+    complaint; the plan is longer than a pipe holds.
+    """
     project(tmp_path, "seeds: [" + ", ".join(map(str, range(4000))) + "]\n")
     code = "import sys; from dmr.cli import main; sys.exit(main())"
     with open(tmp_path / "said", "w+") as said:
         plan = [sys.executable, "-c", code, "batch", "tiny", "--dry-run"]
-        shown = subprocess.Popen(plan, cwd=tmp_path, stdout=subprocess.PIPE, stderr=said, text=True)
+        shown = subprocess.Popen(
+            plan, cwd=tmp_path, stdout=subprocess.PIPE, stderr=said, text=True
+        )
         first = shown.stdout.readline()
         shown.stdout.close()
         assert shown.wait(60) == 141 and "4000 waiting" in first
@@ -193,9 +314,17 @@ def test_a_reader_of_a_pipe_may_leave_early(tmp_path):
         assert said.read() == ""
 
 
-@pytest.mark.parametrize(("kind", "name"), [("stream", "text8"), ("model", "smollm2-135m")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("stream", "text8"), ("model", "smollm2-135m")]
+)
 def test_lists_of_what_is_on_offer_take_no_name(kind, name, capsys):
     assert main([f"{kind}s", "list", name]) == 2
-    assert f"to bring a {kind} here: dmr {kind}s fetch {name}" in capsys.readouterr().err
+    assert (
+        f"to bring a {kind} here: dmr {kind}s fetch {name}"
+        in capsys.readouterr().err
+    )
     assert main([f"{kind}s", "fetch"]) == 2
-    assert f"name a {kind} to fetch: dmr {kind}s fetch {name}" in capsys.readouterr().err
+    assert (
+        f"name a {kind} to fetch: dmr {kind}s fetch {name}"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""What a practitioner does: pip install, and fifteen lines with torch and dmr only; what an import costs."""
+"""What a practitioner does: pip install, and fifteen lines with torch and dmr
+only; what an import costs.
+"""
 
 import email
 import shutil
@@ -42,62 +44,151 @@ def closure(*names):
         if name not in found:
             found.add(name)
             needs = map(Requirement, requires(name) or [])
-            todo += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+            todo += [
+                need.name
+                for need in needs
+                if need.marker is None or need.marker.evaluate({"extra": ""})
+            ]
     return found
 
 
 @pytest.mark.slow
 def test_an_empty_environment_needs_torch_numpy_and_einops_only(tmp_path):
-    """`pip install .` without an index; of this environment's packages the new one may use torch, numpy, einops and what these need.
+    """`pip install .` without an index; of this environment's packages the new
+    one may use torch, numpy, einops and what these need.
 
-    pip itself and the build backend are lent as well: they are part of no running program.
+    pip itself and the build backend are lent as well: they are part of no
+    running program.
     """
     assert len(SCRIPT.splitlines()) == 15
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "dmr", source / "dmr", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    shutil.copytree(
+        ROOT / "dmr",
+        source / "dmr",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    for name in (
+        "settings.ini",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")],
+        check=True,
+    )
     python = tmp_path / "venv" / "bin" / "python"
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    ask = [
+        python,
+        "-c",
+        "import sysconfig; print(sysconfig.get_path('purelib'))",
+    ]
+    site = Path(
+        subprocess.run(
+            ask, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
     lent = sysconfig.get_path("purelib")
     (site / "elsewhere.pth").write_text(lent + "\n")
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    install = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", str(source)]  # resolves what settings.ini declares
-    done = subprocess.run(install, capture_output=True, text=True, cwd=tmp_path, env=clean)
+    # resolves what settings.ini declares
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-build-isolation",
+        str(source),
+    ]
+    done = subprocess.run(
+        install, capture_output=True, text=True, cwd=tmp_path, env=clean
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (site / "dmr" / "routing.py").exists() and (site / "dmr" / "py.typed").exists()
-    hidden = ("fastcore", "nbdev", "execnb", "IPython", "papermill", "pandas", "matplotlib", "seaborn", "scipy", "tqdm", "yaml", "nbformat")
-    blocker = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in hidden)  # an import of these raises
+    assert (site / "dmr" / "routing.py").exists() and (
+        site / "dmr" / "py.typed"
+    ).exists()
+    hidden = (
+        "fastcore",
+        "nbdev",
+        "execnb",
+        "IPython",
+        "papermill",
+        "pandas",
+        "matplotlib",
+        "seaborn",
+        "scipy",
+        "tqdm",
+        "yaml",
+        "nbformat",
+    )
+    # an import of these raises
+    blocker = "import sys\n" + "".join(
+        f"sys.modules[{name!r}] = None\n" for name in hidden
+    )
     script = tmp_path / "script.py"
-    loaded = f"files = {{m: str(getattr(x, '__file__', '')) for m, x in sys.modules.items()}}\nlent = {lent!r}\n"
-    loaded += "print(*sorted({m.split('.')[0] for m, file in files.items() if file.startswith(lent)}))\n"
+    loaded = (
+        "files = {m: str(getattr(x, '__file__', '')) for m, x in"
+        f" sys.modules.items()}}\nlent = {lent!r}\n"
+    )
+    loaded += (
+        "print(*sorted({m.split('.')[0] for m, file in files.items() if"
+        " file.startswith(lent)}))\n"
+    )
     script.write_text(blocker + SCRIPT + "print(dmr.__file__)\n" + loaded)
-    done = subprocess.run([python, script], capture_output=True, text=True, cwd=tmp_path, env=clean)
+    done = subprocess.run(
+        [python, script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=clean,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[2] for line in lines[:3]] == ["4", "8", "8"]  # rank 4 a domain, capped at half of fan_in
-    assert Path(lines[3]).is_relative_to(site)  # the installed package, not the working tree
+    # rank 4 a domain, capped at half of fan_in
+    assert [line.split()[2] for line in lines[:3]] == ["4", "8", "8"]
+    # the installed package, not the working tree
+    assert Path(lines[3]).is_relative_to(site)
     assert "'alpha'" in lines[2]
     assert "torch" in lines[4].split()
-    owners, needed = packages_distributions(), closure("torch", "numpy", "einops")
-    strangers = {m for m in lines[4].split() if not {canonicalize_name(d) for d in owners.get(m, [])} & needed}
-    assert not strangers, f"the script loaded {strangers}, which dmr does not declare"
+    owners, needed = (
+        packages_distributions(),
+        closure("torch", "numpy", "einops"),
+    )
+    strangers = {
+        m
+        for m in lines[4].split()
+        if not {canonicalize_name(d) for d in owners.get(m, [])} & needed
+    }
+    assert not strangers, (
+        f"the script loaded {strangers}, which dmr does not declare"
+    )
 
 
 def test_importing_dmr_is_quick_and_brings_no_notebook_tooling():
-    """Over torch: `import dmr` alone, and with every name that a routed loop uses. Processor time, the better of two runs."""
+    """Over torch: `import dmr` alone, and with every name that a routed loop
+    uses. Processor time, the better of two runs.
+    """
     code = (
-        "import sys, time, torch\n"
-        "before, start = set(sys.modules), time.process_time()\n"
-        "import dmr\n"
-        "alone = time.process_time() - start\n"
-        "dmr.MomentRouter, dmr.Projection, dmr.ReplayMix, dmr.Fixed, dmr.OverlapAware, dmr.inflation\n"
-        "print(alone, time.process_time() - start, *sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+        "import sys, time, torch\nbefore, start = set(sys.modules),"
+        " time.process_time()\nimport dmr\nalone = time.process_time() -"
+        " start\ndmr.MomentRouter, dmr.Projection, dmr.ReplayMix, dmr.Fixed,"
+        " dmr.OverlapAware, dmr.inflation\nprint(alone, time.process_time() -"
+        " start, *sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
-    assert min(float(run[0]) for run in runs) <= 0.05  # names load when they are asked for
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    # names load when they are asked for
+    assert min(float(run[0]) for run in runs) <= 0.05
     assert min(float(run[1]) for run in runs) <= 0.3
     tooling = {"IPython", "nbdev", "fastcore", "execnb", "papermill", "nbformat", "nbclient", "jupyter_client", "ipykernel", "matplotlib",
                "seaborn", "pandas", "transformers", "yaml"}  # fmt: skip
@@ -107,32 +198,89 @@ def test_importing_dmr_is_quick_and_brings_no_notebook_tooling():
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_what_they_should(tmp_path):
     source = tmp_path / "source"
-    keep = shutil.ignore_patterns(".git", ".venv*", "_docs", "_proc", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    keep = shutil.ignore_patterns(
+        ".git",
+        ".venv*",
+        "_docs",
+        "_proc",
+        "runs",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        ".*_cache",
+    )
     shutil.copytree(ROOT, source, ignore=keep)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path / "dist"),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,), (archive,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
-    modules = {f"dmr/{p.name}" for p in (ROOT / "dmr").glob("*.py")}
+    (wheel,), (archive,) = (
+        (tmp_path / "dist").glob("*.whl"),
+        (tmp_path / "dist").glob("*.tar.gz"),
+    )
+    modules = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "dmr").rglob("*.py")
+        if not {"book", "verdict", "__pycache__"} & set(p.parts)
+    }
 
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
-        metadata = email.message_from_bytes(z.read(next(n for n in names if n.endswith("METADATA"))))
-        entries = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+        metadata = email.message_from_bytes(
+            z.read(next(n for n in names if n.endswith("METADATA")))
+        )
+        entries = z.read(
+            next(n for n in names if n.endswith("entry_points.txt"))
+        ).decode()
     assert modules | {"dmr/py.typed"} <= names
     outside = {n.split("/")[0] for n in names} - {"dmr"}
-    assert all(n.endswith(".dist-info") for n in outside), f"the wheel carries {outside}"
+    assert all(n.endswith(".dist-info") for n in outside), (
+        f"the wheel carries {outside}"
+    )
     assert any("LICENSE" in n for n in names) and "dmr" in entries
 
-    assert metadata["Name"] == "moment-routing" and metadata["Requires-Python"] == ">=3.10"
-    for field in ("Version", "Summary", "License-Expression" if "License-Expression" in metadata else "License", "Keywords"):
+    assert (
+        metadata["Name"] == "moment-routing"
+        and metadata["Requires-Python"] == ">=3.10"
+    )
+    for field in (
+        "Version",
+        "Summary",
+        "License-Expression" if "License-Expression" in metadata else "License",
+        "Keywords",
+    ):
         assert metadata[field], f"no {field}"
     assert metadata.get_all("Classifier")
     assert metadata["Description-Content-Type"].startswith("text/markdown")
-    assert (ROOT / "README.md").read_text(encoding="utf-8").strip()[:400] in metadata.get_payload(decode=True).decode()
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip()[
+        :400
+    ] in metadata.get_payload(decode=True).decode()
     core = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert sorted(r.split(">")[0].split("[")[0].strip() for r in core) == ["einops", "numpy", "torch"]
+    assert sorted(r.split(">")[0].split("[")[0].strip() for r in core) == [
+        "einops",
+        "numpy",
+        "torch",
+    ]
 
     with tarfile.open(archive) as t:
         inside = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
-    assert modules | {"dmr/py.typed", "README.md", "LICENSE", "settings.ini", "setup.py", "pyproject.toml"} <= inside
+    assert (
+        modules
+        | {
+            "dmr/py.typed",
+            "README.md",
+            "LICENSE",
+            "settings.ini",
+            "setup.py",
+            "pyproject.toml",
+        }
+        <= inside
+    )

@@ -1,4 +1,6 @@
-"""The tree: exports in step with the notebooks, clean notebooks, README from its notebook, no words that must not be there."""
+"""The tree: exports in step with the notebooks, clean notebooks, README from
+its notebook, no words that must not be there.
+"""
 
 import configparser
 import json
@@ -13,14 +15,41 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = {".py", ".md", ".ipynb", ".ini", ".toml", ".yml", ".yaml", ".txt", ".cff", ".css", ".js", ".csv"}
+TEXT = {
+    ".py",
+    ".md",
+    ".ipynb",
+    ".ini",
+    ".toml",
+    ".yml",
+    ".yaml",
+    ".txt",
+    ".cff",
+    ".css",
+    ".js",
+    ".csv",
+}
 
 
 def project_files():
     "Files that belong to the project: no built, cached or downloaded ones."
-    skip = {".git", ".venv", "_docs", "_proc", "runs", "build", "dist", "__pycache__", "node_modules", ".hypothesis"}
+    skip = {
+        ".git",
+        ".venv",
+        "_docs",
+        "_proc",
+        "runs",
+        "build",
+        "dist",
+        "__pycache__",
+        "node_modules",
+        ".hypothesis",
+    }
     for path in sorted(ROOT.rglob("*")):
-        built = any(p in skip or p.endswith((".egg-info", "_cache", "_checkpoints")) for p in path.relative_to(ROOT).parts)
+        built = any(
+            p in skip or p.endswith((".egg-info", "_cache", "_checkpoints"))
+            for p in path.relative_to(ROOT).parts
+        )
         if path.is_file() and not built:
             yield path
 
@@ -33,48 +62,81 @@ def rebuilt(tmp_path_factory):
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    for module in (copy / "dmr").glob("*.py"):
+    for module in (copy / "dmr").rglob("*.py"):
         if module.name not in ("__init__.py", "_modidx.py"):
             module.unlink()
     bin_dir = Path(sys.executable).parent
     for command in ("nbdev_clean", "nbdev_export"):
-        subprocess.run([bin_dir / command], cwd=copy, check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "dmr.readme", str(copy)], cwd=copy, check=True, capture_output=True)
+        subprocess.run(
+            [bin_dir / command], cwd=copy, check=True, capture_output=True
+        )
+    subprocess.run(
+        [sys.executable, "-m", "dmr.book.home", str(copy)],
+        cwd=copy,
+        check=True,
+        capture_output=True,
+    )
     return copy
 
 
 def test_dmr_is_what_the_notebooks_export(rebuilt):
-    mine = {p.name: p.read_text() for p in (ROOT / "dmr").glob("*.py")}
-    theirs = {p.name: p.read_text() for p in (rebuilt / "dmr").glob("*.py")}
+    mine, theirs = (
+        {
+            p.relative_to(root).as_posix(): p.read_text()
+            for p in (root / "dmr").rglob("*.py")
+            if "__pycache__" not in p.parts
+        }
+        for root in (ROOT, rebuilt)
+    )
     assert sorted(mine) == sorted(theirs), "run `make export` and commit dmr/"
     stale = [name for name in mine if mine[name] != theirs[name]]
-    assert not stale, f"{stale} differ from what the notebooks export: run `make export` and commit dmr/"
+    assert not stale, (
+        f"{stale} differ from what the notebooks export: run `make export` and"
+        " commit dmr/"
+    )
 
 
 def test_notebooks_are_clean(rebuilt):
-    books = [p.relative_to(ROOT) for p in project_files() if p.suffix == ".ipynb"]
-    dirty = [str(p) for p in books if (ROOT / p).read_text() != (rebuilt / p).read_text()]
+    books = [
+        p.relative_to(ROOT) for p in project_files() if p.suffix == ".ipynb"
+    ]
+    dirty = [
+        str(p)
+        for p in books
+        if (ROOT / p).read_text() != (rebuilt / p).read_text()
+    ]
     assert not dirty, f"run nbdev_clean on {dirty}"
 
 
 def test_readme_is_its_notebook(rebuilt):
-    assert (ROOT / "README.md").read_text() == (rebuilt / "README.md").read_text(), "run `make export` and commit README.md"
-    for figure in re.findall(r"\]\((nbs/assets/[\w.-]+)\)", (ROOT / "README.md").read_text()):
+    assert (ROOT / "README.md").read_text() == (
+        rebuilt / "README.md"
+    ).read_text(), "run `make export` and commit README.md"
+    for figure in re.findall(
+        r"\]\((nbs/assets/[\w.-]+)\)", (ROOT / "README.md").read_text()
+    ):
         assert (ROOT / figure).read_bytes() == (rebuilt / figure).read_bytes()
 
 
 def test_badges_say_what_is_so():
     from xml.etree import ElementTree
 
-    from dmr.claims import judged, read_answers
+    from dmr.verdict.rules import judged, read_answers
 
     text = (ROOT / "README.md").read_text()
-    found = re.findall(r"\[!\[([^\]]+)\]\((nbs/assets/badge-[a-z]+\.svg)\)\]\(([^)]+)\)", text)
+    found = re.findall(
+        r"\[!\[([^\]]+)\]\((nbs/assets/badge-[a-z]+\.svg)\)\]\(([^)]+)\)", text
+    )
     assert len(found) == 5
     for words, picture, link in found:
         drawn = ElementTree.parse(ROOT / picture).getroot()  # well-formed
-        assert drawn.get("aria-label").replace(":", "") == words and (ROOT / link).is_file()
-    assert f"claims judged {len(judged(read_answers()[1]))} of 10" in {words for words, *_ in found}
+        assert (
+            drawn.get("aria-label").replace(":", "") == words
+            and (ROOT / link).is_file()
+        )
+    assert f"claims judged {len(judged(read_answers()[1]))} of 10" in {
+        words for words, *_ in found
+    }
 
 
 def test_no_notebook_holds_an_error_or_lacks_its_opening():
@@ -82,69 +144,153 @@ def test_no_notebook_holds_an_error_or_lacks_its_opening():
         if path.suffix != ".ipynb":
             continue
         cells = json.loads(path.read_text())["cells"]
-        errors = [o["ename"] for c in cells if c["cell_type"] == "code" for o in c["outputs"] if o.get("output_type") == "error"]
+        errors = [
+            o["ename"]
+            for c in cells
+            if c["cell_type"] == "code"
+            for o in c["outputs"]
+            if o.get("output_type") == "error"
+        ]
         assert not errors, f"{path.name} was committed with {errors}"
-        opening = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-        assert opening.startswith("# ") and "\n> " in opening, f"{path.name} must open with a title and a one-line quote"
+        opening = next(
+            "".join(c["source"]) for c in cells if c["cell_type"] == "markdown"
+        )
+        assert opening.startswith("# ") and "\n> " in opening, (
+            f"{path.name} must open with a title and a one-line quote"
+        )
 
 
 def test_words_that_must_not_be_there():
-    hosts = ["py" + "pi.org", "python" + "hosted", "npm" + "js", "deb." + "debian"]
+    hosts = [
+        "py" + "pi.org",
+        "python" + "hosted",
+        "npm" + "js",
+        "deb." + "debian",
+    ]
     folders = ["/" + name + "/" for name in ("work", "farm", "root")]
-    unfinished = ["Not" + "ImplementedError", r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", "pip install " + "dmr\\b", "assert " + "True\\b"]
-    pattern = re.compile("|".join([re.escape(w) for w in hosts + folders] + unfinished))
+    unfinished = [
+        "Not" + "ImplementedError",
+        r"\bTO" + r"DO\b",
+        r"\bFIX" + r"ME\b",
+        "pip install " + "dmr\\b",
+        "assert " + "True\\b",
+    ]
+    pattern = re.compile(
+        "|".join([re.escape(w) for w in hosts + folders] + unfinished)
+    )
     found = []
     for path in project_files():
-        if path.suffix in TEXT and path.relative_to(ROOT).parts[:2] != ("nbs", "assets"):
+        if path.suffix in TEXT and path.relative_to(ROOT).parts[:2] != (
+            "nbs",
+            "assets",
+        ):
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".ipynb":  # outputs may carry base64 figures
                 text = "\n".join("".join(c["source"]) + json.dumps([{k: v for k, v in o.items() if k != "data"} | {"data": {
                     m: d for m, d in o.get("data", {}).items() if not m.startswith("image/")}} for o in c.get("outputs", [])])
                     for c in json.loads(text)["cells"])  # fmt: skip
-            found += [f"{path.relative_to(ROOT)}: {m.group(0)}" for m in pattern.finditer(text)]
+            found += [
+                f"{path.relative_to(ROOT)}: {m.group(0)}"
+                for m in pattern.finditer(text)
+            ]
     assert not found, found
 
 
 def test_spelling(tmp_path):
-    "codespell over the prose: markdown cells, exported docstrings and comments, README, changelog."
+    """codespell over the prose: markdown cells, exported docstrings and
+    comments, README, changelog.
+    """
     for path in project_files():
         if path.suffix == ".ipynb":
             cells = json.loads(path.read_text())["cells"]
-            prose = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+            prose = "\n\n".join(
+                "".join(c["source"])
+                for c in cells
+                if c["cell_type"] == "markdown"
+            )
             (tmp_path / f"{path.stem}.md").write_text(prose)
-        elif path.suffix == ".md" or path.parent.name == "dmr" and path.suffix == ".py":
+        elif (
+            path.suffix == ".md"
+            or path.parent.name == "dmr"
+            and path.suffix == ".py"
+        ):
             shutil.copy(path, tmp_path / path.name)
-    done = subprocess.run([Path(sys.executable).parent / "codespell", "-L", "nd,te,ot", "."], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "codespell", "-L", "nd,te,ot", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_no_cell_needs_the_environment_on_the_path():
-    "`make test` runs `.venv/bin/nbdev_test` without activating `.venv`: programs are started by the interpreter's own path."
-    started = re.compile(r"""(?:subprocess\.\w+|Popen)\(\s*\[\s*["'](?!git\b|sleep\b)\w|^\s*!|^%%(?:bash|sh)\b""", re.MULTILINE)
-    assert started.search('subprocess.run(["dmr", "run"])') and not started.search('subprocess.run(["git", "log"])')
+    """`make test` runs `.venv/bin/nbdev_test` without activating `.venv`:
+    programs are started by the interpreter's own path.
+    """
+    started = re.compile(
+        r"""(?:subprocess\.\w+|Popen)\(\s*\[\s*["'](?!git\b|sleep\b)\w|^\s*!|^%%(?:bash|sh)\b""",
+        re.MULTILINE,
+    )
+    assert started.search(
+        'subprocess.run(["dmr", "run"])'
+    ) and not started.search('subprocess.run(["git", "log"])')
     found = []
     for path in project_files():
         if path.suffix == ".ipynb":
-            sources = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-            found += [f"{path.relative_to(ROOT)}: {m.group(0)}" for s in sources for m in started.finditer(s)]
+            sources = [
+                "".join(c["source"])
+                for c in json.loads(path.read_text())["cells"]
+                if c["cell_type"] == "code"
+            ]
+            found += [
+                f"{path.relative_to(ROOT)}: {m.group(0)}"
+                for s in sources
+                for m in started.finditer(s)
+            ]
     assert not found, found
 
 
 def test_links_between_notebooks_lead_somewhere():
-    "`[text](chapter.ipynb#heading)`: the notebook is there, and so is the heading, written as the site writes its anchors."
-    link, found, seen = re.compile(r"\]\(([\w./-]+\.ipynb)(?:#([^)\s]+))?\)"), [], 0
+    """`[text](chapter.ipynb#heading)`: the notebook is there, and so is the
+    heading, written as the site writes its anchors.
+    """
+    link, found, seen = (
+        re.compile(r"\]\(([\w./-]+\.ipynb)(?:#([^)\s]+))?\)"),
+        [],
+        0,
+    )
     for path in ROOT.glob("nbs/**/*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
-            for name, anchor in link.findall("".join(cell["source"]) if cell["cell_type"] == "markdown" else ""):
+            for name, anchor in link.findall(
+                "".join(cell["source"])
+                if cell["cell_type"] == "markdown"
+                else ""
+            ):
                 target, seen = path.parent / name, seen + 1
                 if not target.exists():
                     found.append(f"{path.relative_to(ROOT)}: {name}")
                 elif anchor:
-                    prose = ["".join(c["source"]) for c in json.loads(target.read_text())["cells"] if c["cell_type"] == "markdown"]
-                    titles = re.findall(r"^#+ (.*)$", "\n".join(prose), re.MULTILINE)
-                    heads = {re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles}
+                    prose = [
+                        "".join(c["source"])
+                        for c in json.loads(target.read_text())["cells"]
+                        if c["cell_type"] == "markdown"
+                    ]
+                    titles = re.findall(
+                        r"^#+ (.*)$", "\n".join(prose), re.MULTILINE
+                    )
+                    heads = {
+                        re.sub(r"[^\w -]", "", t)
+                        .strip()
+                        .lower()
+                        .replace(" ", "-")
+                        for t in titles
+                    }
                     if anchor not in heads:
-                        found.append(f"{path.relative_to(ROOT)}: {name}#{anchor}; it has {sorted(heads)}")
+                        found.append(
+                            f"{path.relative_to(ROOT)}: {name}#{anchor}; it has"
+                            f" {sorted(heads)}"
+                        )
     assert seen > 20 and not found, found
 
 
@@ -156,15 +302,30 @@ def settings():
 
 def test_the_pinned_environment_satisfies_what_is_declared():
     cfg = settings()
-    needs = [need for key in cfg if key.endswith("requirements") for need in cfg[key].split()]
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    needs = [
+        need
+        for key in cfg
+        if key.endswith("requirements")
+        for need in cfg[key].split()
+    ]
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
     pins = {name.lower().replace("_", "-"): pin for name, pin in pins.items()}
     for need in map(Requirement, needs):
         pin = pins.get(need.name.lower().replace("_", "-"))
         assert pin, f"constraints.txt does not pin {need.name}"
-        assert need.specifier.contains(pin), f"constraints.txt pins {need.name}=={pin}, settings.ini asks for {need.specifier}"
+        assert need.specifier.contains(pin), (
+            f"constraints.txt pins {need.name}=={pin}, settings.ini asks for"
+            f" {need.specifier}"
+        )
         installed = version(need.name).split("+")[0]
-        assert installed == pin, f"{need.name} {installed} is installed, constraints.txt pins {pin}: run `make setup`"
+        assert installed == pin, (
+            f"{need.name} {installed} is installed, constraints.txt pins {pin}:"
+            " run `make setup`"
+        )
 
 
 def test_one_version_everywhere():
@@ -177,9 +338,21 @@ def test_one_version_everywhere():
 
 
 def test_make_help_lists_the_targets():
-    out = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("run", "test", "test-slow", "lab", "docs", "preview", "export"):
-        assert re.search(rf"make {target} ", out), f"make help does not list {target}"
+    out = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for target in (
+        "run",
+        "test",
+        "test-slow",
+        "lab",
+        "docs",
+        "preview",
+        "export",
+    ):
+        assert re.search(rf"make {target} ", out), (
+            f"make help does not list {target}"
+        )
 
 
 def test_the_core_imports_without_the_extras():
@@ -202,17 +375,26 @@ for _ in range(3):
 router.consolidate()
 print(router.summary())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "protected    1" in done.stdout
 
 
 def test_every_public_function_and_class_has_an_example():
-    from dmr.book import read_book
-    from dmr.reference import example_of, public_modules, read_usages
-    from dmr.site import is_shown
+    from dmr.book.chapters import read_book
+    from dmr.book.reference import example_of, public_modules, read_usages
+    from dmr.book.site import is_shown
 
     usages = read_usages(read_book(ROOT / "nbs"), is_shown)
-    public = [s for symbols in public_modules(ROOT).values() for s in symbols if s.kind != "value"]
+    public = [
+        s
+        for symbols in public_modules(ROOT).values()
+        for s in symbols
+        if s.kind != "value"
+    ]
     assert len(public) > 400
-    assert [f"{s.module}.{s.name}" for s in public if example_of(s, usages) is None] == []
+    assert [
+        f"{s.module}.{s.name}" for s in public if example_of(s, usages) is None
+    ] == []

@@ -1,4 +1,6 @@
-"""Tiny projects for the engine's tests: a template of a few lines and a study made of it."""
+"""Tiny projects for the engine's tests: a template of a few lines and a study
+made of it.
+"""
 
 import json
 import os
@@ -60,24 +62,45 @@ def notebook(path: Path, *cells: str) -> Path:
         )
         for i, c in enumerate(cells)
     ]
-    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel), cells=made)))
+    path.write_text(
+        json.dumps(
+            dict(
+                nbformat=4,
+                nbformat_minor=5,
+                metadata=dict(kernelspec=kernel),
+                cells=made,
+            )
+        )
+    )
     return path
 
 
-def project(root: Path, study: str, name: str = "tiny", cells: tuple[str, ...] = (PARAMETERS, BODY, EMIT)):
+def project(
+    root: Path,
+    study: str,
+    name: str = "tiny",
+    cells: tuple[str, ...] = (PARAMETERS, BODY, EMIT),
+):
     "A project folder with one template and one study; returns its folders."
-    from dmr.studies import find_project
+    from dmr.studies.study import find_project
 
     (root / "nbs/experiments/studies").mkdir(parents=True, exist_ok=True)
     notebook(root / "nbs/experiments/tiny.ipynb", *cells)
-    (root / f"nbs/experiments/studies/{name}.yaml").write_text("template: ../tiny.ipynb\n" + study)
+    (root / f"nbs/experiments/studies/{name}.yaml").write_text(
+        "template: ../tiny.ipynb\n" + study
+    )
     return find_project(root)
 
 
 def dmr(root: Path, *argv: str, **env: str) -> subprocess.Popen:
     "The command line in a process of its own, as a user starts it."
     return subprocess.Popen(
-        [sys.executable, "-c", "import sys; from dmr.cli import main; sys.exit(main())", *argv],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from dmr.cli import main; sys.exit(main())",
+            *argv,
+        ],
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -98,14 +121,17 @@ def wait_for(what, seconds: float = 60.0):
 
 
 def processes(root: Path) -> list[str]:
-    "Command lines of live processes that belong to a project: its supervisors, and kernels that they started."
+    """Command lines of live processes that belong to a project: its
+    supervisors, and kernels that they started.
+    """
     import psutil
 
     found = []
     for p in psutil.process_iter(["cmdline", "status", "environ"]):
         line = " ".join(p.info["cmdline"] or ())
         if p.info["status"] != psutil.STATUS_ZOMBIE and (
-            str(root) in line or (p.info["environ"] or {}).get("DMR_TEST_ROOT") == str(root)
+            str(root) in line
+            or (p.info["environ"] or {}).get("DMR_TEST_ROOT") == str(root)
         ):
             found.append(line)
     return found

@@ -1,0 +1,187 @@
+"""Lightning, for real on a small model: the callback routes exactly as a bare
+loop, with accumulation, clipping and bf16, and resumes.
+"""
+
+import logging
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+import lightning.pytorch as lightning
+
+from dmr.frameworks.lightning import LightningRouter
+from dmr.methods.projection import Projection
+from dmr.methods.replay import ReplayBuffer, ReplayMix
+from dmr.routing.router import MomentRouter
+from dmr.routing.strength import OverlapAware
+
+torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.simplefilter("ignore")
+
+
+class Regression(lightning.LightningModule):
+    "Two layers."
+
+    def __init__(self, weight_decay=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(12, 16), torch.nn.GELU(), torch.nn.Linear(16, 3)
+        )
+
+    def loss(self, batch):
+        x, y = batch
+        return (self.net(x).float() - y).square().mean()
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(
+            self.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+
+def data(batches=8, size=4):
+    generator = torch.Generator().manual_seed(1)
+    x, y = (
+        torch.randn(batches * size, 12, generator=generator),
+        torch.randn(batches * size, 3, generator=generator),
+    )
+    return torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=size
+    )
+
+
+def fit(
+    callback, folder, module=None, ckpt_path=None, more=(), batches=8, **options
+):
+    module = module or Regression()
+    trainer = lightning.Trainer(
+        max_epochs=8 // batches,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(more),
+        default_root_dir=folder,
+        callbacks=[callback, *more],
+        **options,
+    )
+    trainer.fit(module, data(batches), ckpt_path=ckpt_path)
+    return module
+
+
+def made():
+    return Projection(rank=3, every=1), "decoupled", OverlapAware(0.9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.05},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+        {"precision": "bf16-mixed"},
+    ],
+)
+def test_it_routes_as_a_bare_loop_does(options, tmp_path):
+    every, clip = (
+        options.get("accumulate_grad_batches", 1),
+        options.get("gradient_clip_val"),
+    )
+    boundaries = [2, 4] if every == 2 else [3, 8]
+    callback = LightningRouter(*made(), boundaries=boundaries)
+    module = fit(callback, tmp_path, **options)
+
+    bare = Regression()
+    optimizer = bare.configure_optimizers()
+    router = MomentRouter(bare, optimizer, *made())
+    for i, batch in enumerate(data()):
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled="precision" in options
+        ):
+            (bare.loss(batch) / every).backward()
+        if (i + 1) % every:
+            continue
+        if clip:
+            torch.nn.utils.clip_grad_norm_(bare.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (i + 1) // every in boundaries:
+            router.consolidate()
+    assert (
+        callback.router.steps == router.steps == 8 // every
+        and callback.router.domains == router.domains == 2
+    )
+    assert 0 < router.last["alpha"] < 0.9
+    for p, q in zip(module.parameters(), bare.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    plain = fit(LightningRouter(None), tmp_path, **options)
+    assert not torch.allclose(
+        next(plain.parameters()), next(module.parameters()), rtol=1e-4
+    )
+
+
+# within the first domain, at the boundary, and within the second
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_resumed_from_lightnings_checkpoint_it_is_bit_identical(step, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def run(resume=None):
+        callback = LightningRouter(*made(), boundaries=[4, 8])
+        keep = ModelCheckpoint(
+            tmp_path,
+            "at-{step}",
+            save_on_train_epoch_end=True,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        )
+        return (
+            fit(callback, tmp_path, ckpt_path=resume, more=[keep], batches=2),
+            callback,
+        )
+
+    whole, first = run()
+    resumed, second = run(str(tmp_path / f"at-{step}.ckpt"))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(whole.parameters(), resumed.parameters())
+    )
+    assert (
+        (second.router.steps, second.router.domains)
+        == (8, 2)
+        == (first.router.steps, first.router.domains)
+    )
+    assert all(
+        torch.equal(U, second.router.modification.bases[n])
+        for n, U in first.router.modification.bases.items()
+    )
+
+
+def test_replay_is_offered_the_batches(tmp_path):
+    module = Regression()
+    callback = LightningRouter(
+        ReplayMix(ReplayBuffer(0), module.loss, fraction=0.25),
+        "shared",
+        0.5,
+        boundaries=[4, 8],
+    )
+    fit(callback, tmp_path, module)
+    assert [r["windows"] for r in callback.reports] == [8, 16]
+
+
+def test_a_fit_is_a_domain_and_what_is_protected_stays(tmp_path):
+    callback, module = (
+        LightningRouter(Projection(rank=3, every=1)),
+        Regression(),
+    )
+    for _ in range(2):
+        fit(callback, tmp_path, module)
+    assert callback.router.domains == 2
+    assert callback.reports[1]["layers"]["net.0.weight"]["rank"] == 6

@@ -1,0 +1,291 @@
+"""transformers' Trainer and Accelerate, for real on a small model: they route
+as a bare loop does, with accumulation, clipping and bf16.
+"""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+import peft
+from transformers import Trainer, TrainingArguments
+
+from dmr.frameworks.lora import route_lora
+from dmr.frameworks.trainer import RoutedTrainer, RouterCallback
+from dmr.methods.projection import Projection
+from dmr.methods.replay import ReplayBuffer, ReplayMix
+from dmr.routing.router import MomentRouter
+from dmr.routing.strength import OverlapAware
+from dmr.training.pretrained import small_llama
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+LR = 3e-3
+
+
+def adapted(dtype=torch.float32):
+    model, _ = small_llama(width=16, layers=1, context=32)
+    torch.manual_seed(0)
+    return peft.get_peft_model(
+        model.to(dtype),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+
+
+def data(n=32):
+    rows = torch.randint(
+        0, 257, (n, 12), generator=torch.Generator().manual_seed(1)
+    )
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(folder, steps=8, **options):
+    given = dict(
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=LR,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        seed=0,
+    )
+    return TrainingArguments(output_dir=str(folder), **given | options)
+
+
+def made():
+    return Projection(rank=2, every=1), "decoupled", OverlapAware(0.9)
+
+
+def over(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+
+class InOrder(Trainer):
+    """A Trainer that reads its data in order, so that a bare loop can read the
+    same.
+    """
+
+    def _get_train_sampler(self, *args, **options):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def bare_loop(
+    boundaries, every=1, clip=None, dtype=torch.float32, autocast=False
+):
+    model = adapted(dtype)
+    optimizer = over(model)
+    router = route_lora(model, optimizer, *made(), protect="both")
+    rows, step = torch.stack([r["input_ids"] for r in data()]), 0
+    for i, batch in enumerate(rows.split(4)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=batch, labels=batch).loss
+        (loss / every).backward()
+        if (i + 1) % every:
+            continue
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step in boundaries:
+            router.consolidate()
+    return model, router
+
+
+def close(a, b, rtol=1e-4, atol=1e-5):
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "bare"),
+    [
+        ({}, {}),
+        ({"gradient_accumulation_steps": 2}, {"every": 2}),
+        ({"max_grad_norm": 0.02}, {"clip": 0.02}),
+        (
+            {"gradient_accumulation_steps": 2, "max_grad_norm": 0.02},
+            {"every": 2, "clip": 0.02},
+        ),
+        ({"bf16": True}, {"autocast": True}),
+    ],
+)
+def test_the_trainer_routes_as_a_bare_loop_does(options, bare, tmp_path):
+    steps = 8 // bare.get("every", 1)
+    boundaries = [steps // 2, steps]
+    callback = RouterCallback(*made(), protect="both", boundaries=boundaries)
+    trainer = InOrder(
+        adapted(),
+        arguments(tmp_path, steps, **options),
+        train_dataset=data(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    model, router = bare_loop(boundaries, **bare)
+    assert (
+        callback.router.steps == router.steps == steps
+        and callback.router.domains == router.domains == 2
+    )
+    assert (
+        callback.router.last["alpha"]
+        == pytest.approx(router.last["alpha"], rel=1e-3)
+        and router.last["alpha"] < 0.9
+    )
+    close(trainer.model, model, *((2e-2, 1e-3) if "bf16" in options else ()))
+
+
+def test_weights_in_bf16_keep_their_bases_in_fp32(tmp_path):
+    callback = RouterCallback(*made(), protect="both", boundaries=[4, 8])
+    trainer = Trainer(
+        adapted(torch.bfloat16),
+        arguments(tmp_path),
+        train_dataset=data(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert {U.dtype for U in callback.router.modification.bases.values()} == {
+        torch.float32
+    }
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+# within the first domain, at the boundary, within the second
+@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("method", ["projection", "replay"])
+def test_resumed_from_the_trainers_checkpoint_it_is_bit_identical(
+    step, method, tmp_path
+):
+    def run(resume=None):
+        model = adapted()
+        loss_fn = lambda batch: model(**batch).loss
+        how = (
+            made()
+            if method == "projection"
+            else (
+                ReplayMix(ReplayBuffer(0), loss_fn, fraction=0.25),
+                "decoupled",
+                0.5,
+            )
+        )
+        callback = RouterCallback(*how, protect="both", boundaries=[4, 8])
+        args = arguments(
+            tmp_path,
+            save_strategy="steps",
+            save_steps=2,
+            gradient_accumulation_steps=2,
+        )
+        trainer = RoutedTrainer(
+            model, args, train_dataset=data(64), router=callback
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model, callback
+
+    whole, first = run()
+    resumed, second = run(str(tmp_path / f"checkpoint-{step}"))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(whole.parameters(), resumed.parameters())
+    )
+    assert (
+        (second.router.steps, second.router.domains)
+        == (first.router.steps, first.router.domains)
+        == (8, 2)
+    )
+
+
+@pytest.mark.parametrize("attach", ["before", "after"])
+def test_accelerate_routes_as_a_bare_loop_does(attach):
+    """Accumulation and clipping by Accelerate; the router attached before or
+    after `prepare`.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = adapted()
+    optimizer = over(model)
+    router = (
+        route_lora(model, optimizer, *made(), protect="both")
+        if attach == "before"
+        else None
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    router = router or route_lora(model, optimizer, *made(), protect="both")
+    for i, batch in enumerate(
+        torch.stack([r["input_ids"] for r in data()]).split(4)
+    ):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.02)
+            optimizer.step()
+            optimizer.zero_grad()
+        if i + 1 in (4, 8):
+            router.consolidate()
+    bare, other = bare_loop([2, 4], every=2, clip=0.02)
+    assert router.steps == other.steps == 4
+    close(model, bare)
+
+
+def test_accelerates_checkpoint_and_the_routers_resume_bit_identically(
+    tmp_path,
+):
+    from accelerate import Accelerator
+
+    def begin():
+        accelerator = Accelerator(cpu=True)
+        model = adapted()
+        optimizer = over(model)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        router = route_lora(model, optimizer, *made(), protect="both")
+        accelerator.register_for_checkpointing(router)
+        return accelerator, model, optimizer, router
+
+    def steps(parts, accelerator, model, optimizer, router):
+        for batch in parts:
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    rows = torch.stack([r["input_ids"] for r in data()]).split(4)
+    whole = begin()
+    steps(rows[:4], *whole)
+    whole[3].consolidate()
+    steps(rows[4:5], *whole)
+    whole[0].save_state(str(tmp_path / "kept"))
+    steps(rows[5:], *whole)
+    resumed = begin()
+    steps(rows[:1], *resumed)  # so that there is a state to be replaced
+    resumed[0].load_state(str(tmp_path / "kept"))
+    steps(rows[5:], *resumed)
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(whole[1].parameters(), resumed[1].parameters())
+    )
+    assert (resumed[3].steps, resumed[3].domains) == (8, 1)
+
+
+def test_a_full_model_is_routed_by_the_same_two_lines(tmp_path):
+    callback = RouterCallback(
+        Projection(rank=2, every=1), "shared", 0.9, boundaries=[4, 8]
+    )
+    model, _ = small_llama(width=16, layers=1, context=32)
+    Trainer(
+        model, arguments(tmp_path), train_dataset=data(), callbacks=[callback]
+    ).train()
+    assert (
+        isinstance(callback.router, MomentRouter)
+        and callback.router.domains == 2
+    )
+    assert all("proj" in name for name in callback.router.modification.bases)

@@ -1,0 +1,456 @@
+"""Batches: kill -9 anywhere, two at once, stop, budget, and a cluster with a
+worker that dies. Nothing lost, nothing counted twice.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+from tiny import dmr, processes, project, wait_for
+
+from dmr.studies.batch import (
+    Batch,
+    Refused,
+    bring_back,
+    clock,
+    need_devices,
+    preflight,
+    run_batch,
+)
+from dmr.studies.plan import make_plan
+from dmr.studies.run import FAILED, KILLED, OK
+from dmr.studies.study import read_study
+from dmr.studies.table import read_rows
+
+STAGES = "seeds: 0..{}\ndefaults: {{mode: stages}}\nlimits: {{wall: 5 min}}\n"
+
+
+def check_complete(folders, n):
+    "Every run is done once, with one row, from whole stages."
+    study = read_study(folders.studies / "tiny.yaml")
+    plan = make_plan(study, folders)
+    assert plan.counts() == {OK: n}
+    rows = read_rows(folders.results / "tiny.csv")
+    assert Counter(r["seed"] for r in rows) == Counter(
+        {str(p.cell.seed): 1 for p in plan.runs}
+    )
+    assert {r["stages"] for r in rows} == {"4"}
+    assert all(p.run.result["metrics"]["stages"] == 4 for p in plan.runs)
+
+
+def journal_of(root):
+    return [
+        line.split() for line in (root / "journal.txt").read_text().splitlines()
+    ]
+
+
+def test_durations():
+    assert [clock(s) for s in (0.4, 59, 150, 7200)] == [
+        "0 s",
+        "59 s",
+        "2 min 30 s",
+        "2 h 00 min",
+    ]
+
+
+def test_a_batch_that_cannot_work_is_refused(tmp_path, monkeypatch):
+    plan = make_plan(
+        read_study(project(tmp_path, "seeds: [0, 1]\n").studies / "tiny.yaml"),
+        project(tmp_path, "seeds: [0, 1]\n"),
+    )
+    preflight(plan, 2)
+    with pytest.raises(Refused, match="make room"):
+        preflight(plan, 10**12)
+    monkeypatch.setattr("dmr.studies.batch.RUN_MEMORY", 1e18)
+    with pytest.raises(Refused, match="one run needs about"):
+        preflight(plan, 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        Refused, match="papermill, ipykernel, psutil not installed"
+    ):
+        preflight(plan, 2)
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_run(
+    tmp_path, monkeypatch
+):
+    made = project(tmp_path, "seeds: [0, 1]\n")
+    plan = make_plan(read_study(made.studies / "tiny.yaml"), made)
+    need_devices(plan.runs)
+    for p in plan.runs[:1]:
+        p.cell.parameters["device"] = "cuda:0"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        Refused, match="1 of 2 runs name device='cuda:0'.*-p device cpu"
+    ):
+        need_devices(plan.runs)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    need_devices(plan.runs)
+
+
+def test_files_from_elsewhere_come_with_the_marker_last(tmp_path, monkeypatch):
+    import zlib
+
+    written = []
+    monkeypatch.setattr(
+        "dmr.studies.batch.write_atomic",
+        lambda path, data: written.append(path.name),
+    )
+    bring_back(
+        tmp_path,
+        {
+            n: zlib.compress(b"{}")
+            for n in (
+                "done.json",
+                "result.json",
+                "output.ipynb",
+                "stranger.txt",
+            )
+        },
+    )
+    assert written == ["output.ipynb", "result.json", "done.json"]
+
+
+def test_exit_codes_of_a_batch(tmp_path):
+    folders = project(tmp_path, "seeds: [0, 1]\n")
+    plan = make_plan(read_study(folders.studies / "tiny.yaml"), folders)
+    a, b = (p.name for p in plan.runs)
+
+    def code(first, second, interrupted=""):
+        return Batch(
+            plan, {a: dict(state=first), b: dict(state=second)}, interrupted
+        ).exit_code
+
+    assert (
+        code(OK, OK),
+        code(OK, FAILED),
+        code(OK, KILLED),
+        code(OK, KILLED, "stopped"),
+    ) == (0, 1, 1, 3)
+    assert Batch(plan, {a: dict(state=OK)}).exit_code == 3
+    # a failure does not hide that runs are left
+    assert Batch(plan, {a: dict(state=FAILED)}).exit_code == 3
+    assert code(FAILED, KILLED, "stopped") == 3
+
+
+@pytest.mark.slow
+def test_a_batch_and_its_failures(tmp_path):
+    folders = project(
+        tmp_path, "arms: {good: {}, raises: {mode: raise}, dies: {mode: die}}\n"
+    )
+    batch = run_batch(
+        read_study(folders.studies / "tiny.yaml"),
+        folders,
+        workers=2,
+        how="quiet",
+    )
+    assert {p.cell.arm: s["state"] for p, s in batch.failed} == {
+        "raises": FAILED,
+        "dies": KILLED,
+    } and batch.exit_code == 1
+    tries = {
+        o["run"].partition("-")[0]: o.get("attempts")
+        for o in batch.outcomes.values()
+    }
+    assert tries == {
+        "good": 1,
+        "raises": 1,
+        "dies": 3,
+    }, "only infrastructure failures are tried again"
+    rows = {r["arm"]: r for r in read_rows(folders.results / "tiny.csv")}
+    assert set(rows) == {"good", "raises"} and rows["raises"][
+        "error"
+    ].startswith("FloatingPointError")
+    again = run_batch(
+        read_study(folders.studies / "tiny.yaml"), folders, how="quiet"
+    )
+    assert [n.partition("-")[0] for n in again.outcomes] == ["dies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_9_of_anything_at_any_time(tmp_path, seed):
+    """Driver, supervisors and kernels are killed at random moments, again and
+    again; then the batch is let finish.
+    """
+    folders, rng = project(tmp_path, STAGES.format(3)), random.Random(seed)
+    env = dict(
+        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
+        DMR_TEST_ROOT=str(tmp_path),
+    )
+    for i in range(5):
+        batch = dmr(
+            tmp_path, "batch", "tiny", "--workers", "2", "--quiet", **env
+        )
+        time.sleep(rng.uniform(1, 12))
+        victims = [
+            p
+            for p in psutil.process_iter(["environ"])
+            if (p.info["environ"] or {}).get("DMR_TEST_ROOT") == str(tmp_path)
+        ]
+        driver_too = i % 2 == 0
+        for p in (
+            victims
+            if rng.random() < 0.5
+            else rng.sample(victims, min(2, len(victims)))
+        ):
+            if driver_too or p.pid != batch.pid:
+                try:
+                    p.send_signal(signal.SIGKILL)
+                except psutil.NoSuchProcess:
+                    pass
+        batch.kill()
+        batch.communicate()
+    last = dmr(tmp_path, "batch", "tiny", "--workers", "2", **env)
+    out, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, out
+    check_complete(folders, 4)
+    wait_for(lambda: not processes(tmp_path), 60)
+
+
+@pytest.mark.slow
+def test_two_batches_on_one_folder(tmp_path):
+    folders = project(tmp_path, STAGES.format(4))
+    env = dict(
+        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
+        DMR_TEST_ROOT=str(tmp_path),
+    )
+    both = [
+        dmr(tmp_path, "batch", "tiny", "--workers", "2", **env)
+        for _ in range(2)
+    ]
+    said = [b.communicate(timeout=300)[0] for b in both]
+    assert [b.returncode for b in both] == [0, 0], said
+    check_complete(folders, 5)
+    assert Counter(
+        (run, stage) for run, stage, _ in journal_of(tmp_path)
+    ) == Counter({(f"-{s}", str(k)): 1 for s in range(5) for k in range(4)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_everything_resumable(tmp_path, number):
+    folders = project(tmp_path, STAGES.format(2))
+    env = dict(
+        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
+        DMR_TEST_ROOT=str(tmp_path),
+    )
+    batch = dmr(tmp_path, "batch", "tiny", "--workers", "2", **env)
+    wait_for(
+        lambda: (
+            (tmp_path / "journal.txt").exists()
+            and len(journal_of(tmp_path)) >= 3
+        )
+    )
+    batch.send_signal(number)
+    out, _ = batch.communicate(timeout=120)
+    assert batch.returncode == 3 and signal.Signals(number).name in out
+    wait_for(lambda: not processes(tmp_path), 60)
+    status = dmr(tmp_path, "status", "tiny", "--json")
+    states = Counter(
+        r["state"] for r in json.loads(status.communicate()[0])["tiny"]
+    )
+    assert set(states) <= {OK, KILLED, "waiting"} and states[KILLED] >= 1
+    again = dmr(tmp_path, "batch", "tiny", **env)
+    assert again.communicate(timeout=200) and again.returncode == 0
+    check_complete(folders, 3)
+    twice = [
+        k
+        for k, n in Counter(
+            (run, stage) for run, stage, _ in journal_of(tmp_path)
+        ).items()
+        if n > 1
+    ]
+    assert len(twice) <= 2, (
+        "at most the stage at work of each run is made again"
+    )
+
+
+@pytest.mark.slow
+def test_status_after_the_driver_died(tmp_path):
+    project(tmp_path, "defaults: {mode: hang}\nseeds: [0, 1]\n")
+    batch = dmr(
+        tmp_path, "batch", "tiny", "--workers", "1", DMR_TEST_ROOT=str(tmp_path)
+    )
+    wait_for(
+        lambda: any(
+            "mode hang" in log.read_text()
+            for log in tmp_path.glob("runs/tiny/*/log.txt")
+        )
+    )
+    at_work = dmr(tmp_path, "status", "tiny").communicate()[0]
+    assert "1 running, 1 waiting" in at_work
+    batch.kill()
+    batch.communicate()
+    wait_for(lambda: not processes(tmp_path), 60)
+    assert (
+        "1 killed, 1 waiting"
+        in dmr(tmp_path, "status", "tiny").communicate()[0]
+    )
+    assert "mode hang" in dmr(tmp_path, "tail", "seed-0").communicate()[0]
+
+
+@pytest.mark.slow
+def test_code_that_changes_under_a_batch_stops_it(tmp_path):
+    from tiny import BODY, EMIT, PARAMETERS, notebook
+
+    folders = project(tmp_path, STAGES.format(3))
+    env = dict(
+        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
+        DMR_TEST_ROOT=str(tmp_path),
+    )
+    batch = dmr(tmp_path, "batch", "tiny", "--workers", "1", **env)
+    wait_for(lambda: (tmp_path / "journal.txt").exists())
+    notebook(
+        tmp_path / "nbs/experiments/tiny.ipynb",
+        PARAMETERS,
+        BODY,
+        EMIT.replace("lr * 10", "lr * 20"),
+    )
+    out, _ = batch.communicate(timeout=120)
+    assert (
+        batch.returncode == 3
+        and "the code is not the one that was planned: template: 1 code cell changed"
+        in out
+    )
+    assert not read_rows(folders.results / "tiny.csv")
+
+
+@pytest.mark.slow
+def test_a_study_in_pieces(tmp_path):
+    folders = project(tmp_path, STAGES.format(3) + "estimate: 5 s\n")
+    env = dict(
+        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
+        DMR_TEST_ROOT=str(tmp_path),
+    )
+    codes = []
+    for _ in range(8):
+        piece = dmr(
+            tmp_path,
+            "batch",
+            "tiny",
+            "--workers",
+            "1",
+            "--budget-hours",
+            str(25 / 3600),
+            **env,
+        )
+        piece.communicate(timeout=120)
+        codes.append(piece.returncode)
+        if codes[-1] == 0:
+            break
+    assert codes[-1] == 0 and set(codes[:-1]) <= {3}, codes
+    check_complete(folders, 4)
+
+
+@pytest.mark.slow
+def test_a_cluster_with_a_worker_killed(tmp_path):
+    """Scheduler and workers in processes of their own; a worker dies with a run
+    in it; every run is made once.
+    """
+    folders = project(tmp_path, STAGES.format(5))
+    env = {
+        **os.environ,
+        "DMR_TEST_JOURNAL": str(tmp_path / "journal.txt"),
+        "DMR_TEST_ROOT": str(tmp_path),
+    }
+    address = tmp_path / "scheduler.json"
+    here = dict(
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    dask = [sys.executable, "-m", "distributed.cli"]
+    scheduler = subprocess.Popen(
+        [*dask, "dask_scheduler"][:2]
+        + [
+            "distributed.cli.dask_scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--no-dashboard",
+            "--scheduler-file",
+            str(address),
+        ],
+        **here,
+    )
+    workers = []
+    try:
+        wait_for(lambda: address.exists() and address.stat().st_size)
+        tcp = json.loads(address.read_text())["address"]
+        workers = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "distributed.cli.dask_worker",
+                    tcp,
+                    "--nthreads",
+                    "1",
+                    "--no-nanny",
+                    "--no-dashboard",
+                    "--local-directory",
+                    str(tmp_path / f"w{i}"),
+                ],
+                **here,
+            )
+            for i in range(2)
+        ]
+        batch = dmr(
+            tmp_path,
+            "batch",
+            "tiny",
+            "--scheduler",
+            tcp,
+            DMR_TEST_JOURNAL=env["DMR_TEST_JOURNAL"],
+            DMR_TEST_ROOT=str(tmp_path),
+        )
+        wait_for(
+            lambda: (
+                (tmp_path / "journal.txt").exists()
+                and len(journal_of(tmp_path)) >= 3
+            ),
+            120,
+        )
+        workers[0].kill()
+        out, _ = batch.communicate(timeout=400)
+        assert batch.returncode == 0, out
+        check_complete(folders, 6)
+    finally:
+        for p in (*workers, scheduler):
+            p.kill()
+            p.wait()
+    wait_for(lambda: not processes(tmp_path), 60)
+
+
+@pytest.mark.slow
+def test_two_workers_on_two_cores(tmp_path):
+    """Runs side by side: two at a time take little more than half of one at a
+    time, where there are two free cores.
+    """
+    if (os.cpu_count() or 1) < 2 or os.getloadavg()[0] > 0.8 * (
+        os.cpu_count() or 1
+    ):
+        pytest.skip(
+            f"needs two free cores; the load is {os.getloadavg()[0]:.1f}"
+        )
+    walls = {}
+    for n in (1, 2):
+        folders = project(tmp_path / str(n), "seeds: 0..5\n")
+        walls[n] = run_batch(
+            read_study(folders.studies / "tiny.yaml"),
+            folders,
+            workers=n,
+            how="quiet",
+        ).wall_s
+    assert walls[2] < 0.62 * walls[1], walls

@@ -1,0 +1,438 @@
+"""Study files, plans and tables: what counts as done, what changed, and what a
+table shows.
+"""
+
+import json
+import shutil
+import time
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import BODY, EMIT, PARAMETERS, notebook, project
+
+from dmr.studies.identity import (
+    changed_parts,
+    code_digest,
+    module_hashes,
+    package_folder,
+)
+from dmr.studies.plan import (
+    accept,
+    make_plan,
+    prepare_planned,
+    results_of,
+    table_rows,
+    why,
+)
+from dmr.studies.run import OK
+from dmr.studies.study import (
+    StudyError,
+    combinations,
+    find_project,
+    list_studies,
+    load_results,
+    read_study,
+)
+from dmr.studies.table import (
+    Ledger,
+    pack_losses,
+    read_rows,
+    row_key,
+    unpack_losses,
+)
+
+STUDY = "seeds: [0, 1]\narms: {slow: {lr: 1e-3}, fast: {lr: 1e-2}}\n"
+
+
+def finish(plan, only=slice(None), loss=1.0):
+    "Leave planned runs as if they had been made."
+    import hashlib
+
+    for p in plan.runs[only]:
+        run = prepare_planned(p, plan)
+        result = json.dumps(dict(metrics=dict(loss=loss)))
+        (run.folder / "result.json").write_text(result)
+        (run.folder / "done.json").write_text(
+            json.dumps(
+                dict(
+                    id=p.identity.id,
+                    wall_s=1.0,
+                    sha256=hashlib.sha256(result.encode()).hexdigest(),
+                )
+            )
+        )
+
+
+def plan_of(folders, name="tiny"):
+    return make_plan(read_study(folders.studies / f"{name}.yaml"), folders)
+
+
+@pytest.mark.parametrize(
+    "text, line, said",
+    [
+        ("sedes: [1]", 2, "did you mean 'seeds'"),
+        ("arms:\n  a: {lr: -1}", 3, "outside (0, inf)"),
+        ("arms:\n  a: {}\n  b: {lr: quick}", 4, "lr takes a number"),
+        ("defaults:\n  moed: plain", 3, "did you mean 'mode'"),
+        ("defaults: {mode: plian}", 2, "did you mean 'plain'"),
+        ("grid:\n  seed: [1]\n  lr: []", 4, "grid takes a list"),
+        ("seeds: 5..1", 2, "such as 0..9"),
+        ("limits:\n  wall: soon", 3, "no quantity"),
+        ("defaults: {checkpoint: /tmp}", 2, "set by the engine"),
+        ("arms: {a: {lr: 1, lr: 2}}", 2, "appears twice"),
+        ("arms: {a: {}\n", 3, ""),
+    ],
+)
+def test_errors_name_the_line(tmp_path, text, line, said):
+    folders = project(tmp_path, text)
+    with pytest.raises(StudyError) as e:
+        read_study(folders.studies / "tiny.yaml")
+    assert str(e.value).startswith(f"tiny.yaml:{line}: ") and said in str(
+        e.value
+    ), str(e.value)
+
+
+def test_a_study_file_is_never_executed(tmp_path):
+    target = tmp_path / "made"
+    folders = project(
+        tmp_path, f"title: !!python/object/apply:pathlib.Path.touch [{target}]"
+    )
+    with pytest.raises(StudyError):
+        read_study(folders.studies / "tiny.yaml")
+    assert not target.exists()
+
+
+def test_the_projects_own_studies_can_be_read():
+    folders = find_project(package_folder().parent)
+    paths = list_studies(folders)
+    assert "demo" in [p.stem for p in paths]
+    for path in paths:
+        assert read_study(path).cells
+    demo = read_study(folders.studies / "demo.yaml")
+    assert (
+        {c.seed for c in demo.cells} == {0, 1}
+        and len(demo.cells) == 2 * len({c.arm for c in demo.cells})
+        and not demo.record
+    )
+    assert all(
+        c.parameters["steps"] * (1 - c.parameters["beta2"]) >= 5
+        and c.parameters["state"] == "kept"
+        for c in demo.cells
+    )
+    assert {
+        (
+            c.parameters["modification"],
+            c.parameters["routing"],
+            c.parameters["strength"],
+        )
+        for c in demo.cells
+        if c.parameters["modification"] != "none"
+    } >= {
+        ("projection", "shared", "fixed"),
+        ("projection", "decoupled", "fixed"),
+        ("projection", "decoupled", "overlap"),
+        ("projection", "displacement", "fixed"),
+        ("replay", "shared", "fixed"),
+        ("replay", "decoupled", "fixed"),
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from("abc"),
+        st.lists(st.integers(), min_size=1, max_size=3, unique=True),
+        max_size=3,
+    ),
+    st.integers(0, 3),
+)
+def test_a_grid_is_the_whole_product_without_repeats(grid, n):
+    zipped = dict(y=list(range(n)), z=list(range(n))) if n else {}
+    found = [tuple(sorted(c.items())) for c in combinations(grid, zipped)]
+    size = max(n, 1)
+    for values in grid.values():
+        size *= len(values)
+    assert len(found) == len(set(found)) == size
+    assert all(dict(c).get("y") == dict(c).get("z") for c in found)
+
+
+SOURCES = [
+    "x = f(1, b=2)",
+    "def f(a, *b, c=1, **d):\n    return [i for i in a if i]",
+    "async def g():\n    await h()\n",
+    "x: int = 3\nx += 1",
+    "with a as b, c: pass",
+    "f'{x!r:>{w}} {y}'",
+    "lambda *, a: a",
+    "try:\n    pass\nexcept (A, B) as e:\n    raise C from e",
+    "match x:\n    case {'a': [1, *r]} if r: pass\n    case _: pass",
+    "a[1:2, ::3] = b @ c ** -d",
+    "x = 1; y = None; z = ...; w = 1j; v = b'a'",
+]
+
+
+def test_code_in_normal_form_tells_code_from_layout():
+    import ast
+
+    digests = [code_digest(s) for s in SOURCES]
+    assert len(set(digests)) == len(SOURCES)
+    for source, digest in zip(SOURCES, digests):
+        assert code_digest(ast.unparse(ast.parse(source))) == digest
+        assert code_digest(f"# note\n\n{source}\n\n'prose'  # more") == digest
+
+
+def test_identity_follows_the_imports_of_the_real_package():
+    found = module_hashes(["from dmr.training.loop import train_stream"])
+    assert {
+        "dmr.training.loop",
+        "dmr.routing.router",
+        "dmr.text.load",
+        "dmr.training.model",
+    } <= set(found)
+    assert not {
+        "dmr.reporting.report",
+        "dmr.reporting.figures",
+        "dmr.cli",
+        "dmr.studies.batch",
+        "dmr.book.site",
+    } & set(found)
+
+
+def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    for name, text in dict(
+        __init__="__version__ = '1'",
+        used="from .deep import x",
+        deep="x = 1",
+        other="y = 1",
+    ).items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(
+        "dmr.studies.identity.package_folder",
+        lambda package_name="dmr": package,
+    )
+    folders = project(
+        tmp_path / "p",
+        STUDY,
+        cells=(PARAMETERS, "from dmr.used import x", EMIT),
+    )
+    finish(plan_of(folders))
+    assert plan_of(folders).counts() == {"ok": 4}
+    (package / "__init__.py").write_text("__version__ = '2'")
+    (package / "other.py").write_text("y = 2")
+    (package / "deep.py").write_text(
+        "'''A docstring.'''\nx   =  1   # a comment"
+    )
+    assert plan_of(folders).counts() == {"ok": 4}
+    (package / "deep.py").write_text("x = 2")
+    plan = plan_of(folders)
+    assert plan.counts() == {"waiting": 4} and all(
+        len(p.stale) == 1 for p in plan.runs
+    )
+    said = why(plan.runs[0].stale[0].run_id, folders)
+    assert any("dmr.deep" in line for line in said) and not any(
+        "dmr.used" in line for line in said
+    )
+
+
+@pytest.mark.parametrize(
+    "edit, done",
+    [
+        (lambda p, b, e: (p, "# a comment\n" + b, e), True),
+        (
+            lambda p, b, e: (p.replace("# a label", "# another label"), b, e),
+            True,
+        ),
+        (lambda p, b, e: (p, b.replace("60_000_000", "50_000_000"), e), False),
+        # every run gives its own lr
+        (lambda p, b, e: (p.replace("lr = 1e-3 ", "lr = 5e-1 "), b, e), True),
+        (lambda p, b, e: (p + "new = 1\n", b, e), False),
+        (lambda p, b, e: (p, b, e, "1 + 1"), False),
+    ],
+)
+def test_edits_of_the_template(tmp_path, edit, done):
+    folders = project(tmp_path, STUDY)
+    finish(plan_of(folders))
+    notebook(
+        tmp_path / "nbs/experiments/tiny.ipynb", *edit(PARAMETERS, BODY, EMIT)
+    )
+    assert plan_of(folders).counts() == ({"ok": 4} if done else {"waiting": 4})
+
+
+def test_a_new_cell_leaves_the_others_done(tmp_path):
+    folders = project(tmp_path, STUDY)
+    finish(plan_of(folders))
+    (folders.studies / "tiny.yaml").write_text(
+        "template: ../tiny.ipynb\n" + STUDY.replace("[0, 1]", "[0, 1, 2]")
+    )
+    assert plan_of(folders).counts() == {"ok": 4, "waiting": 2}
+
+
+def test_acceptance_is_one_way_and_needs_a_reason(tmp_path):
+    folders = project(tmp_path, STUDY)
+    finish(plan_of(folders))
+    notebook(
+        tmp_path / "nbs/experiments/tiny.ipynb",
+        PARAMETERS,
+        BODY.replace("0.05", "0.06"),
+        EMIT,
+    )
+    plan = plan_of(folders)
+    with pytest.raises(ValueError, match="say why"):
+        accept(plan, " ")
+    accept(plan, "a pause does not count")
+    assert plan_of(folders).counts() == {"ok": 4}
+    notebook(
+        tmp_path / "nbs/experiments/tiny.ipynb",
+        PARAMETERS,
+        BODY.replace("0.05", "0.07"),
+        EMIT,
+    )
+    assert plan_of(folders).counts() == {"waiting": 4}
+    assert (
+        "a pause does not count"
+        in (folders.results / "tiny.code.json").read_text()
+    )
+    assert [
+        c["reason"] for c in accept(plan_of(folders), "nor does a longer one")
+    ] == ["nor does a longer one"]
+
+
+def test_a_later_acceptance_leaves_the_reasons_of_earlier_ones():
+    one = dict(part="dmr.a", old="1", new="2")
+    assert changed_parts(
+        {"dmr.a": "1", "dmr.b": "5"}, {"dmr.a": "2", "dmr.b": "6"}, [one]
+    ) == [dict(part="dmr.b", old="5", new="6")]
+    assert changed_parts({"dmr.a": "1"}, {"dmr.a": "3"}, [one]) == [
+        dict(part="dmr.a", old="1", new="3")
+    ]
+    assert (
+        changed_parts({"dmr.a": "1"}, {"dmr.a": "1"}) == []
+        and changed_parts({}, {"dmr.a": "1"})[0]["old"] is None
+    )
+
+
+def test_results_of_two_versions_are_never_in_one_table(tmp_path):
+    folders = project(tmp_path, STUDY)
+    finish(plan_of(folders), loss=1.0)
+    notebook(
+        tmp_path / "nbs/experiments/tiny.ipynb",
+        PARAMETERS,
+        BODY + "\nx = 1",
+        EMIT,
+    )
+    finish(plan_of(folders), slice(0, 1), loss=2.0)
+    study = read_study(folders.studies / "tiny.yaml")
+    with pytest.warns(
+        UserWarning, match="3 results were made by other code and are left out"
+    ):
+        table = load_results(study, folders)
+    assert list(table.status) == [
+        "ok",
+        "missing",
+        "missing",
+        "missing",
+    ] and table.loss.dropna().tolist() == [2.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both = load_results(study, folders, code="any")
+    assert both.groupby("code").loss.unique().map(list).tolist() in (
+        [[1.0], [2.0]],
+        [[2.0], [1.0]],
+    )
+
+
+def test_rows_count_as_done_on_a_new_machine(tmp_path):
+    folders = project(tmp_path, STUDY)
+    plan = plan_of(folders)
+    finish(plan, slice(0, 3))
+    plan = plan_of(folders)
+    ledger = plan.ledger
+    ledger.record([r for r in table_rows(plan) if r["status"] == OK])
+    ledger.remember(plan.runs[0].identity)
+    shutil.rmtree(folders.runs)
+    again = plan_of(folders)
+    assert again.counts() == {"ok": 3, "waiting": 1}
+    assert [r.get("metrics") for r in results_of(again)] == [
+        {"loss": 1.0}
+    ] * 3 + [None]
+    notebook(
+        tmp_path / "nbs/experiments/tiny.ipynb",
+        PARAMETERS,
+        BODY + "\nx = 1",
+        EMIT,
+    )
+    assert plan_of(folders).counts() == {"waiting": 4}
+    assert any("template" in line for line in why(again.runs[0].name, folders))
+    accept(plan_of(folders), "x is not used")
+    assert plan_of(folders).counts() == {"ok": 3, "waiting": 1}
+
+
+def test_a_damaged_result_is_made_again(tmp_path):
+    folders = project(tmp_path, STUDY)
+    finish(plan_of(folders))
+    (plan_of(folders).runs[0].run.folder / "result.json").write_text(
+        '{"metrics": {"loss": 0'
+    )
+    assert plan_of(folders).counts() == {"ok": 3, "waiting": 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.booleans(), st.data())
+def test_the_loss_matrix_survives_its_row(n, untrained, data):
+    order = data.draw(st.permutations([f"d{i}" for i in range(n)]))
+    loss = st.floats(0.1, 9)
+    records = [
+        dict(
+            stage=i,
+            domain=j,
+            trained_domain=order[i] if i >= 0 else None,
+            eval_domain=f"d{j}",
+            loss=data.draw(loss),
+        )
+        for i in range(-1 if untrained else 0, n)
+        for j in range(n)
+    ]
+    again = unpack_losses(json.loads(json.dumps(pack_losses(records))))
+    assert len(again) == len(records)
+    for a, b in zip(again, records):
+        assert {**a, "loss": 0} == {**b, "loss": 0} and a[
+            "loss"
+        ] == pytest.approx(b["loss"], rel=1e-6)
+
+
+def test_a_table_keeps_one_row_for_each_run_and_every_column(tmp_path):
+    ledger = Ledger(tmp_path / "t.csv", tmp_path / "t.json")
+    ledger.record([dict(cell="1", stream_hash=None, code="c", loss=1)])
+    ledger.record(
+        [
+            dict(cell="1", stream_hash=None, code="c", loss=2),
+            dict(
+                cell="2",
+                stream_hash=None,
+                code="c",
+                note='a "quoted", line\nbreak',
+            ),
+        ]
+    )
+    rows = read_rows(tmp_path / "t.csv")
+    assert [r["loss"] for r in rows] == ["2", ""] and rows[1][
+        "note"
+    ] == 'a "quoted", line\nbreak'
+    assert len({row_key(r) for r in rows}) == 2
+
+
+def test_a_plan_over_a_thousand_finished_runs_is_fast(tmp_path):
+    folders = project(tmp_path, "seeds: 0..999\n")
+    finish(plan_of(folders))
+    plan_of(folders)
+    times = []
+    for _ in range(3):
+        begin = time.process_time()
+        plan = plan_of(folders)
+        times.append(time.process_time() - begin)
+    assert plan.counts() == {"ok": 1000}
+    assert min(times) < 2
