@@ -51,7 +51,27 @@ _HOME = {
     "RouterCallback": "frameworks.trainer",
 }
 
-__all__ = [*_HOME]
+__all__ = [
+    "MomentRouter",
+    "ROUTINGS",
+    "Projection",
+    "ReplayMix",
+    "ReplayBuffer",
+    "Fixed",
+    "OverlapAware",
+    "Strength",
+    "Modification",
+    "LowRank",
+    "Dense",
+    "inflation",
+    "load_stream",
+    "load_results",
+    "build_model",
+    "load_pretrained",
+    "route_lora",
+    "restart_lora",
+    "RouterCallback",
+]
 
 
 def __getattr__(name: str) -> Any:

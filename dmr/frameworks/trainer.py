@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .callbacks import DomainCallback
-from ..training.loop import read_checkpoint, write_checkpoint
+from ..files import read_checkpoint, write_checkpoint
 
 # %% auto #0
 __all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']

@@ -597,7 +597,7 @@ class MomentRouter:
         made = {
             name: self.modification.edit(name, flight["grads"][name])
             for name in names
-        }  # type: ignore[union-attr]
+        }
         return {name: edit for name, edit in made.items() if edit is not None}
 
     def _may_edit(self, name: str) -> bool:

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
-import secrets
 import sys
 import time
 import zlib
@@ -31,12 +29,13 @@ from ..methods.replay import ReplayBuffer, ReplayMix
 from ..routing.router import GUARDS, ROUTINGS, MomentRouter
 from ..text.load import Domain, Stream, load_stream
 from ..routing.strength import Fixed, OverlapAware, Strength
+from ..files import read_checkpoint, write_checkpoint
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'DECAYS', 'LIMITS', 'Loss', 'MODIFICATIONS', 'seed_for', 'generator_for', 'sample_starts',
            'take_windows', 'evaluation_windows', 'evaluate', 'build_optimizer', 'horizon', 'rate_factor', 'Config',
-           'build_router', 'check_parameters', 'Hook', 'SecondBatch', 'write_checkpoint', 'read_checkpoint', 'Progress',
-           'consolidation_record', 'ContinualRun', 'prepare_stream', 'environment', 'plain', 'train_stream']
+           'build_router', 'check_parameters', 'Hook', 'SecondBatch', 'Progress', 'consolidation_record',
+           'ContinualRun', 'prepare_stream', 'environment', 'plain', 'train_stream']
 
 # %% ../../nbs/training/03_loop.ipynb #35548e27
 def seed_for(
@@ -596,42 +595,6 @@ class SecondBatch(Hook):
             take_windows(run.text, self.starts[step], run.config.context)
         )
         return (1 - self.weight) * loss + self.weight * second
-
-# %% ../../nbs/training/03_loop.ipynb #51f1adf2
-def write_checkpoint(
-    path: Path,  # file
-    state: dict,  # tensors, numbers, text; nested
-) -> None:
-    """Write atomically: the file is the old one or the new one, whatever
-    happens.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint(
-    path: Path,  # file
-) -> dict | None:  # None: there is none
-    """Read what `write_checkpoint` wrote. Raises ValueError where the file is
-    damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(e).__name__}:"
-            f" {str(e)[:80]}); delete it to start the run again"
-        ) from e
 
 # %% ../../nbs/training/03_loop.ipynb #29929617
 class Progress:
