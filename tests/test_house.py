@@ -1,0 +1,115 @@
+"""The house: rooms that stand on one another, read from the imports."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+#: Rooms by floor. A room imports only what stands on a floor below it.
+FLOORS = (
+    {"theory", "files"},
+    {"routing"},
+    {"methods", "text"},
+    {"frameworks"},
+    {"training"},
+    {"studies"},
+    {"reporting"},
+    {"verdict"},
+    {"book"},
+    {"cli"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules():
+    "Dotted names of the package's modules, and their files."
+    for path in sorted((ROOT / "dmr").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "_modidx":
+            yield ".".join(p for p in parts if p != "__init__"), path
+
+
+def imported(name, path, known):
+    "Modules that one imports, wherever in its text; for types alone, too."
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None]
+            base = ".".join(above) if node.level else ""
+            home = ".".join(x for x in (base, node.module) if x)
+            found = [home, *(f"{home}.{a.name}" for a in node.names)]
+        else:
+            continue
+        yield from {f for f in found if f in known} - {name}
+
+
+def graph():
+    files = dict(modules())
+    return {name: set(imported(name, p, files)) for name, p in files.items()}
+
+
+def room(module):
+    "`dmr.text.load` is in the room `text`, `dmr` itself in none."
+    return module.split(".")[1] if "." in module else None
+
+
+def test_every_module_has_a_room():
+    assert {room(m) for m in graph()} - {None} == set(FLOOR)
+
+
+def test_a_room_imports_only_rooms_below_it():
+    up = [
+        f"{module} -> {other}"
+        for module, others in graph().items()
+        for other in others
+        if room(module) and room(other) and room(module) != room(other)
+        if FLOOR[room(other)] >= FLOOR[room(module)]
+    ]
+    assert not up, up
+
+
+def test_no_circle():
+    left = {m: others - {"dmr"} for m, others in graph().items() if m != "dmr"}
+    while free := {m for m, others in left.items() if not others & set(left)}:
+        left = {m: others for m, others in left.items() if m not in free}
+    assert not left, {m: sorted(o & set(left)) for m, o in left.items()}
+
+
+def test_what_the_wheel_leaves_out_is_imported_by_nothing_in_it():
+    "Only the command line names verdict and book, inside functions."
+    outside = {"verdict", "book"}
+    wrong = [
+        f"{module} -> {other}"
+        for module, others in graph().items()
+        for other in others
+        if room(other) in outside and room(module) not in outside | {"cli"}
+    ]
+    assert not wrong, wrong
+
+
+def test_rooms_of_notebooks_and_tests_are_those_of_the_package():
+    "A newcomer who opens any folder should guess right what belongs there."
+    rooms = {r for r in FLOOR if (ROOT / "dmr" / r).is_dir()}
+    made_of_notebooks = rooms - {"verdict", "book"}  # both in nbs/making/
+    folders = {p.name for p in (ROOT / "nbs").iterdir() if p.is_dir()}
+    assert made_of_notebooks <= folders
+    tests = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()}
+    assert tests - {"__pycache__"} <= rooms
+
+
+def cells(limit):
+    "Exported cells that are longer than their room allows."
+    import json
+
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        allowed = limit.get(path.relative_to(ROOT / "nbs").parts[0], 60)
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if "#| export" in source and source.count("\n") > allowed:
+                yield f"{path.relative_to(ROOT)}: {source.count(chr(10))}"
+
+
+def test_exported_cells_can_be_read():
+    found = list(cells({"routing": 30, "methods": 30}))
+    assert not found, found
