@@ -2,6 +2,7 @@
 only; what an import costs.
 """
 
+import configparser
 import email
 import shutil
 import subprocess
@@ -284,3 +285,62 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         }
         <= inside
     )
+
+
+IMPORT_ALL = """
+import sys
+import torch._dynamo  # torch looks for some of them itself
+hidden, modules = set(sys.argv[1].split(",")), sys.argv[2].split(",")
+for name in [m for m in sys.modules if m.split(".")[0] in hidden]:
+    del sys.modules[name]
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+from importlib import import_module
+for module in modules:
+    try:
+        import_module(module)
+    except ImportError as error:
+        print(module, "|", error)
+"""
+
+
+def packages_of(extra):
+    "Names under which an extra's distributions are imported."
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini")
+    needs = cfg["DEFAULT"][f"{extra}_requirements"].split()
+    names = {canonicalize_name(Requirement(need).name) for need in needs}
+    return {
+        package
+        for package, owners in packages_distributions().items()
+        if {canonicalize_name(owner) for owner in owners} & names
+    }
+
+
+@pytest.mark.parametrize("extra", ["experiments", "cluster", "hf", "lightning"])
+def test_without_an_extra_every_module_imports_or_names_it(extra):
+    modules = [
+        ".".join(p for p in parts if p != "__init__")
+        for path in sorted((ROOT / "dmr").rglob("*.py"))
+        if (parts := path.relative_to(ROOT).with_suffix("").parts)
+        if not {"book", "verdict", "_modidx"} & set(parts)
+    ]
+    hidden = packages_of(extra) - {"torch", "numpy", "einops"}
+    assert len(modules) > 40 and hidden
+    code = [IMPORT_ALL, ",".join(hidden), ",".join(modules)]
+    done = subprocess.run(
+        [sys.executable, "-c", *code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    wrong = [
+        line
+        for line in done.stdout.splitlines()
+        if f"pip install 'moment-routing[{extra}]'" not in line
+    ]
+    assert not wrong, wrong
+    needing = {"hf": "dmr.frameworks.trainer", "lightning": "lightning"}
+    if extra in needing:
+        assert needing[extra] in done.stdout
