@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_folder', 'stream_folder', 'mended', 'write_cached', 'read_cached', 'sweep', 'work_folder', 'download',
-           'reporter', 'members', 'extract', 'source_key', 'text_path', 'fetch_texts', 'documents']
+           'reporter', 'members', 'source_key', 'text_path', 'fetch_texts', 'documents']
 
 # %% ../../nbs/text/03_archive.ipynb #8a38f015
 import hashlib
@@ -275,8 +275,8 @@ def members(
             if re.fullmatch(inside, name) and not name.endswith("/"):
                 yield name, archive.read(name)
 
-# %% ../../nbs/text/03_archive.ipynb #c69208fe
-def extract(
+# %% ../../nbs/text/03_archive.ipynb #72cc4bc6
+def _extract(
     source: Source,
     # the domain's archives, in the source's order
     paths: Sequence[Path],
@@ -345,7 +345,7 @@ def _downloader(
 
     return get
 
-# %% ../../nbs/text/03_archive.ipynb #ca5acdc3
+# %% ../../nbs/text/03_archive.ipynb #ff830b30
 def fetch_texts(
     sources: Sequence[Source],
     cache: str | os.PathLike[str] | None = None,  # see `cache_folder`
@@ -362,7 +362,7 @@ def fetch_texts(
         get = _downloader(missing, work, show)
         for source in missing:
             paths = [get(archive) for archive in source.archives]
-            data = _joined(source, extract(source, paths))
+            data = _joined(source, _extract(source, paths))
             write_cached(text_path(source, cache), data)
 
 # %% ../../nbs/text/03_archive.ipynb #7d8bf78f
