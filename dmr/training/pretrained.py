@@ -18,18 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmr.text.load import (
-    Archive,
-    _download,
-    _members,
-    _mend,
-    _progress,
-    _read,
-    _sweep,
-    _write,
-    blocks,
-    cache_folder,
-)
+from ..text.archive import cache_folder
+from ..text.archive import download as _download
+from ..text.archive import members as _members
+from ..text.archive import mended as _mend
+from ..text.archive import read_cached as _read
+from ..text.archive import reporter as _progress
+from ..text.archive import sweep as _sweep
+from ..text.archive import write_cached as _write
+from ..text.sources import Archive, blocks
 
 # %% auto #0
 __all__ = ['MODELS', 'Pinned', 'model_path', 'fetch_model', 'list_models', 'need', 'available_memory', 'check_memory',
