@@ -107,7 +107,7 @@ _MOVED: dict[str, tuple[str, ...]] = {
     },
     "probes": ("routing.probes",),
     "families": ("methods.registry",),
-    "streams": ("text.load",),
+    "streams": ("text.stream", "text.sources", "text.archive", "text.load"),
     "synthetic": ("text.synthetic",),
     "model": ("training.model",),
     "metrics": ("training.metrics",),
