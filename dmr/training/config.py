@@ -26,9 +26,9 @@ from ..theory import horizon
 from .model import SIZES, next_byte_loss
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'DECAYS', 'Loss', 'MODIFICATIONS', 'LIMITS', 'seed_for', 'generator_for', 'build_optimizer',
-           'rate_factor', 'next_byte_logit', 'for_language_model', 'Config', 'build_router', 'check_config',
-           'open_optimizer', 'check_parameters']
+__all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'LIMITS', 'seed_for', 'generator_for', 'build_optimizer', 'rate_factor',
+           'next_byte_logit', 'for_language_model', 'Config', 'build_router', 'check_config', 'open_optimizer',
+           'check_parameters']
 
 # %% ../../nbs/training/03_config.ipynb #35548e27
 def seed_for(
@@ -101,7 +101,7 @@ def build_optimizer(
 
 # %% ../../nbs/training/03_config.ipynb #df510297
 #: Schedules of the rate after the warm-up of each domain.
-DECAYS: tuple[str, ...] = ("none", "linear", "cosine")
+_DECAYS: tuple[str, ...] = ("none", "linear", "cosine")
 
 
 def rate_factor(
@@ -229,7 +229,7 @@ LIMITS: dict[str, str] = {
     "eps": "[0, inf)",
     "weight_decay": "[0, inf)",
     "warmup": "[0, 1)",
-    "decay": f"{{{', '.join(DECAYS)}}}",
+    "decay": f"{{{', '.join(_DECAYS)}}}",
     "state": "{kept, reset}",
     "routing": f"{{{', '.join(ROUTINGS)}}}",
     "strength": "{fixed, overlap}",

@@ -39,8 +39,7 @@ from dmr.training.pretrained import (
 )
 
 # %% auto #0
-__all__ = ['TARGETS', 'UNUSED', 'FinetuneConfig', 'adapted_model', 'window_errors', 'Restart', 'prior_text', 'moving_weights',
-           'FinetuneRun', 'finetune_stream']
+__all__ = ['TARGETS', 'UNUSED', 'FinetuneConfig', 'window_errors', 'Restart', 'FinetuneRun', 'finetune_stream']
 
 # %% ../../nbs/training/06_finetuning.ipynb #39c8bc9d
 #: Layers that get an adapter by default, by the ends of their names.
@@ -111,7 +110,7 @@ def _check_finetuning(config: FinetuneConfig) -> None:
         )
 
 # %% ../../nbs/training/06_finetuning.ipynb #6d451fdd
-def adapted_model(
+def _adapted_model(
     config: FinetuneConfig,
     # the model, its adapters open for training, and its tokenizer
 ) -> tuple[nn.Module, Any]:
@@ -203,7 +202,7 @@ class Restart(Hook):
         return {}
 
 # %% ../../nbs/training/06_finetuning.ipynb #6e9d8536
-def prior_text(
+def _prior_text(
     config: FinetuneConfig, stream: Stream
 ) -> tuple[str | None, dict[str, Tensor]]:  # hash, and its held-out text
     "The text that is never trained on. ValueError where the stream has it."
@@ -227,8 +226,8 @@ class _Adapted(StreamRun):
     def open(self) -> None:
         c = self.config
         texts = {d.name: d.test for d in self.stream}
-        self.prior_hash, prior = prior_text(c, self.stream)
-        self.model, self.tokenizer = adapted_model(c)
+        self.prior_hash, prior = _prior_text(c, self.stream)
+        self.model, self.tokenizer = _adapted_model(c)
         if c.lora_rank is not None:
             lora_layers(self.model)  # there are some
         size = (c.eval_windows, c.eval_bytes)
@@ -263,7 +262,7 @@ def _bytes(text: Tensor) -> bytes:
     return text.numpy().tobytes()
 
 # %% ../../nbs/training/06_finetuning.ipynb #fc7faf9f
-def moving_weights(
+def _moving_weights(
     model: nn.Module,
     merged: bool = False,  # are adapters merged at the boundaries?
 ) -> dict[str, Tensor]:  # name -> the weights, not a copy
@@ -320,13 +319,13 @@ class FinetuneRun(_Adapted):
     def state(self) -> dict[str, Any]:
         return {
             "windows": self.window_losses,
-            "moving": moving_weights(self.model, self.config.fresh),
+            "moving": _moving_weights(self.model, self.config.fresh),
             "optimizer": self.optimizer.state_dict(),
             "router": self.router.state_dict(),
         }
 
     def take(self, state: dict[str, Any]) -> None:
-        moving = moving_weights(self.model, self.config.fresh)
+        moving = _moving_weights(self.model, self.config.fresh)
         for name, p in moving.items():
             p.copy_(state["moving"][name])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -35,10 +35,8 @@ from .metrics import loss_matrix, summarize
 from .model import ByteLM, build_model, next_byte_loss
 
 # %% auto #0
-__all__ = ['sample_starts', 'take_windows', 'joint_starts', 'even_starts', 'evaluation_windows', 'evaluating', 'held_out_losses',
-           'mean_error', 'Hook', 'SecondBatch', 'progress_line', 'Progress', 'loss_records', 'consolidation_record',
-           'stage_record', 'environment', 'plain', 'check_same_run', 'run_result', 'prepare_stream', 'find_device',
-           'SteppedRun', 'StreamRun', 'ContinualRun', 'train_stream']
+__all__ = ['sample_starts', 'take_windows', 'even_starts', 'evaluation_windows', 'evaluating', 'held_out_losses', 'mean_error',
+           'Hook', 'SecondBatch', 'plain', 'SteppedRun', 'StreamRun', 'ContinualRun', 'train_stream']
 
 # %% ../../nbs/training/04_loop.ipynb #b19d46b3
 def sample_starts(
@@ -66,7 +64,7 @@ def take_windows(
     ]
 
 # %% ../../nbs/training/04_loop.ipynb #07308469
-def joint_starts(
+def _joint_starts(
     lengths: Sequence[int],  # bytes of each text
     context: int,  # bytes read per window; one more is predicted
     steps: int,  # batches
@@ -186,7 +184,7 @@ class SecondBatch(Hook):
         return (1 - self.weight) * loss + self.weight * second
 
 # %% ../../nbs/training/04_loop.ipynb #bf2e1b77
-def progress_line(
+def _progress_line(
     place: tuple[int, int],  # domain from 0, domains in the stream
     name: str,  # of the domain
     at: tuple[int, int],  # step from 0, steps a domain
@@ -213,7 +211,7 @@ def _terminal_bar(steps: int) -> Any:
     return tqdm(total=steps, unit="step", dynamic_ncols=True)
 
 # %% ../../nbs/training/04_loop.ipynb #29929617
-class Progress:
+class _Progress:
     "Says where a run is: domain, step, loss, speed, time left."
 
     def __init__(
@@ -261,7 +259,7 @@ class Progress:
         place, at = (stage, self.domains), (step, self.steps)
         speed = step * self.bytes_per_step / seconds
         left = todo * (now - self.began) / max(self.done, 1)
-        line = progress_line(place, name, at, loss.item(), speed, left)
+        line = _progress_line(place, name, at, loss.item(), speed, left)
         print(line, flush=True)
 
     def close(self) -> None:
@@ -270,7 +268,7 @@ class Progress:
             self.bar.close()
 
 # %% ../../nbs/training/04_loop.ipynb #6f6cebab
-def loss_records(
+def _loss_records(
     stage: int,  # the one just finished; -1: the untrained model
     trained: str | None,  # the domain of that stage
     losses: dict[str, Tensor],  # text -> (windows,) loss of each window
@@ -289,7 +287,7 @@ def loss_records(
     ]
 
 # %% ../../nbs/training/04_loop.ipynb #92b9eccd
-def consolidation_record(
+def _consolidation_record(
     report: dict[str, Any],  # from `router.consolidate()`
 ) -> dict[str, Any]:
     """What a stage records of the router's report: rank over fan-in, energy
@@ -311,7 +309,7 @@ def consolidation_record(
     }
 
 # %% ../../nbs/training/04_loop.ipynb #90744a45
-def stage_record(
+def _stage_record(
     losses: list[Tensor],  # of each step's batch
     measured: dict[str, list[float]],  # what the router measured, by name
     report: dict[str, Any],  # from `router.consolidate()`
@@ -326,14 +324,14 @@ def stage_record(
         "alpha_mean": mean.get("alpha"),
         "overlap_mean": mean.get("overlap"),
         **{name: mean.get(name) for name in names},
-        **consolidation_record(report),
+        **_consolidation_record(report),
         "train_loss": last.double().mean().item(),
         "train_s": seconds,
         "tokens_per_s": tokens / seconds,
     }
 
 # %% ../../nbs/training/04_loop.ipynb #bc52bcf7
-def environment(
+def _environment(
     config: Config,
 ) -> dict[str, Any]:
     "Where a run ran."
@@ -373,7 +371,7 @@ def plain(
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../../nbs/training/04_loop.ipynb #1db00874
-def check_same_run(
+def _check_same_run(
     path: Path,  # of the checkpoint, for the error
     saved: dict[str, Any],  # identity of the run that wrote it
     mine: dict[str, Any],  # identity of the run that reads it
@@ -443,13 +441,13 @@ class _Kept(ABC):
         state = read_checkpoint(path) if given else None
         if state is None:
             return
-        check_same_run(path, state["identity"], self.identity())
+        _check_same_run(path, state["identity"], self.identity())
         self.take(state)
         self.records, self.stages = state["records"], state["stages"]
         self.seconds = state["seconds"]
 
 # %% ../../nbs/training/04_loop.ipynb #da27b76c
-def run_result(run: _Kept) -> dict[str, Any]:
+def _run_result(run: _Kept) -> dict[str, Any]:
     "Schema, parameters, records, stages, metrics, and where they come from."
     matrix = loss_matrix(run.records)
     stream = {"stream_hash": run.stream.hash, "domains": run.stream.names}
@@ -461,7 +459,7 @@ def run_result(run: _Kept) -> dict[str, Any]:
             "stages": run.stages,
             "metrics": summarize(matrix.L, matrix.untrained),
             "identity": stream,
-            "environment": environment(run.config),
+            "environment": _environment(run.config),
             "wall_s": run.seconds,
         }
     )
@@ -471,7 +469,7 @@ class _Staged(_Kept):
     "Stage after stage: train, measure, write down."
 
     router: Any
-    progress: Progress
+    progress: _Progress
 
     @abstractmethod
     def train_domain(self) -> dict[str, Any]:
@@ -484,7 +482,7 @@ class _Staged(_Kept):
     def evaluate(self, stage: int) -> list[dict[str, Any]]:
         "One record for each held-out text, as the model stands."
         trained = self.stream[stage].name if stage >= 0 else None
-        return loss_records(stage, trained, self.measure())
+        return _loss_records(stage, trained, self.measure())
 
     def run_stage(self) -> None:
         "The next stage, from its first batch to its checkpoint."
@@ -526,10 +524,10 @@ class _Staged(_Kept):
 
     def result(self) -> dict[str, Any]:
         "What a run leaves behind: plain values that JSON can hold."
-        return run_result(self)
+        return _run_result(self)
 
 # %% ../../nbs/training/04_loop.ipynb #d6aa15a3
-def prepare_stream(
+def _prepare_stream(
     config: Config,
     # None: load the one that the configuration names
     stream: Stream | None = None,
@@ -561,7 +559,7 @@ def prepare_stream(
     return stream
 
 # %% ../../nbs/training/04_loop.ipynb #d2a6397e
-def find_device(name: str) -> torch.device:
+def _find_device(name: str) -> torch.device:
     "A device. Raises ValueError where this machine has none of that name."
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -626,7 +624,7 @@ class SteppedRun(_Staged):
         report = self.router.consolidate(interpolate=c.interpolate)
         seconds = time.perf_counter() - began
         read = c.steps * c.batch * c.context
-        record = stage_record(losses, measured, report, read, seconds)
+        record = _stage_record(losses, measured, report, read, seconds)
         for hook in self.hooks:
             record |= hook.end_domain(self)
         return record
@@ -648,8 +646,8 @@ class StreamRun(SteppedRun):
     ):
         super().__init__()
         check_config(config)
-        self.config, self.device = config, find_device(config.device)
-        self.stream = prepare_stream(config, stream)
+        self.config, self.device = config, _find_device(config.device)
+        self.stream = _prepare_stream(config, stream)
         self.open()
         self.optimizer = open_optimizer(config, self.model)
         self.router = build_router(
@@ -658,7 +656,7 @@ class StreamRun(SteppedRun):
         self.hooks = [*self.own_hooks(), *hooks]
         self.text = torch.empty(0, dtype=torch.uint8)
         size = config.batch * config.context * self.bytes_per_token
-        self.progress = Progress(
+        self.progress = _Progress(
             len(self.stream), config.steps, round(size), progress
         )
         self.restore()
@@ -687,7 +685,7 @@ class StreamRun(SteppedRun):
             texts = [self.read(domain) for domain in self.stream]
             generator = generator_for(c.seed, "joint", str(self.stage))
             lengths = [len(text) for text in texts]
-            return torch.cat(texts), joint_starts(lengths, *size, generator)
+            return torch.cat(texts), _joint_starts(lengths, *size, generator)
         text = self.read(self.domain)
         generator = generator_for(c.seed, "batches", self.domain.name)
         return text, sample_starts(len(text), *size, generator)

