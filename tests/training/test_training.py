@@ -3,6 +3,7 @@ the papermill template.
 """
 
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from tiny import SENTENCES, repeated_sentences
 
 import dmr.training.loop as training
+from dmr.files import write_checkpoint
 from dmr.routing.modification import Dense, Modification
 from dmr.text.load import Domain, Stream
 from dmr.training.config import (
@@ -120,7 +122,6 @@ def same(a, b) -> bool:
 
 
 # -- what a run is -------------------------------------------------------------
-# --------------------------------------
 
 
 def test_vanilla_is_the_plain_optimizer():
@@ -286,7 +287,6 @@ def test_dtype_and_inflation():
 
 
 # -- controls ------------------------------------------------------------------
-# --------------------------------------
 
 
 def test_second_batch_mixes_the_gradients():
@@ -401,7 +401,6 @@ def test_a_method_of_ones_own(monkeypatch):
 
 
 # -- stop and continue ---------------------------------------------------------
-# --------------------------------------
 
 
 class Cut(Hook):
@@ -502,8 +501,21 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         run(checkpoint=str(tmp_path), steps=1)
 
 
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run(checkpoint=str(tmp_path), steps=1)
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def full_disk(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path / "state.pt", {"n": 2})
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["state.pt"]
+
+
 # -- parameters ----------------------------------------------------------------
-# --------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -563,7 +575,6 @@ def test_torch_threads_are_given_back():
 
 
 # -- the template --------------------------------------------------------------
-# --------------------------------------
 
 
 def test_template_declares_the_same_parameters():
