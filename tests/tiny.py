@@ -135,3 +135,33 @@ def processes(root: Path) -> list[str]:
         ):
             found.append(line)
     return found
+
+
+SENTENCES = {
+    "prose": b"it was the best of times, it was the worst of times. ",
+    "code": b"def f(x):\n    return [y**2 for y in x if y > 0]\n",
+    "table": b"1.00;2.50;3.75;0.25;9.99\n7.10;0.02;4.40;8.80;1.23\n",
+}
+
+
+def repeated_sentences(noise: float = 0.0):  # share of random bytes
+    "A stream of three domains, each of one sentence over and over."
+    import torch
+
+    from dmr.text.load import Domain, Stream
+    from dmr.training.config import generator_for
+
+    domains = []
+    for name, sentence in SENTENCES.items():
+        text = torch.tensor(list(sentence * 120), dtype=torch.uint8)
+        where = torch.rand(text.shape, generator=generator_for(1, name)) < noise
+        other = torch.randint(
+            0,
+            256,
+            text.shape,
+            dtype=torch.uint8,
+            generator=generator_for(0, name),
+        )
+        text = torch.where(where, other, text)
+        domains.append(Domain(name, text[:-900].clone(), text[-900:].clone()))
+    return Stream("sentences", domains)

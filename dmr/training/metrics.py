@@ -259,34 +259,16 @@ class LossMatrix(NamedTuple):
     # (domains,), the untrained model's row if it was measured
     untrained: np.ndarray | None
 
-
-def loss_matrix(
-    # each with `stage`, `trained_domain`, `eval_domain` and the value
-    records: Iterable[Mapping[str, Any]],
-    value: str = "loss",  # which field of a record to take
-) -> LossMatrix:
-    """The matrix of one run. Raises ValueError for a pair measured twice, a
-    stage left out or a domain trained twice.
-    """
-    rows = list(records)
-    if not rows:
-        raise ValueError(
-            "records is empty; pass the records of one finished stage at least"
-        )
+# %% ../../nbs/training/02_metrics.ipynb #0b7f2c12
+def _trained_order(rows: list[Mapping[str, Any]]) -> list[str]:
+    "The domains in the order of training. ValueError where there is none."
     trained: dict[int, str] = {}
-    names: list[str] = []
     for r in rows:
-        missing = [k for k in ("stage", "eval_domain", value) if k not in r]
-        if missing:
-            raise ValueError(
-                f"a record has no {', '.join(map(repr, missing))}: {dict(r)!r}"
-            )
-        stage, name = int(r["stage"]), str(r["eval_domain"])
-        if name not in names:
-            names.append(name)
-        if stage >= 0 and trained.setdefault(
-            stage, str(r["trained_domain"])
-        ) != str(r["trained_domain"]):
+        stage = int(r["stage"])
+        if stage < 0:
+            continue
+        name = str(r["trained_domain"])
+        if trained.setdefault(stage, name) != name:
             raise ValueError(
                 f"stage {stage} trained both {trained[stage]!r} and"
                 f" {r['trained_domain']!r}; pass the records of one run only"
@@ -303,10 +285,35 @@ def loss_matrix(
             f"a domain was trained twice in {order}; forgetting is defined for"
             " one visit to each domain"
         )
-    order += [n for n in names if n not in order]
+    return order
+
+# %% ../../nbs/training/02_metrics.ipynb #0b7f2c14
+def loss_matrix(
+    # each with `stage`, `trained_domain`, `eval_domain` and the value
+    records: Iterable[Mapping[str, Any]],
+    value: str = "loss",  # which field of a record to take
+) -> LossMatrix:
+    """The matrix of one run. Raises ValueError for a pair measured twice, a
+    stage left out or a domain trained twice.
+    """
+    rows = list(records)
+    if not rows:
+        raise ValueError(
+            "records is empty; pass the records of one finished stage at least"
+        )
+    for r in rows:
+        missing = [k for k in ("stage", "eval_domain", value) if k not in r]
+        if missing:
+            raise ValueError(
+                f"a record has no {', '.join(map(repr, missing))}: {dict(r)!r}"
+            )
+    order = _trained_order(rows)
+    trained = len(order)
+    names = dict.fromkeys(str(r["eval_domain"]) for r in rows)
+    order += [name for name in names if name not in order]
     column = {name: j for j, name in enumerate(order)}
     # row 0 is the untrained model
-    full = np.full((len(stages) + 1, len(order)), np.nan)
+    full = np.full((trained + 1, len(order)), np.nan)
     filled = np.zeros(full.shape, dtype=bool)
     for r in rows:
         i, j = max(int(r["stage"]), -1) + 1, column[str(r["eval_domain"])]
@@ -346,16 +353,10 @@ def summarize(
             "nats=True with higher_is_better=True; perplexity and bits belong"
             " to losses: pass nats=False"
         )
-    F, A, final = (
-        forgetting(L, **kw),
-        learning_accuracy(L, **kw),
-        final_average(L, **kw),
-    )
+    means = (forgetting, learning_accuracy, final_average)
     lost = spread(forgetting_by_domain(L, **kw))
     out = {
-        "forgetting": F,
-        "learning_accuracy": A,
-        "final_average": final,
+        **{f.__name__: f(L, **kw) for f in means},
         "backward_transfer": backward_transfer(L, **kw),
         "forward_transfer": (
             math.nan
@@ -368,18 +369,13 @@ def summarize(
     }
     if nats:
         ppl = perplexity(L)
-        out |= {
-            "forgetting_ppl": forgetting(ppl, **kw),
-            "learning_accuracy_ppl": learning_accuracy(ppl, **kw),
-            "final_average_ppl": final_average(ppl, **kw),
-        }
-        out |= {
-            f"{k}_bpb": float(bits_per_byte(out[k], bytes_per_token))
-            for k in ("forgetting", "learning_accuracy", "final_average")
-        }
+        out |= {f"{f.__name__}_ppl": f(ppl, **kw) for f in means}
+        for name in [f.__name__ for f in means]:
+            bits = bits_per_byte(out[name], bytes_per_token)
+            out[f"{name}_bpb"] = float(bits)
     return out
 
-
+# %% ../../nbs/training/02_metrics.ipynb #0b7f2c16
 def by_stage(
     L: ArrayLike,  # (stages, domains)
     # (domains,), reference of forward transfer

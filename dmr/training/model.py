@@ -14,11 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['VOCABULARY', 'SIZES', 'EMBEDDING_STD', 'Size', 'rotary_table', 'rotate', 'Attention', 'Block', 'ByteLM', 'initialise',
-           'build_model', 'next_byte_loss']
+__all__ = ['SIZES', 'Size', 'rotary_table', 'rotate', 'Attention', 'Block', 'ByteLM', 'build_model', 'next_byte_loss']
 
 # %% ../../nbs/training/01_model.ipynb #479545f8
-VOCABULARY = 256  # every byte
+_VOCABULARY = 256  # every byte
 
 
 class Size(NamedTuple):
@@ -34,7 +33,7 @@ class Size(NamedTuple):
         embedding and head.
         """
         d = self.width
-        return self.layers * (12 * d * d + 2 * d) + d + 2 * VOCABULARY * d
+        return self.layers * (12 * d * d + 2 * d) + d + 2 * _VOCABULARY * d
 
 
 #: Sizes by name: `nano` 0.27 M weights, and larger ones.
@@ -146,12 +145,12 @@ class ByteLM(nn.Module):
         if context < 1:
             raise ValueError(f"context={context} must be at least 1 byte")
         self.size, self.context = size, context
-        self.embedding = nn.Embedding(VOCABULARY, size.width)
+        self.embedding = nn.Embedding(_VOCABULARY, size.width)
         self.blocks = nn.ModuleList(
             Block(size.width, size.heads) for _ in range(size.layers)
         )
         self.norm = nn.LayerNorm(size.width, bias=False)
-        self.head = nn.Linear(size.width, VOCABULARY, bias=False)
+        self.head = nn.Linear(size.width, _VOCABULARY, bias=False)
         self.register_buffer(
             "table",
             rotary_table(context, size.width // size.heads),
@@ -182,11 +181,11 @@ class ByteLM(nn.Module):
 
 # %% ../../nbs/training/01_model.ipynb #8b3381f3
 #: Standard deviation of the first embeddings.
-EMBEDDING_STD = 0.5
+_EMBEDDING_STD = 0.5
 
 
 @torch.no_grad()
-def initialise(
+def _initialise(
     model: ByteLM,  # changed in place
     generator: torch.Generator,  # on the CPU, used for every draw
 ) -> None:
@@ -198,7 +197,7 @@ def initialise(
             p.fill_(1.0)
             continue
         std = (
-            EMBEDDING_STD if name == "embedding.weight" else p.shape[1] ** -0.5
+            _EMBEDDING_STD if name == "embedding.weight" else p.shape[1] ** -0.5
         )
         if name.endswith(("attention.out.weight", "down.weight")):
             std /= math.sqrt(2 * model.size.layers)
@@ -233,7 +232,7 @@ def build_model(
     # torch's own first draws, thrown away
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         model = ByteLM(size, context)
-    initialise(
+    _initialise(
         model,
         torch.Generator().manual_seed(seed) if generator is None else generator,
     )

@@ -14,7 +14,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from tiny import SENTENCES, repeated_sentences
+
 from dmr.text.load import Domain, Stream
+from dmr.training.config import Config, generator_for
 from dmr.training.finetuning import (
     UNUSED,
     FinetuneConfig,
@@ -22,34 +25,11 @@ from dmr.training.finetuning import (
     finetune_stream,
     window_errors,
 )
-from dmr.training.loop import Config, generator_for
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "nbs/experiments/lora.ipynb"
-SENTENCES = {
-    "prose": b"it was the best of times, it was the worst of times. ",
-    "code": b"def f(x):\n    return [y**2 for y in x if y > 0]\n",
-    "table": b"1.00;2.50;3.75;0.25;9.99\n7.10;0.02;4.40;8.80;1.23\n",
-}
-
-
-def make_stream() -> Stream:
-    "Three domains that repeat themselves."
-    return Stream(
-        "sentences",
-        [
-            Domain(
-                name,
-                torch.tensor(list(sentence * 80), dtype=torch.uint8),
-                torch.tensor(list(sentence * 12), dtype=torch.uint8),
-            )
-            for name, sentence in SENTENCES.items()
-        ],
-    )
-
-
-STREAM = make_stream()
+STREAM = repeated_sentences()
 BASE = {
     "model": "small",
     "prior": None,

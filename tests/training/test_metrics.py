@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dmr.training.loop import metrics
+from dmr.training import metrics
 
 finite = st.floats(-20, 20, allow_nan=False)
 

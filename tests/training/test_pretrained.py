@@ -36,7 +36,7 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setitem(pretrained.MODELS, "small", model)
     monkeypatch.setattr(
         pretrained,
-        "_download",
+        "download",
         lambda pinned, folder, tick: asked.append(pinned.pin) or archive,
     )
     return content, asked, tmp_path / "cache", model

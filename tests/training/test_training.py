@@ -3,27 +3,32 @@ the papermill template.
 """
 
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import SENTENCES, repeated_sentences
 
 import dmr.training.loop as training
+from dmr.files import write_checkpoint
 from dmr.routing.modification import Dense, Modification
 from dmr.text.load import Domain, Stream
-from dmr.training.loop import (
+from dmr.training.config import (
     LIMITS,
     MODIFICATIONS,
     Config,
+    build_optimizer,
+    check_parameters,
+    generator_for,
+    seed_for,
+)
+from dmr.training.loop import (
     ContinualRun,
     Hook,
     SecondBatch,
-    build_optimizer,
-    check_parameters,
-    evaluate,
-    generator_for,
-    seed_for,
+    held_out_losses,
     train_stream,
 )
 from dmr.training.model import SIZES, Size
@@ -32,11 +37,6 @@ torch.set_num_threads(1)
 TEMPLATE = (
     Path(__file__).parents[2] / "nbs" / "experiments" / "continual_lm.ipynb"
 )
-SENTENCES = {
-    "prose": b"it was the best of times, it was the worst of times. ",
-    "code": b"def f(x):\n    return [y**2 for y in x if y > 0]\n",
-    "table": b"1.00;2.50;3.75;0.25;9.99\n7.10;0.02;4.40;8.80;1.23\n",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,25 +47,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(SIZES, "nano", Size(layers=1, width=32, heads=2))
 
 
-def make_stream() -> Stream:
-    "Three domains that repeat themselves, each with some noise."
-    domains = []
-    for name, sentence in SENTENCES.items():
-        text = torch.tensor(list(sentence * 120), dtype=torch.uint8)
-        noise = torch.randint(
-            0,
-            256,
-            text.shape,
-            dtype=torch.uint8,
-            generator=generator_for(0, name),
-        )
-        where = torch.rand(text.shape, generator=generator_for(1, name)) < 0.05
-        text = torch.where(where, noise, text)
-        domains.append(Domain(name, text[:-900].clone(), text[-900:].clone()))
-    return Stream("sentences", domains)
-
-
-STREAM = make_stream()
+STREAM = repeated_sentences(noise=0.05)
 BASE = {
     "steps": 12,
     "context": 16,
@@ -140,7 +122,6 @@ def same(a, b) -> bool:
 
 
 # -- what a run is -------------------------------------------------------------
-# --------------------------------------
 
 
 def test_vanilla_is_the_plain_optimizer():
@@ -166,10 +147,9 @@ def test_vanilla_is_the_plain_optimizer():
             training.next_byte_loss(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
-        expected += [
-            evaluate(model, training.evaluation_windows(d.test, 8, 16))[0]
-            for d in STREAM
-        ]
+        for d in STREAM:
+            windows = training.evaluation_windows(d.test, 8, 16)
+            expected.append(held_out_losses(model, windows).mean().item())
     result = run()
     assert losses(result, 0, 1, 2) == expected
     assert (
@@ -307,7 +287,6 @@ def test_dtype_and_inflation():
 
 
 # -- controls ------------------------------------------------------------------
-# --------------------------------------
 
 
 def test_second_batch_mixes_the_gradients():
@@ -422,7 +401,6 @@ def test_a_method_of_ones_own(monkeypatch):
 
 
 # -- stop and continue ---------------------------------------------------------
-# --------------------------------------
 
 
 class Cut(Hook):
@@ -524,20 +502,20 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    training.write_checkpoint(tmp_path / "state.pt", {"n": 1})
+    run(checkpoint=str(tmp_path), steps=1)
+    before = (tmp_path / "state.pt").read_bytes()
 
     def full_disk(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        training.write_checkpoint(tmp_path / "state.pt", {"n": 2})
-    assert training.read_checkpoint(tmp_path / "state.pt") == {"n": 1}
+        write_checkpoint(tmp_path / "state.pt", {"n": 2})
+    assert (tmp_path / "state.pt").read_bytes() == before
     assert [f.name for f in tmp_path.iterdir()] == ["state.pt"]
 
 
 # -- parameters ----------------------------------------------------------------
-# --------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -597,7 +575,6 @@ def test_torch_threads_are_given_back():
 
 
 # -- the template --------------------------------------------------------------
-# --------------------------------------
 
 
 def test_template_declares_the_same_parameters():
