@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dmr.training.pretrained import load_pretrained
     from dmr.methods.projection import Projection
     from dmr.methods.replay import ReplayBuffer, ReplayMix
-    from dmr.routing.router import ROUTINGS, MomentRouter
+    from dmr.routing.step import ROUTINGS, MomentRouter
     from dmr.text.load import load_stream
     from dmr.routing.strength import Fixed, OverlapAware, Strength
     from dmr.studies.study import load_results
