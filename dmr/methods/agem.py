@@ -35,8 +35,7 @@ class AGEM(ReplayMix):
     """Averaged gradient episodic memory: project the gradient off a reference
     gradient that it conflicts with. Parameters as for `ReplayMix`.
 
-    Call `router.observe(batch, total)` before each backward pass. Overlap
-    signal: cos²(g, g_ref). Source: Chaudhry et al., ICLR 2019,
+    Overlap signal: cos²(g, g_ref). Source: Chaudhry et al., ICLR 2019,
     arXiv:1812.00420, eq. 11.
     """
 

@@ -11,36 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .examples import DomainSample, Sampled
+from .examples import DomainSample, Sampled, gradients_of
 from .projection import Projection
 from .subspace import Sketch
 from ..routing.modification import Target
 
 # %% auto #0
-__all__ = ['sketch_gradients', 'BoundaryProjection']
+__all__ = ['BoundaryProjection']
 
 # %% ../../nbs/methods/03_boundary.ipynb #ca2724b2
 @torch.enable_grad()
-def sketch_gradients(
+def _sketch_gradients(
     loss_fn: Callable[[Any], Tensor],  # batch -> scalar loss
     batches: Iterable[Any],  # the kept examples
     targets: Mapping[str, Target],  # the weights, by name
     sketches: Mapping[str, Sketch],  # take the gradients in
 ) -> int:  # batches that were fed
     "Feed the gradients of some batches to the sketches; p.grad stays."
-    trained = [n for n, t in targets.items() if t.param.requires_grad]
-    params = [targets[name].param for name in trained]
+    params = {n: t.param for n, t in targets.items() if t.param.requires_grad}
     fed = 0
     for batch in batches:
-        loss = loss_fn(batch)
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        for name, g in zip(trained, grads):
+        for name, g in gradients_of(loss_fn(batch), params).items():
             if g is not None:
                 sketches[name].update(targets[name].matrix(g))
         fed += 1
     return fed
 
-# %% ../../nbs/methods/03_boundary.ipynb #3cab27fd
+# %% ../../nbs/methods/03_boundary.ipynb #93e81775
 class _LearnsAtTheEnd(Sampled, Projection):
     "A projection that looks at a sample when the domain is over."
 
@@ -65,10 +62,10 @@ class _LearnsAtTheEnd(Sampled, Projection):
                 " call router.observe(batch) in the training loop"
             )
         size = self.batch_size or self.sample.batch_size
-        batches, targets = self.sample.batches(size), self.targets
+        batches, targets = self.sample.batches(size, copy=True), self.targets
         try:
             self.sketches = {n: self._sketch(t) for n, t in targets.items()}
-            self.fed += sketch_gradients(
+            self.fed += _sketch_gradients(
                 self.loss_fn, batches, targets, self.sketches
             )
             return super().consolidate()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..routing.modification import Modification
 
 # %% auto #0
-__all__ = ['Batch', 'columns_of', 'batch_of', 'reservoir_slots', 'place', 'Reservoir', 'DomainSample', 'Sampled', 'evaluating',
-           'scalar_of', 'check_count']
+__all__ = ['Batch', 'columns_of', 'batch_of', 'reservoir_slots', 'Reservoir', 'DomainSample', 'Sampled', 'evaluating',
+           'gradients_of', 'scalar_of', 'check_count']
 
 # %% ../../nbs/methods/00_examples.ipynb #4cc8a2a9
 #: A batch: a tensor, or a tuple, list or dict of them, examples along the
@@ -66,8 +66,8 @@ def reservoir_slots(
     # uniform in 0 .. t
     return torch.where(order < capacity, order, (drawn * (order + 1)).long())
 
-# %% ../../nbs/methods/00_examples.ipynb #62d2ea5d
-def place(
+# %% ../../nbs/methods/00_examples.ipynb #b0eea278
+def _place(
     kept: dict[str, Tensor],  # the reservoir's columns; changed in place
     columns: dict[str, Tensor],  # a batch's
     slots: Tensor,  # one for each example of the batch
@@ -86,11 +86,11 @@ def place(
                 kept[key][slot] = row[0]
     return kept
 
-# %% ../../nbs/methods/00_examples.ipynb #c711c45d
+# %% ../../nbs/methods/00_examples.ipynb #c0bb5c55
 class _Kept:
     "Examples by column, what is known of them, and a random stream."
 
-    numbers = ("form", "seen", "batch_size")  # saved as they are
+    numbers: tuple[str, ...] = ("form", "seen", "batch_size")  # in the state
 
     def __init__(self, seed: int, capacity: int | None):
         whole = capacity is None or isinstance(capacity, int)
@@ -112,7 +112,23 @@ class _Kept:
         "Bytes kept."
         return sum(x.nbytes for part in self._parts() for x in part.values())
 
-# %% ../../nbs/methods/00_examples.ipynb #bd80c93d
+# %% ../../nbs/methods/00_examples.ipynb #70cb108b
+def _check_form(
+    form: str,  # of a batch
+    columns: Mapping[str, Tensor],  # of it
+    earlier: str | None,  # form of the batches before, if there were any
+    current: Mapping[str, Tensor],  # columns kept so far, if any
+) -> None:
+    "ValueError unless a batch looks like those before it."
+    renamed = bool(current) and set(columns) != set(current)
+    if earlier not in (None, form) or renamed:
+        raise ValueError(
+            f"this batch is a {form} with keys {sorted(columns)}, earlier ones"
+            f" were a {earlier} with {sorted(current)}; offer batches of one"
+            " form"
+        )
+
+# %% ../../nbs/methods/00_examples.ipynb #4414f342
 class Reservoir(_Kept):
     "A uniform sample of the examples that were offered, in plain tensors."
 
@@ -120,19 +136,13 @@ class Reservoir(_Kept):
     def offer(self, batch: Batch, capacity: int) -> None:
         "Offer a batch to the running domain's reservoir."
         form, columns = columns_of(batch)
-        new = self.current and set(columns) != set(self.current)
-        if self.form not in (None, form) or new:
-            raise ValueError(
-                f"this batch is a {form} with keys {sorted(columns)}, earlier"
-                f" ones were a {self.form} with {sorted(self.current)}; offer"
-                " batches of one form"
-            )
+        _check_form(form, columns, self.form, self.current)
         for part in self._parts():
             for key in part.keys() & columns.keys():
                 part[key] = part[key].to(columns[key].device)
         self.form, n = form, len(next(iter(columns.values())))
         slots = reservoir_slots(self.seen, n, capacity, self.generator)
-        self.current = place(self.current, columns, slots, capacity)
+        self.current = _place(self.current, columns, slots, capacity)
         self.seen, self.batch_size = self.seen + n, n
 
     def state_dict(self) -> dict:
@@ -149,7 +159,7 @@ class Reservoir(_Kept):
             setattr(self, name, state[name])
         self.current = {k: x.clone() for k, x in state["current"].items()}
 
-# %% ../../nbs/methods/00_examples.ipynb #5ecbf19a
+# %% ../../nbs/methods/00_examples.ipynb #72d0660d
 class DomainSample(Reservoir):
     """A uniform sample of the running domain's examples, in O(size) memory;
     forgotten when the domain is over.
@@ -170,9 +180,9 @@ class DomainSample(Reservoir):
         "Offer a training batch."
         self.offer(batch, self.size)
 
-    def batches(self, size: int) -> Iterator[Any]:
-        """The kept examples in batches of at most `size`, in the form in which
-        they were observed. ValueError if there are none.
+    def batches(self, size: int, copy: bool = False) -> Iterator[Any]:
+        """The kept examples, at most `size` at a time, as views or copies, in
+        the form in which they were observed. ValueError if there are none.
         """
         if not len(self):
             raise ValueError(
@@ -182,6 +192,8 @@ class DomainSample(Reservoir):
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             part = {key: x[rows] for key, x in self.current.items()}
+            if copy:
+                part = {key: x.clone() for key, x in part.items()}
             yield batch_of(self.form, part)
 
     def clear(self) -> None:
@@ -218,6 +230,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+# %% ../../nbs/methods/00_examples.ipynb #358213e7
+def gradients_of(
+    value: Tensor,  # 0-dim, with a graph
+    params: Mapping[str, Tensor],  # by name
+) -> dict[str, Tensor | None]:  # by name; None where it does not reach
+    "∂ value / ∂ parameter, without touching p.grad."
+    every = list(params.values())
+    return dict(
+        zip(params, torch.autograd.grad(value, every, allow_unused=True))
+    )
 
 # %% ../../nbs/methods/00_examples.ipynb #3fe6ef47
 def scalar_of(

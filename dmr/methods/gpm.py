@@ -26,8 +26,7 @@ from ..routing.modification import Dense, Edit, Target
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['input_moments', 'InputProjection', 'add_energies', 'GPM', 'accumulate_importance', 'SGP', 'null_space', 'add_moments',
-           'NSCL']
+__all__ = ['input_moments', 'InputProjection', 'GPM', 'accumulate_importance', 'SGP', 'null_space', 'NSCL']
 
 # %% ../../nbs/methods/05_gpm.ipynb #b7bd4c5a
 def input_moments(
@@ -88,15 +87,15 @@ class InputProjection(Sampled, Projection):
         super().load_state_dict(state)
         self.domains = state["domains"]
 
-# %% ../../nbs/methods/05_gpm.ipynb #0d1c3b45
-def add_energies(
+# %% ../../nbs/methods/05_gpm.ipynb #eca9c95b
+def _add_energies(
     before: Tensor,  # (r,), of the domains so far
     now: Tensor,  # (r + new,), of this domain, old directions first
 ) -> Tensor:  # (r + new,)
     "Energies of all domains along a basis that has grown."
     return now + torch.cat([before, before.new_zeros(len(now) - len(before))])
 
-# %% ../../nbs/methods/05_gpm.ipynb #f46065df
+# %% ../../nbs/methods/05_gpm.ipynb #533243b8
 class _GrowsFromInputs(InputProjection):
     "At a boundary: GPM's rule on the sample's inputs."
 
@@ -124,7 +123,7 @@ class _GrowsFromInputs(InputProjection):
     def _take(self, name: str, growth: Growth) -> None:
         "Put one layer's growth in place; its energy is this domain's alone."
         self.bases[name], before = growth.U, self.energies[name]
-        self.energies[name] = add_energies(before, growth.energy)
+        self.energies[name] = _add_energies(before, growth.energy)
         if growth.U.shape[1] == growth.U.shape[0] and growth.added:
             self._warn_full(name)
 
@@ -250,8 +249,8 @@ def null_space(
     share = energy[null].sum() / energy.sum().clamp_min(float64.tiny)
     return V[:, ~null].flip(1), V[:, null], float(share)
 
-# %% ../../nbs/methods/05_gpm.ipynb #d1b8e541
-def add_moments(
+# %% ../../nbs/methods/05_gpm.ipynb #15f9ffef
+def _add_moments(
     before: Mapping[str, InputMoment],  # of the domains so far
     now: Mapping[str, InputMoment],  # of this domain
 ) -> dict[str, InputMoment]:
@@ -287,7 +286,7 @@ class _Covariances(InputProjection):
         kept = sum(m.matrix.nbytes for m in self.moments.values())
         return super().memory() + kept
 
-# %% ../../nbs/methods/05_gpm.ipynb #67cb04f2
+# %% ../../nbs/methods/05_gpm.ipynb #195155dc
 class _NullSpace(_Covariances):
     "Protects all but the null space of what the covariances say."
 
@@ -306,7 +305,7 @@ class _NullSpace(_Covariances):
         return Dense(x - free / (fan_in - r) ** 0.5)  # ‖P‖_F = sqrt(k)
 
     def consolidate(self) -> dict:
-        moments = add_moments(self.moments, self.input_moments())
+        moments = _add_moments(self.moments, self.input_moments())
         splits = {
             name: null_space(m.matrix / m.rows, self.ratio)
             for name, m in moments.items()

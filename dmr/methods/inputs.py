@@ -75,7 +75,7 @@ def _watched(
         and not isinstance(module, tables)
     ]
 
-# %% ../../nbs/methods/04_inputs.ipynb #5541f738
+# %% ../../nbs/methods/04_inputs.ipynb #7494eaac
 @contextmanager
 def capture_inputs(
     model: nn.Module,  # run it inside the block
@@ -84,8 +84,8 @@ def capture_inputs(
     "Sum x xᵀ over all inputs x that reach each layer inside the block."
     moments = {}
     for name, t in targets.items():
-        wide = dict(dtype=torch.float64, device=t.param.device)
-        moments[name] = InputMoment(torch.zeros(t.fan_in, t.fan_in, **wide))
+        zeros = torch.zeros(t.fan_in, t.fan_in, dtype=torch.float64)
+        moments[name] = InputMoment(zeros.to(t.param.device))
 
     def hook(here: Target) -> Callable:
         def take(_: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -16,6 +16,7 @@ from dmr.methods.examples import (
     Sampled,
     check_count,
     evaluating,
+    gradients_of,
     scalar_of,
 )
 from ..routing.modification import Dense, Modification, Target
@@ -23,10 +24,10 @@ from ..routing.sharding import same_everywhere
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['places_of', 'logit_gradients', 'orthonormal_rows', 'check_budget', 'energy_share', 'OGD']
+__all__ = ['logit_gradients', 'orthonormal_rows', 'OGD']
 
-# %% ../../nbs/methods/06_ogd.ipynb #774f4c14
-def places_of(params: Mapping[str, Tensor]) -> dict[str, slice]:
+# %% ../../nbs/methods/06_ogd.ipynb #adc5abf4
+def _places_of(params: Mapping[str, Tensor]) -> dict[str, slice]:
     "Where each parameter lies in the vector of all of them."
     places, end = {}, 0
     for name, p in params.items():
@@ -34,7 +35,7 @@ def places_of(params: Mapping[str, Tensor]) -> dict[str, slice]:
         end += p.numel()
     return places
 
-# %% ../../nbs/methods/06_ogd.ipynb #2e24b95e
+# %% ../../nbs/methods/06_ogd.ipynb #ec365eb7
 def logit_gradients(
     logit_fn: Callable[[Any], Tensor],  # one example -> its logit
     examples: Iterable[Any],  # batches of one example each
@@ -42,13 +43,10 @@ def logit_gradients(
     rows: Tensor,  # (n, P) zeros, to be filled
 ) -> Tensor:  # rows
     "The gradient of each example's logit over all parameters, as a row."
-    places = places_of(params)
+    places = _places_of(params)
     for row, example in zip(rows, examples):
         logit = scalar_of(logit_fn, example, "logit_fn")
-        grads = torch.autograd.grad(
-            logit, list(params.values()), allow_unused=True
-        )
-        for name, g in zip(params, grads):
+        for name, g in gradients_of(logit, params).items():
             if g is not None:
                 row[places[name]] = g.flatten()
     return rows
@@ -74,8 +72,8 @@ def orthonormal_rows(
             k += 1
     return rows[:k].clone()
 
-# %% ../../nbs/methods/06_ogd.ipynb #7fef089b
-def check_budget(
+# %% ../../nbs/methods/06_ogd.ipynb #f18fd602
+def _check_budget(
     vectors: int,  # to be kept
     V: Tensor,  # (k, P), those kept so far
     budget: float,  # bytes
@@ -91,7 +89,7 @@ def check_budget(
             " a larger budget, or take a method that works layer by layer"
         )
 
-# %% ../../nbs/methods/06_ogd.ipynb #9d6bfe13
+# %% ../../nbs/methods/06_ogd.ipynb #fdc4f7fe
 class _Vectors(Modification):
     "Keeps orthonormal vectors over all trained parameters."
 
@@ -106,7 +104,7 @@ class _Vectors(Modification):
                 "the model has no parameter that requires a gradient, so OGD"
                 " has nothing to protect"
             )
-        self._places = places_of(self._params)
+        self._places = _places_of(self._params)
         first = next(iter(self._params.values()))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         P = sum(p.numel() for p in self._params.values())
@@ -129,8 +127,22 @@ class _Vectors(Modification):
     def memory(self) -> int:
         return self.V.nbytes
 
-# %% ../../nbs/methods/06_ogd.ipynb #293b2451
-def energy_share(
+# %% ../../nbs/methods/06_ogd.ipynb #4063a5cb
+def _components(
+    V: Tensor,  # (k, P)
+    vectors: Mapping[str, Tensor],  # gradients or steps by name
+    places: Mapping[str, slice],  # where each lies in the vector of all
+) -> Tensor:  # (k,)
+    "V g, over the parameters that have a place."
+    parts = [
+        V[:, places[name]] @ x.flatten().to(V)
+        for name, x in vectors.items()
+        if name in places
+    ]
+    return torch.stack(parts).sum(0) if parts else V.new_zeros(len(V))
+
+# %% ../../nbs/methods/06_ogd.ipynb #2d987a6e
+def _energy_share(
     inside: Tensor,  # energy in the span, 0-dim
     whole: Tensor,  # energy of the vector, 0-dim
 ) -> Tensor:  # 0-dim, in [0, 1]
@@ -138,7 +150,7 @@ def energy_share(
     share = inside / whole.clamp_min(torch.finfo(whole.dtype).tiny)
     return torch.where(whole > 0, share, torch.zeros_like(share)).clamp(0, 1)
 
-# %% ../../nbs/methods/06_ogd.ipynb #65ff0467
+# %% ../../nbs/methods/06_ogd.ipynb #356b83b2
 class _TakesOutSpan(_Vectors):
     "In a step: g̃ = g - Vᵀ V g."
 
@@ -150,18 +162,12 @@ class _TakesOutSpan(_Vectors):
     def begin(
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
-        parts = [
-            self.V[:, self._places[name]] @ x.flatten().to(self.V)
-            for name, x in vectors.items()
-            if name in self._places
-        ]
-        none = self.V.new_zeros(len(self.V))
-        self._along = torch.stack(parts).sum(0) if parts else none
+        self._along = _components(self.V, vectors, self._places)
         if not overlap:
             return None
         squares = [x.to(self.V).square().sum() for x in vectors.values()]
         whole = torch.stack(squares).sum()
-        return energy_share(self._along.square().sum(), whole)
+        return _energy_share(self._along.square().sum(), whole)
 
     def edit(self, name: str, x: Tensor) -> Dense | None:
         if name not in self._places or self._along is None:
@@ -203,11 +209,11 @@ class OGD(Sampled, _TakesOutSpan):
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
-        check_budget(self.vectors * self.planned, self.V, self.budget)
+        _check_budget(self.vectors * self.planned, self.V, self.budget)
 
     def consolidate(self) -> dict:
         examples, before = list(self.sample.batches(1)), len(self.V)
-        check_budget(before + len(examples), self.V, self.budget)
+        _check_budget(before + len(examples), self.V, self.budget)
         rows = self.V.new_zeros(len(examples), self.V.shape[1])
         with torch.enable_grad(), evaluating(self.model):
             logit_gradients(self.logit_fn, examples, self._params, rows)

@@ -5,7 +5,7 @@
 # %% ../../nbs/methods/08_penalty.ipynb #d4ca2a23
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dmr.methods.examples import (
     Sampled,
     check_count,
     evaluating,
+    gradients_of,
     scalar_of,
 )
 from ..routing.modification import Dense, Modification, Target, squared_cosine
@@ -23,8 +24,7 @@ from ..routing.sharding import same_everywhere
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['FORMS', 'NORMALISATIONS', 'pull_of', 'statistics_of', 'clipped_share', 'beside', 'Penalty', 'fisher_diagonal',
-           'merge_quadratics', 'penalty_report', 'EWC', 'add_path', 'SI']
+__all__ = ['pull_of', 'clipped_share', 'Penalty', 'fisher_diagonal', 'merge_quadratics', 'EWC', 'add_path', 'SI']
 
 # %% ../../nbs/methods/08_penalty.ipynb #49ba3f2c
 def pull_of(
@@ -37,13 +37,13 @@ def pull_of(
     return weight * omega * (theta.detach().to(omega) - anchor)
 
 # %% ../../nbs/methods/08_penalty.ipynb #e383a062
-#: How a penalty enters: its gradient added, or the loss's gradient rescaled.
-FORMS = ("additive", "rescale")
-#: What importances are divided by before they rescale.
-NORMALISATIONS = ("mean", "max", "none")
+# how a penalty enters: its gradient added, or the loss's gradient rescaled
+_FORMS = ("additive", "rescale")
+# what importances are divided by before they rescale
+_NORMALISATIONS = ("mean", "max", "none")
 
 
-def statistics_of(named: Mapping[str, Tensor]) -> tuple[float, float]:
+def _mean_and_max(named: Mapping[str, Tensor]) -> tuple[float, float]:
     "Mean and maximum over all numbers of all tensors."
     total = sum(float(x.double().sum()) for x in named.values())
     count = max(sum(x.numel() for x in named.values()), 1)
@@ -58,13 +58,13 @@ def clipped_share(
     normalise: str,
 ) -> dict[str, Tensor]:  # λΩ in [0, 1]
     "What the rescaling form takes away from each gradient."
-    mean, biggest = statistics_of(importance)
+    mean, biggest = _mean_and_max(importance)
     unit = {"mean": mean, "max": biggest, "none": 1.0}[normalise]
     factor = lam / unit if unit > 0 else 0.0
     return {n: (x * factor).clamp(0.0, 1.0) for n, x in importance.items()}
 
-# %% ../../nbs/methods/08_penalty.ipynb #6a4f3696
-def beside(
+# %% ../../nbs/methods/08_penalty.ipynb #b5750460
+def _beside(
     tensors: Mapping[str, Tensor], params: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     "Copies on the devices of the parameters of the same names."
@@ -76,19 +76,45 @@ def beside(
             )
     return {n: x.to(params[n].device, copy=True) for n, x in tensors.items()}
 
-# %% ../../nbs/methods/08_penalty.ipynb #c74f3030
-class _Importances(Modification):
-    "Keeps an importance and an anchor of each parameter."
+# %% ../../nbs/methods/08_penalty.ipynb #db00cb63
+class _ByParameter(Modification):
+    "Keeps tensors of the parameters' shapes, by parameter name."
 
-    weight: float  # λ
-    form: str  # one of FORMS
-    normalise: str  # one of NORMALISATIONS
-    kept: tuple[str, ...] = ("importance", "anchors")  # saved, by parameter
+    kept: tuple[str, ...] = ("importance", "anchors")  # in the state
+    derived: tuple[str, ...] = ("_share",)  # made from them
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
         named = model.named_parameters()
         self._params = {n: p for n, p in named if p.requires_grad}
+
+    def refresh(self) -> None:
+        "Make again what follows from what is kept."
+
+    def state_dict(self) -> dict:
+        copies = lambda named: {name: x.clone() for name, x in named.items()}
+        return {part: copies(getattr(self, part)) for part in self.kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        here = {part: _beside(state[part], self._params) for part in self.kept}
+        for part, tensors in here.items():
+            setattr(self, part, tensors)
+        self.refresh()
+
+    def memory(self) -> int:
+        parts = [getattr(self, part) for part in self.kept + self.derived]
+        return sum(x.nbytes for part in parts for x in part.values())
+
+# %% ../../nbs/methods/08_penalty.ipynb #01f3163b
+class _Importances(_ByParameter):
+    "Knows the form, and what it needs at a step."
+
+    weight: float  # λ
+    form: str  # one of _FORMS
+    normalise: str  # one of _NORMALISATIONS
+    importance: dict[str, Tensor]  # Ω, summed over domains
+    anchors: dict[str, Tensor]  # θ*, in the additive form
+    _share: dict[str, Tensor]  # λΩ in [0, 1], in the rescaling form
 
     @property
     def _brakes(self) -> bool:
@@ -97,29 +123,13 @@ class _Importances(Modification):
     def refresh(self) -> None:
         "The rescaling form's factors follow the importances."
         if self._brakes:
-            self._share = clipped_share(
-                self.importance, self.weight, self.normalise
-            )
+            omega, lam = self.importance, self.weight
+            self._share = clipped_share(omega, lam, self.normalise)
 
     def share(self) -> None:
         for tensors in (self.importance, self.anchors):
             tensors.update(same_everywhere(tensors, self.group))
         self.refresh()
-
-    def state_dict(self) -> dict:
-        copies = lambda named: {name: x.clone() for name, x in named.items()}
-        return {part: copies(getattr(self, part)) for part in self.kept}
-
-    def load_state_dict(self, state: dict) -> None:
-        here = {part: beside(state[part], self._params) for part in self.kept}
-        for part, tensors in here.items():
-            setattr(self, part, tensors)
-        self.refresh()
-
-    def memory(self) -> int:
-        parts = [getattr(self, part) for part in self.kept]
-        parts.append(self._share)
-        return sum(x.nbytes for part in parts for x in part.values())
 
 # %% ../../nbs/methods/08_penalty.ipynb #1ed57414
 class _Forms(_Importances):
@@ -165,8 +175,8 @@ class Penalty(_Forms):
         normalise: str = "mean",  # or "max", "none": unit of Ω in rescaling
     ):
         for name, value, choices in (
-            ("form", form, FORMS),
-            ("normalise", normalise, NORMALISATIONS),
+            ("form", form, _FORMS),
+            ("normalise", normalise, _NORMALISATIONS),
         ):
             if value not in choices:
                 raise ValueError(
@@ -177,9 +187,7 @@ class Penalty(_Forms):
         self.weight = check_fraction(what, weight, high=float("inf"))
         self.form, self.normalise = form, normalise
         self.acts_on_steps = self._brakes
-        self.importance: dict[str, Tensor] = {}  # Ω, summed over domains
-        self.anchors: dict[str, Tensor] = {}  # θ*, in the additive form
-        self._share: dict[str, Tensor] = {}  # λΩ in [0, 1], in rescaling
+        self.importance, self.anchors, self._share = {}, {}, {}
 
 # %% ../../nbs/methods/08_penalty.ipynb #13f7fcd5
 def fisher_diagonal(
@@ -196,13 +204,10 @@ def fisher_diagonal(
     }
     for example in examples:
         loss = scalar_of(loss_fn, example)
-        grads = torch.autograd.grad(
-            loss, list(params.values()), allow_unused=True
-        )
-        for F, g in zip(fisher.values(), grads):
+        for name, g in gradients_of(loss, params).items():
             if g is not None:
-                g = g.to(F.dtype)
-                F.addcmul_(g, g, value=1 / len(examples))
+                g = g.to(fisher[name].dtype)
+                fisher[name].addcmul_(g, g, value=1 / len(examples))
     return fisher
 
 # %% ../../nbs/methods/08_penalty.ipynb #4ffdde1a
@@ -218,16 +223,16 @@ def merge_quadratics(
     towards = torch.where(total > 0, share, torch.ones_like(F))
     return total, anchor.lerp(theta, towards)
 
-# %% ../../nbs/methods/08_penalty.ipynb #88e84c8e
-def penalty_report(penalty: Penalty) -> dict[str, float]:
+# %% ../../nbs/methods/08_penalty.ipynb #1df524d4
+def _penalty_report(penalty: Penalty) -> dict[str, float]:
     "What is known of the importances, as plain numbers."
-    mean, biggest = statistics_of(penalty.importance)
+    mean, biggest = _mean_and_max(penalty.importance)
     report = {"importance_mean": mean, "importance_max": biggest}
     if penalty.form == "rescale":
-        report["damping_mean"] = statistics_of(penalty._share)[0]
+        report["damping_mean"] = _mean_and_max(penalty._share)[0]
     return report
 
-# %% ../../nbs/methods/08_penalty.ipynb #198b3a6d
+# %% ../../nbs/methods/08_penalty.ipynb #dab8e9f6
 class _Fisher(Sampled, Penalty):
     "At a boundary: the Fisher information on the sample is added."
 
@@ -257,7 +262,7 @@ class _Fisher(Sampled, Penalty):
                 self.anchors[name] = anchor
         self.sample.clear()
         self.refresh()
-        return penalty_report(self) | {"examples": len(examples)}
+        return _penalty_report(self) | {"examples": len(examples)}
 
 # %% ../../nbs/methods/08_penalty.ipynb #14fca053
 class EWC(_Fisher):
@@ -339,7 +344,7 @@ class _FollowsPath(Penalty):
             self.path[name].addcmul_(vectors[name].to(before), moved, value=-1)
         self._before = {}
 
-# %% ../../nbs/methods/08_penalty.ipynb #34fe04c1
+# %% ../../nbs/methods/08_penalty.ipynb #79862373
 class _WeighsPath(_FollowsPath):
     "At a boundary: the path becomes importance."
 
@@ -366,7 +371,7 @@ class _WeighsPath(_FollowsPath):
                 self.anchors[name] = theta
         self.start, self.path = {}, {}
         self.refresh()
-        return penalty_report(self) | {"path_integral": fall}
+        return _penalty_report(self) | {"path_integral": fall}
 
 # %% ../../nbs/methods/08_penalty.ipynb #d68bc1d6
 class SI(_WeighsPath):

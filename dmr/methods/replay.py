@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .examples import Batch, Reservoir, batch_of, scalar_of
+from dmr.methods.examples import (
+    Batch,
+    Reservoir,
+    batch_of,
+    gradients_of,
+    scalar_of,
+)
 from ..routing.modification import Dense, Modification, Target, squared_cosine
 from ..routing.sharding import sum_over
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['ReplayBuffer', 'reservoir_size', 'check_gradients', 'ReplayMix']
+__all__ = ['ReplayBuffer', 'ReplayMix']
 
 # %% ../../nbs/methods/09_replay.ipynb #5fddfe1d
 class _Memory(Reservoir):
@@ -92,8 +98,8 @@ class ReplayBuffer(_Memory):
         self.domain = state["domain"].cpu().clone()
         self.drawn = state["drawn"].cpu().clone()
 
-# %% ../../nbs/methods/09_replay.ipynb #72b05fa5
-def reservoir_size(
+# %% ../../nbs/methods/09_replay.ipynb #431a8da1
+def _reservoir_size(
     capacity: int | None,  # the buffer's
     fraction: float | None,  # of the domain, where there is no capacity
     total: int | None,  # examples in the domain, where it is known
@@ -109,7 +115,7 @@ def reservoir_size(
         )
     return max(1, round((fraction or 0.0) * total))
 
-# %% ../../nbs/methods/09_replay.ipynb #c833df82
+# %% ../../nbs/methods/09_replay.ipynb #8aa403ab
 class _Replays(Modification):
     "Keeps a buffer, and fills it."
 
@@ -124,7 +130,7 @@ class _Replays(Modification):
         return len(self.buffer) > 0
 
     def observe(self, batch: Any, total: int | None = None) -> None:
-        size = reservoir_size(self.buffer.capacity, self.fraction, total)
+        size = _reservoir_size(self.buffer.capacity, self.fraction, total)
         self.buffer.observe(batch, size)
 
     def consolidate(self) -> dict:
@@ -152,8 +158,8 @@ class _Replays(Modification):
     def memory(self) -> int:
         return self.buffer.bytes()
 
-# %% ../../nbs/methods/09_replay.ipynb #21cd3a3b
-def check_gradients(
+# %% ../../nbs/methods/09_replay.ipynb #27333c18
+def _check_gradients(
     grads: Mapping[str, Tensor | None],  # by parameter name
 ) -> None:
     "ValueError that names a gradient with NaN or infinite values."
@@ -171,7 +177,7 @@ def check_gradients(
                 " observed"
             )
 
-# %% ../../nbs/methods/09_replay.ipynb #c2249d29
+# %% ../../nbs/methods/09_replay.ipynb #ccb2818f
 class _ReplayedGradient(_Replays):
     "In a step: the gradient on examples from the buffer."
 
@@ -185,14 +191,10 @@ class _ReplayedGradient(_Replays):
     def prepare(self) -> None:
         trained = {n: p for n, p in self._params.items() if p.requires_grad}
         n = self.batch_size or self.buffer.batch_size
-        loss = self._loss(self.buffer.sample(n))
-        grads = torch.autograd.grad(
-            loss, list(trained.values()), allow_unused=True
-        )
-        self._g = dict(zip(trained, grads))
+        self._g = gradients_of(self._loss(self.buffer.sample(n)), trained)
         if self.group is not None:
             self._g = {n: self._mean(p, self._g[n]) for n, p in trained.items()}
-        check_gradients(self._g)
+        _check_gradients(self._g)
 
     def _mean(self, p: Tensor, g: Tensor | None) -> Tensor:
         "The mean over the processes."
@@ -206,8 +208,23 @@ class _ReplayedGradient(_Replays):
     def end(self) -> None:
         self._g = {}
 
+# %% ../../nbs/methods/09_replay.ipynb #3ed939f4
+class _Mixes(_ReplayedGradient):
+    "In a step: d = g - g_r."
+
+    def begin(
+        self, vectors: Mapping[str, Tensor], overlap: bool
+    ) -> Tensor | None:
+        if not overlap:
+            return None
+        pairs = [(x, self._replayed(n, x)) for n, x in vectors.items()]
+        return squared_cosine(pairs)
+
+    def edit(self, name: str, x: Tensor) -> Dense | None:
+        return Dense(x - self._replayed(name, x))
+
 # %% ../../nbs/methods/09_replay.ipynb #ae4a11e8
-class ReplayMix(_ReplayedGradient):
+class ReplayMix(_Mixes):
     """Mix the gradient on examples of past domains into the current one: g̃ =
     (1 - ρ) g + ρ g_r, ρ being the router's strength.
 
@@ -235,20 +252,10 @@ class ReplayMix(_ReplayedGradient):
                 "fraction=None needs a buffer with a capacity; pass"
                 " ReplayBuffer(capacity=40), or fraction=0.005"
             )
-        given = fraction is not None
-        self.fraction = check_fraction("fraction", fraction) if given else None
+        if fraction is not None:
+            fraction = check_fraction("fraction", fraction)
+        self.fraction = fraction
 
     def __repr__(self) -> str:
         kept = f"fraction={self.fraction}, kept={len(self.buffer)}"
         return f"{type(self).__name__}({kept})"
-
-    def begin(
-        self, vectors: Mapping[str, Tensor], overlap: bool
-    ) -> Tensor | None:
-        if not overlap:
-            return None
-        pairs = [(x, self._replayed(n, x)) for n, x in vectors.items()]
-        return squared_cosine(pairs)
-
-    def edit(self, name: str, x: Tensor) -> Dense | None:
-        return Dense(x - self._replayed(name, x))
