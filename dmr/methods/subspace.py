@@ -152,12 +152,12 @@ class Sketch(_Additive):
         "tr S - tr Ŝ: no direction has lost more than this. 0-dim, float64."
         return (self.energy - self.root().square().sum()).clamp_min(0)
 
-# %% ../../nbs/methods/01_subspace.ipynb #923d4278
+# %% ../../nbs/methods/01_subspace.ipynb #81093a00
 def residual_directions(
     U: Tensor,  # (fan_in, r), orthonormal
     B: Tensor,  # (n, fan_in), the domain's rows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "‖BU‖² by direction (r,), and of B - BUUᵀ the σ² (k,) and Vᵀ (k, fan_in)."
+    "‖B U‖² by direction (r,), and of B - BUUᵀ the σ² (k,) and Vᵀ (k, fan_in)."
     inside = (B @ U).square().sum(0)
     residual = B - (B @ U) @ U.mT
     _, sigma, Vh = torch.linalg.svd(residual, full_matrices=False)
