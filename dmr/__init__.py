@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dmr.training.pretrained import load_pretrained
     from dmr.methods.projection import Projection
     from dmr.methods.replay import ReplayBuffer, ReplayMix
-    from dmr.routing.step import ROUTINGS, MomentRouter
+    from dmr.routing.router import MomentRouter
+    from dmr.routing.step import ROUTINGS
     from dmr.text.load import load_stream
     from dmr.routing.strength import Fixed, OverlapAware, Strength
     from dmr.studies.study import load_results
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # %% ../nbs/making/11_api.ipynb #d1f0be08
 _HOME = {
     "MomentRouter": "routing.router",
-    "ROUTINGS": "routing.router",
+    "ROUTINGS": "routing.step",
     "Projection": "methods.projection",
     "ReplayMix": "methods.replay",
     "ReplayBuffer": "methods.replay",

@@ -5,84 +5,56 @@
 # %% ../../nbs/methods/07_agem.ipynb #7d61fc18
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .inputs import scalar_of
+from .examples import Batch, scalar_of
+from .replay import ReplayMix
 from ..routing.modification import Dense, squared_cosine
-from .replay import ReplayBuffer, ReplayMix
 
 # %% auto #0
-__all__ = ['AGEM']
+__all__ = ['conflict', 'AGEM']
+
+# %% ../../nbs/methods/07_agem.ipynb #6e2a9398
+def conflict(
+    pairs: list[tuple[Tensor, Tensor]],  # (g, g_r) for each parameter
+) -> Tensor:  # 0-dim, <= 0
+    "<g, g_r> / ‖g_r‖² where it is negative, else 0."
+    double = any(g.dtype == torch.float64 for g, _ in pairs)
+    dtype = torch.float64 if double else torch.float32
+    products = [(g.to(dtype) * r.to(dtype)).sum() for g, r in pairs]
+    along = torch.stack(products).sum()
+    size = torch.stack([r.to(dtype).square().sum() for _, r in pairs]).sum()
+    share = along / size.clamp_min(torch.finfo(dtype).tiny)
+    return torch.where(along < 0, share, torch.zeros_like(along))
 
 # %% ../../nbs/methods/07_agem.ipynb #eaf91322
 class AGEM(ReplayMix):
     """Averaged gradient episodic memory: project the gradient off a reference
-    gradient that it conflicts with.
+    gradient that it conflicts with. Parameters as for `ReplayMix`.
 
-    The memory is a replay buffer: call `router.observe(batch, total)` before
-    each backward pass. Overlap signal: cos²(g, g_ref). Source: Chaudhry et
-    al., ICLR 2019, arXiv:1812.00420, eq. 11.
+    Overlap signal: cos²(g, g_ref). Source: Chaudhry et al., ICLR 2019,
+    arXiv:1812.00420, eq. 11.
     """
 
     acts_on_steps = True
+    _remove: Tensor | None = None  # the coefficient, within a step
 
-    def __init__(
-        self,
-        buffer: ReplayBuffer,  # the memory
-        # batch -> scalar loss on the model that is trained
-        loss_fn: Callable[[Any], Tensor],
-        # of each domain's examples to keep; None: the buffer's capacity
-        fraction: float | None = 0.005,
-        # examples of a reference gradient; None: as many as the last observed
-        # batch had
-        batch_size: int | None = None,
-    ):
-        super().__init__(
-            buffer,
-            lambda batch: scalar_of(loss_fn, batch),
-            fraction,
-            batch_size,
-        )
-        # <g, g_ref> / ‖g_ref‖² if negative, else 0
-        self._remove: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return f"AGEM(fraction={self.fraction}, kept={len(self.buffer)})"
+    def _loss(self, batch: Batch) -> Tensor:
+        return scalar_of(self.loss_fn, batch)
 
     def begin(
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
-        pairs = [
-            (vectors[name], self._replayed(name, vectors[name]))
-            for name in vectors
-        ]
-        dtype = (
-            torch.float64
-            if any(g.dtype == torch.float64 for g, _ in pairs)
-            else torch.float32
-        )
-        along = torch.stack(
-            [(g.to(dtype) * r.to(dtype)).sum() for g, r in pairs]
-        ).sum()
-        size = torch.stack([r.to(dtype).square().sum() for _, r in pairs]).sum()
-        self._remove = torch.where(
-            along < 0,
-            along / size.clamp_min(torch.finfo(dtype).tiny),
-            torch.zeros_like(along),
-        )
+        pairs = [(x, self._replayed(n, x)) for n, x in vectors.items()]
+        self._remove = conflict(pairs)
         return squared_cosine(pairs) if overlap else None
 
-    def edit(self, name: str, x: Tensor) -> Dense | None:  # type: ignore[override]
-        g_r = self._g.get(name)
-        return (
-            None
-            if g_r is None or self._remove is None
-            else Dense(g_r * self._remove.to(g_r))
-        )
+    def edit(self, name: str, x: Tensor) -> Dense | None:
+        g_r, c = self._g.get(name), self._remove
+        return None if g_r is None or c is None else Dense(g_r * c.to(g_r))
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         super().end(grads)

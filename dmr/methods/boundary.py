@@ -5,31 +5,83 @@
 # %% ../../nbs/methods/03_boundary.ipynb #2b5c3346
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..routing.modification import Target
+from .examples import DomainSample, Sampled, gradients_of
 from .projection import Projection
-from .replay import ReplayBuffer
 from .subspace import Sketch
+from ..routing.modification import Target
 
 # %% auto #0
 __all__ = ['BoundaryProjection']
 
 # %% ../../nbs/methods/03_boundary.ipynb #ca2724b2
-class BoundaryProjection(Projection):
+@torch.enable_grad()
+def _sketch_gradients(
+    loss_fn: Callable[[Any], Tensor],  # batch -> scalar loss
+    batches: Iterable[Any],  # the kept examples
+    targets: Mapping[str, Target],  # the weights, by name
+    sketches: Mapping[str, Sketch],  # take the gradients in
+) -> int:  # batches that were fed
+    "Feed the gradients of some batches to the sketches; p.grad stays."
+    params = {n: t.param for n, t in targets.items() if t.param.requires_grad}
+    fed = 0
+    for batch in batches:
+        for name, g in gradients_of(loss_fn(batch), params).items():
+            if g is not None:
+                sketches[name].update(targets[name].matrix(g))
+        fed += 1
+    return fed
+
+# %% ../../nbs/methods/03_boundary.ipynb #93e81775
+class _LearnsAtTheEnd(Sampled, Projection):
+    "A projection that looks at a sample when the domain is over."
+
+    loss_fn: Callable[[Any], Tensor]
+    batch_size: int | None
+
+    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
+        super().attach(model, targets)
+        self.sketches = {}  # until the boundary
+
+    def feeds(self) -> bool:
+        return False
+
+    def _sketch(self, target: Target) -> Sketch:
+        U, size = self.bases[target.name], self._sketch_size(target)
+        return Sketch(target.fan_in, size, U.dtype, U.device)
+
+    def consolidate(self) -> dict:
+        if not len(self.sample):
+            raise ValueError(
+                "consolidate() came before any observed batch of this domain;"
+                " call router.observe(batch) in the training loop"
+            )
+        size = self.batch_size or self.sample.batch_size
+        batches, targets = self.sample.batches(size, copy=True), self.targets
+        try:
+            self.sketches = {n: self._sketch(t) for n, t in targets.items()}
+            self.fed += _sketch_gradients(
+                self.loss_fn, batches, targets, self.sketches
+            )
+            return super().consolidate()
+        finally:
+            self.sketches = {}
+            self.sample.clear()
+
+# %% ../../nbs/methods/03_boundary.ipynb #84b47f49
+class BoundaryProjection(_LearnsAtTheEnd):
     """Projection whose directions are learned when a domain ends, from a sample
     of its examples: no sketch between steps.
 
     Call `router.observe(batch)` before each backward pass,
     `router.consolidate()` at each domain's end; it computes gradients of
-    `loss_fn` on the kept examples. Other parameters as for Projection. In a
-    process group each process keeps its own examples and the first one's
-    directions count. Cf. GPM (ICLR 2021), which passes data through when a
-    task ends.
+    `loss_fn` on the kept examples. Cf. GPM (ICLR 2021), which passes data
+    through when a task ends.
     """
 
     def __init__(
@@ -38,8 +90,7 @@ class BoundaryProjection(Projection):
         loss_fn: Callable[[Any], Tensor],
         rank: int | None = None,  # directions added per domain and layer
         examples: int = 16,  # kept of the domain
-        # examples of one backward pass; None: as many as the last observed
-        # batch had
+        # of one backward pass; None: as many as the last batch observed
         batch_size: int | None = None,
         seed: int = 0,  # of the sample's own random stream
         # as for Projection: max_rank, energy, importance, sketch_size
@@ -53,94 +104,7 @@ class BoundaryProjection(Projection):
                 )
         super().__init__(rank, **options)
         self.loss_fn, self.batch_size, self.shards = loss_fn, batch_size, False
-        self.buffer = ReplayBuffer(seed, capacity=examples)
+        self.sample = DomainSample(examples, seed)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Projection", "BoundaryProjection", 1)
-
-    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        super().attach(model, targets)
-        self.sketches = {}  # until the boundary
-
-    def feeds(self) -> bool:
-        return False
-
-    def observe(self, batch: object, total: int | None = None) -> None:
-        assert self.buffer.capacity is not None
-        self.buffer.observe(batch, self.buffer.capacity)  # type: ignore[arg-type]
-
-    def consolidate(self) -> dict:
-        if not self.buffer.seen:
-            raise ValueError(
-                "consolidate() came before any observed batch of this domain;"
-                " call router.observe(batch) in the training loop"
-            )
-        # what was kept becomes the buffer's memory, from which batches are read
-        self.buffer.consolidate()
-        try:
-            self.sketches = {
-                name: self._sketch(target)
-                for name, target in self.targets.items()
-            }
-            self._feed()
-            return super().consolidate()
-        finally:
-            self.sketches = {}
-            self.buffer.memory, self.buffer.domain, self.buffer.drawn = (
-                {},
-                self.buffer.domain[:0],
-                self.buffer.drawn[:0],
-            )
-
-    def _sketch(self, target: Target) -> Sketch:
-        U = self.bases[target.name]
-        return Sketch(
-            target.fan_in, self._sketch_size(target), U.dtype, U.device
-        )
-
-    @torch.enable_grad()
-    def _feed(self) -> None:
-        """Gradients on the kept examples, batch by batch, into the sketches;
-        p.grad stays as it is.
-        """
-        kept, form = self.buffer.memory, self.buffer.form
-        names = [
-            name
-            for name, target in self.targets.items()
-            if target.param.requires_grad
-        ]
-        params = [self.targets[name].param for name in names]
-        for rows in torch.arange(len(self.buffer)).split(
-            self.batch_size or self.buffer.batch_size
-        ):
-            part = {k: x[rows.to(x.device)] for k, x in kept.items()}
-            batch = (
-                part[""]
-                if form == "Tensor"
-                else (
-                    part
-                    if form == "dict"
-                    else {"tuple": tuple, "list": list}[str(form)](
-                        part.values()
-                    )
-                )
-            )
-            for name, g in zip(
-                names,
-                torch.autograd.grad(
-                    self.loss_fn(batch), params, allow_unused=True
-                ),
-            ):
-                if g is not None:
-                    self.sketches[name].update(self.targets[name].matrix(g))
-            self.fed += 1
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"buffer": self.buffer.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.buffer.load_state_dict(state["buffer"])
-
-    def memory(self) -> int:
-        return super().memory() + self.buffer.bytes()

@@ -11,19 +11,72 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..routing.modification import Target
+from .examples import check_count
 from .projection import Projection
+from ..routing.modification import Target
 
 # %% auto #0
-__all__ = ['RandomBasis', 'CurrentBasis']
+__all__ = ['random_directions', 'RandomBasis', 'leading_directions', 'CurrentBasis']
+
+# %% ../../nbs/methods/10_controls.ipynb #a7284a18
+class _Shadow(Projection):
+    "A projection that learns as usual and shows other directions."
+
+    learned: dict[str, Tensor]  # what Projection would protect
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("Projection", type(self).__name__, 1)
+
+    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
+        super().attach(model, targets)
+        self.learned = dict(self.bases)
+
+    def _shown(self, U: Tensor, learned: Tensor) -> Tensor:
+        return learned
+
+    def consolidate(self) -> dict:
+        shown, self.bases = self.bases, self.learned
+        try:
+            report = super().consolidate()
+            self.learned = self.bases
+        finally:
+            self.bases = shown
+        new = {n: self._shown(shown[n], U) for n, U in self.learned.items()}
+        self.bases = new
+        return report
+
+    def state_dict(self) -> dict:
+        learned = {name: U.clone() for name, U in self.learned.items()}
+        return super().state_dict() | {"learned": learned}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for name, U in self.bases.items():
+            self.learned[name] = state["learned"][name].to(U, copy=True)
+
+    def memory(self) -> int:
+        return super().memory() + sum(U.nbytes for U in self.learned.values())
+
+# %% ../../nbs/methods/10_controls.ipynb #df66d60f
+def random_directions(
+    U: Tensor,  # (fan_in, r), orthonormal
+    rank: int,  # columns wanted
+    generator: torch.Generator,
+) -> Tensor:  # (fan_in, rank)
+    "U with random orthonormal directions added up to `rank`."
+    fan_in, r = U.shape
+    new = torch.randn(
+        fan_in, max(rank - r, 0), generator=generator, dtype=torch.float64
+    ).to(U.device)
+    inside = U.double()
+    for _ in range(2):
+        new = new - inside @ (inside.mT @ new)
+    return torch.cat([U, torch.linalg.qr(new).Q.to(U)], 1)[:, :rank]
 
 # %% ../../nbs/methods/10_controls.ipynb #26eb1e29
-class RandomBasis(Projection):
+class RandomBasis(_Shadow):
     """Control: random directions in place of the learned ones, as many and with
-    the same importances.
-
-    Takes the parameters of `Projection`, and a seed of its own random
-    stream. Directions once drawn stay.
+    the same importances. Directions once drawn stay.
     """
 
     def __init__(
@@ -39,70 +92,31 @@ class RandomBasis(Projection):
                 " rank=... or energy=... instead of bases"
             )
         self.generator = torch.Generator().manual_seed(seed)
-        self.learned: dict[str, Tensor] = {}  # what Projection would protect
 
-    def __repr__(self) -> str:
-        return super().__repr__().replace("Projection", type(self).__name__, 1)
-
-    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        super().attach(model, targets)
-        self.learned = dict(self.bases)
-
-    def consolidate(self) -> dict:
-        shown, self.bases = self.bases, self.learned
-        try:
-            report = super().consolidate()
-            self.learned = self.bases
-        finally:
-            self.bases = shown
-        self.bases = {
-            name: self._directions(shown[name], U.shape[1])
-            for name, U in self.learned.items()
-        }
-        return report
-
-    def _directions(self, U: Tensor, rank: int) -> Tensor:
-        "U (fan_in, r) with random directions added up to `rank`."
-        new = torch.randn(
-            U.shape[0],
-            max(rank - U.shape[1], 0),
-            generator=self.generator,
-            dtype=torch.float64,
-        ).to(U.device)
-        inside = U.double()
-        for _ in range(2):
-            new = new - inside @ (inside.mT @ new)
-        return torch.cat([U, torch.linalg.qr(new).Q.to(U)], 1)[:, :rank]
+    def _shown(self, U: Tensor, learned: Tensor) -> Tensor:
+        return random_directions(U, learned.shape[1], self.generator)
 
     def state_dict(self) -> dict:
-        learned = {name: U.clone() for name, U in self.learned.items()}
-        return super().state_dict() | {
-            "learned": learned,
-            "generator": self.generator.get_state(),
-        }
+        drawn = self.generator.get_state()
+        return super().state_dict() | {"generator": drawn}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.learned = {
-            name: state["learned"][name].to(U, copy=True)
-            for name, U in self.bases.items()
-        }
         self.generator.set_state(state["generator"].cpu())
 
-    def memory(self) -> int:
-        return super().memory() + sum(
-            U.numel() * U.element_size() for U in self.learned.values()
-        )
+# %% ../../nbs/methods/10_controls.ipynb #dfdf60af
+def leading_directions(
+    S: Tensor,  # (fan_in, fan_in), symmetric
+    rank: int,  # at least one
+) -> Tensor:  # (fan_in, rank)
+    "The eigenvectors of the largest eigenvalues, the largest first."
+    _, V = torch.linalg.eigh(S)  # ascending
+    return V[:, -rank:].flip(1)
 
 # %% ../../nbs/methods/10_controls.ipynb #060ed371
-class CurrentBasis(Projection):
+class CurrentBasis(_Shadow):
     """Control: the leading directions of the running domain's own gradients, as
-    many as `Projection` would protect at this point.
-
-    Takes the parameters of `Projection`. The basis is renewed every
-    `refresh` steps, and is empty until the domain's first. Directions of a
-    renewed basis count fully: accumulated importances belong to other
-    directions.
+    many as `Projection` would protect, renewed every `refresh` steps.
     """
 
     def __init__(
@@ -112,78 +126,30 @@ class CurrentBasis(Projection):
         **options: Any,  # as for Projection
     ):
         super().__init__(*args, **options)
-        if (
-            not self.grows
-            or self.importance is not None
-            or self.consolidate_every is not None
-        ):
+        others = (self.importance, self.consolidate_every)
+        if not self.grows or others != (None, None):
             raise ValueError(
                 "CurrentBasis takes only ranks from a growing Projection with"
                 " boundaries; pass rank=... or energy=..., and no bases,"
                 " importance or consolidate_every"
             )
-        # it asks its sketch within a domain, when each process has seen its own
-        # rows only
         self.shards = False
-        if (
-            isinstance(refresh, bool)
-            or not isinstance(refresh, int)
-            or refresh < 1
-        ):
-            raise ValueError(
-                f"refresh={refresh!r} is not a positive number of steps; pass"
-                " for example refresh=50"
-            )
-        self.refresh = refresh
-        self.learned: dict[str, Tensor] = {}
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("Projection", type(self).__name__, 1)
+        self.refresh = check_count("refresh", refresh, 50, "number of steps")
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        self.sketch_size = self.sketch_size or max(
-            max((self.cap(t) for t in targets.values()), default=1),
-            self.rank or 1,
-        )
+        widest = max((self.cap(t) for t in targets.values()), default=1)
+        self.sketch_size = self.sketch_size or max(widest, self.rank or 1)
         super().attach(model, targets)
-        self.learned = dict(self.bases)
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         step = self.seen
         super().learn(grads)
         if step % self.refresh == 0:
             for name, sketch in self.sketches.items():
-                if rank := self.learned[name].shape[1]:
-                    # ascending
-                    _, V = torch.linalg.eigh(sketch.second_moment())
-                    self.bases[name] = (
-                        V[:, -rank:].flip(1).to(self.learned[name])
-                    )
+                U = self.learned[name]
+                if rank := U.shape[1]:
+                    V = leading_directions(sketch.second_moment(), rank)
+                    self.bases[name] = V.to(U)
 
-    def consolidate(self) -> dict:
-        shown, self.bases = self.bases, self.learned
-        try:
-            report = super().consolidate()
-            self.learned = self.bases
-        finally:
-            self.bases = shown
-        # nothing is known of the next domain yet
-        self.bases = {name: U[:, :0] for name, U in self.learned.items()}
-        return report
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {
-            "learned": {name: U.clone() for name, U in self.learned.items()}
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.learned = {
-            name: state["learned"][name].to(U, copy=True)
-            for name, U in self.bases.items()
-        }
-
-    def memory(self) -> int:
-        return super().memory() + sum(
-            U.numel() * U.element_size() for U in self.learned.values()
-        )
+    def _shown(self, U: Tensor, learned: Tensor) -> Tensor:
+        return learned[:, :0]

@@ -6,106 +6,129 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmr.methods.inputs import (
+from dmr.methods.examples import (
     DomainSample,
-    InputMoment,
-    capture_inputs,
-    catchable,
+    Sampled,
+    check_count,
     evaluating,
     scalar_of,
 )
-from ..routing.modification import Dense, Edit, Target
+from .inputs import InputMoment, capture_inputs, catchable
 from .projection import Projection, importances
-from ..routing.strength import check_fraction
 from .subspace import Growth, grow
+from ..routing.modification import Dense, Edit, Target
+from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['InputProjection', 'GPM', 'accumulate_importance', 'SGP', 'null_space', 'NSCL']
+__all__ = ['input_moments', 'InputProjection', 'GPM', 'accumulate_importance', 'SGP', 'null_space', 'NSCL']
+
+# %% ../../nbs/methods/05_gpm.ipynb #b7bd4c5a
+def input_moments(
+    model: nn.Module,
+    targets: Mapping[str, Target],  # the layers
+    loss_fn: Callable[[Any], Tensor],  # batch -> scalar; runs the model
+    batches: Iterable[Any],
+) -> dict[str, InputMoment]:  # of the layers that were reached
+    "The second moment of each layer's inputs over some batches."
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        capture_inputs(model, targets) as moments,
+    ):
+        for batch in batches:
+            scalar_of(loss_fn, batch)
+    if missed := [name for name, m in moments.items() if not m.rows]:
+        message = (
+            f"no input reached {missed} when loss_fn ran the model: nothing"
+            " new of them is protected; exclude them if so meant"
+        )
+        warnings.warn(message, stacklevel=5)
+    return {name: m for name, m in moments.items() if m.rows}
 
 # %% ../../nbs/methods/05_gpm.ipynb #2dfe0ee3
-class InputProjection(Projection):
-    """What the methods have in common that protect the span of layer inputs: a
-    sample of the domain, and the model run on it.
-    """
+class InputProjection(Sampled, Projection):
+    "A projection on the span of layer inputs, from a sample of each domain."
 
     def __init__(
         self,
         # batch -> scalar; it is called to run the model, its value is not used
         loss_fn: Callable[[Any], Tensor],
-        # examples of each domain that are run through the model at its end
-        samples: int = 125,
+        samples: int = 125,  # examples of each domain, for its end
         batch_size: int = 32,  # of them at a time
         seed: int = 0,  # of the sample
     ):
-        for name, value in (("samples", samples), ("batch_size", batch_size)):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or value < 1
-            ):
-                raise ValueError(
-                    f"{name}={value!r} is not a positive whole number; pass for"
-                    f" example {name}={32}"
-                )
+        check_count("samples", samples, 32)
+        self.batch_size = check_count("batch_size", batch_size, 32)
         super().__init__(bases={})  # no sketch of gradients, no growth from it
-        self.needs_consolidate = True
-        self.loss_fn, self.batch_size = loss_fn, batch_size
-        self.sample = DomainSample(samples, seed)
-        self.domains = 0
+        self.needs_consolidate, self.loss_fn = True, loss_fn
+        self.sample, self.domains = DomainSample(samples, seed), 0
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, catchable(targets))
 
-    def observe(self, batch: Any, total: int | None = None) -> None:
-        self.sample.observe(batch)
-
-    def input_moments(self) -> dict[str, InputMoment]:
-        """Run the model on the sample: the second moment of each layer's
-        inputs, for the layers that were reached.
-        """
-        with (
-            torch.no_grad(),
-            evaluating(self.model),
-            capture_inputs(self.model, self.targets) as moments,
-        ):
-            for batch in self.sample.batches(self.batch_size):
-                scalar_of(self.loss_fn, batch)
-        if missed := [
-            name for name, moment in moments.items() if not moment.rows
-        ]:
-            message = (
-                f"no input reached {missed} when loss_fn ran the model: nothing"
-                " new of them is protected; exclude them if so meant"
-            )
-            warnings.warn(message, stacklevel=4)
-        return {name: moment for name, moment in moments.items() if moment.rows}
-
     def cap(self, target: Target) -> int:
-        "These methods set no cap below the layer's inputs."
         return target.fan_in
 
+    def input_moments(self) -> dict[str, InputMoment]:
+        "The second moment of each layer's inputs, on the sample."
+        batches = self.sample.batches(self.batch_size)
+        return input_moments(self.model, self.targets, self.loss_fn, batches)
+
     def state_dict(self) -> dict:
-        return super().state_dict() | {
-            "sample": self.sample.state_dict(),
-            "domains": self.domains,
-        }
+        return super().state_dict() | {"domains": self.domains}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.sample.load_state_dict(state["sample"])
         self.domains = state["domains"]
 
-    def memory(self) -> int:
-        return super().memory() + self.sample.bytes()
+# %% ../../nbs/methods/05_gpm.ipynb #eca9c95b
+def _add_energies(
+    before: Tensor,  # (r,), of the domains so far
+    now: Tensor,  # (r + new,), of this domain, old directions first
+) -> Tensor:  # (r + new,)
+    "Energies of all domains along a basis that has grown."
+    return now + torch.cat([before, before.new_zeros(len(now) - len(before))])
+
+# %% ../../nbs/methods/05_gpm.ipynb #533243b8
+class _GrowsFromInputs(InputProjection):
+    "At a boundary: GPM's rule on the sample's inputs."
+
+    threshold: float
+    increment: float
+
+    def consolidate(self) -> dict:
+        threshold = min(self.threshold + self.increment * self.domains, 1.0)
+        growths = {
+            name: grow(
+                self.bases[name],
+                torch.zeros_like(self.energies[name]),
+                moment.root(),
+                threshold=threshold,
+            )
+            for name, moment in self.input_moments().items()
+        }
+        for name, growth in growths.items():
+            self._take(name, growth)
+        self.sample.clear()
+        self.domains += 1
+        self._refresh()
+        return self._report(growths) | {"threshold": threshold}
+
+    def _take(self, name: str, growth: Growth) -> None:
+        "Put one layer's growth in place; its energy is this domain's alone."
+        self.bases[name], before = growth.U, self.energies[name]
+        self.energies[name] = _add_energies(before, growth.energy)
+        if growth.U.shape[1] == growth.U.shape[0] and growth.added:
+            self._warn_full(name)
 
 # %% ../../nbs/methods/05_gpm.ipynb #eb9d8533
-class GPM(InputProjection):
+class GPM(_GrowsFromInputs):
     """Gradient projection memory: protect the directions that hold a share
     `threshold` of each domain's layer inputs.
 
@@ -123,16 +146,13 @@ class GPM(InputProjection):
         threshold: float = 0.97,
         # added to the threshold at each domain, up to 1
         increment: float = 0.003,
-        # examples of each domain that are run through the model at its end
-        samples: int = 125,
+        samples: int = 125,  # examples of each domain, for its end
         batch_size: int = 32,  # of them at a time
         seed: int = 0,  # of the sample
     ):
         super().__init__(loss_fn, samples, batch_size, seed)
-        self.threshold, self.increment = (
-            check_fraction("threshold", threshold),
-            check_fraction("increment", increment),
-        )
+        self.threshold = check_fraction("threshold", threshold)
+        self.increment = check_fraction("increment", increment)
         if self.threshold == 0.0:
             raise ValueError(
                 "threshold=0 protects nothing; pass a share in (0, 1], for"
@@ -140,41 +160,8 @@ class GPM(InputProjection):
             )
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(threshold={self.threshold:g},"
-            f" increment={self.increment:g})"
-        )
-
-    def consolidate(self) -> dict:
-        moments = self.input_moments()
-        threshold = min(self.threshold + self.increment * self.domains, 1.0)
-        growths: dict[str, Growth] = {}
-        for name, moment in moments.items():
-            U = self.bases[name]
-            growths[name] = grow(
-                U,
-                torch.zeros_like(self.energies[name]),
-                moment.root(),
-                threshold=threshold,
-            )
-        for name, growth in growths.items():
-            self._take(name, growth)
-        self.sample.clear()
-        self.domains += 1
-        self._refresh()
-        return self._report(growths) | {"threshold": threshold}
-
-    def _take(self, name: str, growth: Growth) -> None:
-        """Grow one layer's basis. `growth.energy` is this domain's share along
-        each direction, old ones first.
-        """
-        before = self.energies[name]
-        self.energies[name] = growth.energy + torch.cat(
-            [before, before.new_zeros(growth.added)]
-        )
-        self.bases[name] = growth.U
-        if growth.U.shape[1] == growth.U.shape[0] and growth.added:
-            self._warn_full(name)
+        rule = f"threshold={self.threshold:g}, increment={self.increment:g}"
+        return f"{type(self).__name__}({rule})"
 
 # %% ../../nbs/methods/05_gpm.ipynb #d0cf83ce
 def accumulate_importance(
@@ -183,16 +170,43 @@ def accumulate_importance(
     energy: Tensor,
     scale: float,  # SGP's a >= 0
 ) -> Tensor:  # (r + new,), in [0, 1]
-    """Importance after one more domain: of a new direction its own, of an old
-    one the sum, at most 1.
-    """
-    current = importances(energy, scale)
-    return torch.cat(
-        [(lam + current[: len(lam)]).clamp(max=1.0), current[len(lam) :]]
-    )
+    "Importance after one more domain."
+    current, r = importances(energy, scale), len(lam)
+    return torch.cat([(lam + current[:r]).clamp(max=1.0), current[r:]])
+
+# %% ../../nbs/methods/05_gpm.ipynb #f9b588ec
+class _AccumulatesImportance(GPM):
+    "GPM's bases, and an importance that adds up over domains."
+
+    scale: float
+
+    def _refresh(self) -> None:
+        "Importances are not derived from the energies."
+
+    def _take(self, name: str, growth: Growth) -> None:
+        before = self._lam.get(name, growth.energy[:0])
+        super()._take(name, growth)
+        lam = accumulate_importance(before, growth.energy, self.scale)
+        self._lam[name] = lam
+
+    def state_dict(self) -> dict:
+        lam = {name: x.clone() for name, x in self._lam.items()}
+        return super().state_dict() | {"importance": lam}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        saved = state["importance"]
+        self._lam = {
+            name: saved[name].to(U, copy=True)
+            for name, U in self.bases.items()
+            if name in saved
+        }
+
+    def memory(self) -> int:
+        return super().memory() + sum(x.nbytes for x in self._lam.values())
 
 # %% ../../nbs/methods/05_gpm.ipynb #f284acaa
-class SGP(GPM):
+class SGP(_AccumulatesImportance):
     """Scaled gradient projection: GPM with an importance in [0, 1] for each
     direction, accumulated over domains.
 
@@ -209,76 +223,111 @@ class SGP(GPM):
         threshold: float = 0.97,
         # added to the threshold at each domain, up to 1
         increment: float = 0.003,
-        # examples of each domain that are run through the model at its end
-        samples: int = 125,
-        batch_size: int = 32,  # of them at a time
-        seed: int = 0,  # of the sample
+        **sample: Any,  # samples, batch_size, seed: as for GPM
     ):
-        super().__init__(
-            loss_fn, threshold, increment, samples, batch_size, seed
-        )
+        super().__init__(loss_fn, threshold, increment, **sample)
         self.scale = check_fraction("scale", scale, high=float("inf"))
 
     def __repr__(self) -> str:
-        return (
-            f"SGP(scale={self.scale:g}, threshold={self.threshold:g},"
-            f" increment={self.increment:g})"
-        )
-
-    def _refresh(self) -> None:
-        """Importances are accumulated at boundaries, not derived from the
-        energies.
-        """
-
-    def _take(self, name: str, growth: Growth) -> None:
-        before = self._lam.get(name, growth.energy[:0])
-        super()._take(name, growth)
-        self._lam[name] = accumulate_importance(
-            before, growth.energy, self.scale
-        )
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {
-            "importance": {name: lam.clone() for name, lam in self._lam.items()}
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self._lam = {
-            name: state["importance"][name].to(U, copy=True)
-            for name, U in self.bases.items()
-            if name in state["importance"]
-        }
-
-    def memory(self) -> int:
-        return super().memory() + sum(
-            lam.numel() * lam.element_size() for lam in self._lam.values()
-        )
+        rule = f"threshold={self.threshold:g}, increment={self.increment:g}"
+        return f"SGP(scale={self.scale:g}, {rule})"
 
 # %% ../../nbs/methods/05_gpm.ipynb #6b1d449f
 def null_space(
     # (fan_in, fan_in), symmetric, positive semidefinite, float64
     covariance: Tensor,
     ratio: float,  # a >= 1
-    # protected (fan_in, r) and null (fan_in, k) eigenvectors; share of energy in
-    # the null space
+    # protected (fan_in, r) and null (fan_in, k) eigenvectors; share of energy
+    # in the null space
 ) -> tuple[Tensor, Tensor, float]:
     "Split the input space at the eigenvalue a·λ_min."
     values, V = torch.linalg.eigh(covariance)  # ascending
-    rounding = torch.finfo(values.dtype).eps * len(values) * float(values[-1])
+    float64 = torch.finfo(values.dtype)
+    rounding = float64.eps * len(values) * float(values[-1])
     null = values <= ratio * max(float(values[0]), rounding)
     energy = values.clamp_min(0)
-    return (
-        V[:, ~null].flip(1),
-        V[:, null],
-        float(
-            energy[null].sum()
-            / energy.sum().clamp_min(torch.finfo(values.dtype).tiny)
-        ),
-    )
+    share = energy[null].sum() / energy.sum().clamp_min(float64.tiny)
+    return V[:, ~null].flip(1), V[:, null], float(share)
 
+# %% ../../nbs/methods/05_gpm.ipynb #15f9ffef
+def _add_moments(
+    before: Mapping[str, InputMoment],  # of the domains so far
+    now: Mapping[str, InputMoment],  # of this domain
+) -> dict[str, InputMoment]:
+    "The sum of two measurements, layer by layer."
+    both = dict(now)
+    for name, a in before.items():
+        b = now.get(name)
+        both[name] = (
+            InputMoment(a.matrix + b.matrix, a.rows + b.rows) if b else a
+        )
+    return both
 
-class NSCL(InputProjection):
+# %% ../../nbs/methods/05_gpm.ipynb #b5c41df2
+class _Covariances(InputProjection):
+    "Keeps the second moment of all inputs of all domains."
+
+    moments: dict[str, InputMoment]
+
+    def state_dict(self) -> dict:
+        saved = lambda m: {"matrix": m.matrix.clone(), "rows": m.rows}
+        moments = {name: saved(m) for name, m in self.moments.items()}
+        return super().state_dict() | {"moments": moments}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.moments = {}
+        for name, m in state["moments"].items():
+            device = self.bases[name].device
+            matrix = m["matrix"].to(device, copy=True)
+            self.moments[name] = InputMoment(matrix, m["rows"])
+
+    def memory(self) -> int:
+        kept = sum(m.matrix.nbytes for m in self.moments.values())
+        return super().memory() + kept
+
+# %% ../../nbs/methods/05_gpm.ipynb #195155dc
+class _NullSpace(_Covariances):
+    "Protects all but the null space of what the covariances say."
+
+    ratio: float
+    normalise: bool
+
+    def edited(self) -> Collection[str]:
+        if not self.normalise:
+            return super().edited()
+        return self.bases if self.domains else ()
+
+    def edit(self, name: str, x: Tensor) -> Edit | None:
+        inside = super().edit(name, x)
+        if not self.normalise or name not in self.bases or not self.domains:
+            return inside
+        free = x if inside is None else x - inside.dense(x)
+        fan_in, r = self.bases[name].shape
+        return Dense(x - free / (fan_in - r) ** 0.5)  # ‖P‖_F = sqrt(k)
+
+    def consolidate(self) -> dict:
+        moments = _add_moments(self.moments, self.input_moments())
+        splits = {
+            name: null_space(m.matrix / m.rows, self.ratio)
+            for name, m in moments.items()
+        }
+        for name, (U, _, _) in splits.items():
+            G = moments[name].matrix
+            energy = (U * (G @ U)).sum(0) / G.trace()
+            self.bases[name] = U.to(self.bases[name])
+            self.energies[name] = energy.to(self.energies[name])
+        self.moments = moments
+        self.sample.clear()
+        self.domains += 1
+        report = self._report({})
+        for name, (_, null, share) in splits.items():
+            free = {"null": null.shape[1], "null_energy": share}
+            report["layers"][name] |= free
+        return report
+
+# %% ../../nbs/methods/05_gpm.ipynb #c834c718
+class NSCL(_NullSpace):
     """Adam-NSCL: project steps on the approximate null space of the past
     inputs' covariance. Native routing: displacement.
 
@@ -297,81 +346,11 @@ class NSCL(InputProjection):
         ratio: float = 10.0,  # a >= 1: directions with λ <= a·λ_min are free
         # divide the projector by its Frobenius norm, as the original code does
         normalise: bool = False,
-        # examples of each domain that are run through the model at its end
-        samples: int = 125,
-        batch_size: int = 32,  # of them at a time
-        seed: int = 0,  # of the sample
+        **sample: Any,  # samples, batch_size, seed: as for GPM
     ):
-        super().__init__(loss_fn, samples, batch_size, seed)
-        self.ratio, self.normalise = (
-            check_fraction("ratio", ratio, low=1.0, high=float("inf")),
-            normalise,
-        )
-        self.moments: dict[str, InputMoment] = {}
+        super().__init__(loss_fn, **sample)
+        self.ratio = check_fraction("ratio", ratio, 1.0, float("inf"))
+        self.normalise, self.moments = normalise, {}
 
     def __repr__(self) -> str:
         return f"NSCL(ratio={self.ratio:g}, normalise={self.normalise})"
-
-    def edited(self) -> Collection[str]:
-        if not self.normalise:
-            return super().edited()
-        return self.bases if self.domains else ()
-
-    def edit(self, name: str, x: Tensor) -> Edit | None:
-        inside = super().edit(name, x)
-        if not self.normalise or name not in self.bases or not self.domains:
-            return inside
-        free = x if inside is None else x - inside.dense(x)
-        fan_in, r = self.bases[name].shape
-        return Dense(x - free / (fan_in - r) ** 0.5)  # ‖P‖_F = sqrt(k)
-
-    def consolidate(self) -> dict:
-        moments = self.input_moments()
-        for name, before in self.moments.items():
-            if name in moments:
-                before = InputMoment(
-                    before.matrix + moments[name].matrix,
-                    before.rows + moments[name].rows,
-                )
-            moments[name] = before
-        splits = {
-            name: null_space(m.matrix / m.rows, self.ratio)
-            for name, m in moments.items()
-        }
-        for name, (U, _, _) in splits.items():
-            self.bases[name] = U.to(self.bases[name])
-            energy = (U * (moments[name].matrix @ U)).sum(0) / moments[
-                name
-            ].matrix.trace()
-            self.energies[name] = energy.to(self.energies[name])
-        self.moments = moments
-        self.sample.clear()
-        self.domains += 1
-        report = self._report({})
-        for name, (_, null, share) in splits.items():
-            report["layers"][name] |= {
-                "null": null.shape[1],
-                "null_energy": share,
-            }
-        return report
-
-    def state_dict(self) -> dict:
-        moments = {
-            name: {"matrix": m.matrix.clone(), "rows": m.rows}
-            for name, m in self.moments.items()
-        }
-        return super().state_dict() | {"moments": moments}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.moments = {
-            name: InputMoment(
-                m["matrix"].to(self.bases[name].device, copy=True), m["rows"]
-            )
-            for name, m in state["moments"].items()
-        }
-
-    def memory(self) -> int:
-        return super().memory() + sum(
-            8 * m.matrix.numel() for m in self.moments.values()
-        )

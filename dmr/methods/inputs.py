@@ -9,17 +9,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .subspace import square_root
 from ..routing.modification import Target
-from .replay import Batch, ReplayBuffer
 
 # %% auto #0
-__all__ = ['input_rows', 'InputMoment', 'capture_inputs', 'evaluating', 'catchable', 'DomainSample', 'scalar_of']
+__all__ = ['input_rows', 'InputMoment', 'capture_inputs', 'catchable']
 
 # %% ../../nbs/methods/04_inputs.ipynb #f8fb4d07
 def input_rows(
@@ -32,21 +31,17 @@ def input_rows(
     conv = target.module
     if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return x.reshape(-1, target.fan_in)
-    spatial = len(conv.kernel_size)
-    x = x if x.ndim == spatial + 2 else x[None]  # (batch, channels, ...)
+    axes = len(conv.kernel_size)
+    x = x if x.ndim == axes + 2 else x[None]  # (batch, channels, ...)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    for i, (size, stride, dilation) in enumerate(
-        zip(conv.kernel_size, conv.stride, conv.dilation)
-    ):
+    sizes = zip(conv.kernel_size, conv.stride, conv.dilation)
+    for i, (size, stride, dilation) in enumerate(sizes):
         # (batch, channels, ..., places, ..., size)
         x = x.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    # the weight of one group sees the channels of that group
     x = x.unflatten(1, (conv.groups, -1))
-    places = range(3, 3 + spatial)
-    return x.permute(0, 1, *places, 2, *range(3 + spatial, x.ndim)).reshape(
-        -1, target.fan_in
-    )
+    places, kernel = range(3, 3 + axes), range(3 + axes, x.ndim)
+    return x.permute(0, 1, *places, 2, *kernel).reshape(-1, target.fan_in)
 
 # %% ../../nbs/methods/04_inputs.ipynb #f613f143
 @dataclass
@@ -56,183 +51,72 @@ class InputMoment:
     matrix: Tensor  # (fan_in, fan_in), float64: the sum of x xᵀ
     rows: int = 0  # inputs summed
 
+    def take(self, x: Tensor) -> None:
+        "Add the rows of x (n, fan_in)."
+        x = x.double()
+        self.matrix.addmm_(x.mT, x)  # (fan_in, n) @ (n, fan_in)
+        self.rows += len(x)
+
     def root(self) -> Tensor:
-        """A matrix B (fan_in, fan_in) with BᵀB = the sum: what the matrix of
-        all inputs has, up to a rotation.
-        """
-        squares, V = torch.linalg.eigh(self.matrix)
-        return squares.clamp_min(0).sqrt()[:, None] * V.mT
+        "A matrix B (fan_in, fan_in) with BᵀB = the sum."
+        return square_root(self.matrix)
 
+# %% ../../nbs/methods/04_inputs.ipynb #2514d2aa
+def _watched(
+    model: nn.Module, targets: Mapping[str, Target]
+) -> list[tuple[nn.Module, Target]]:
+    "The modules that multiply by a target's weight, with the target there."
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    return [
+        (module, Target(name, target.param, module, target.transposed))
+        for module in model.modules()
+        for name, target in targets.items()
+        if getattr(module, "weight", None) is target.param
+        and not isinstance(module, tables)
+    ]
 
+# %% ../../nbs/methods/04_inputs.ipynb #7494eaac
 @contextmanager
 def capture_inputs(
     model: nn.Module,  # run it inside the block
     targets: Mapping[str, Target],  # the layers to watch
 ) -> Iterator[dict[str, InputMoment]]:  # by name, complete when the block ends
-    """Sum x xᵀ over all inputs x that reach each layer inside the block; a
-    weight used by several layers collects from all.
-    """
-    moments = {
-        name: InputMoment(
-            torch.zeros(
-                t.fan_in, t.fan_in, dtype=torch.float64, device=t.param.device
-            )
-        )
-        for name, t in targets.items()
-    }
-    handles = []
-    for module in model.modules():
-        for name, target in targets.items():
-            if getattr(
-                module, "weight", None
-            ) is not target.param or isinstance(
-                module, (nn.Embedding, nn.EmbeddingBag)
-            ):
-                continue
-            here = Target(name, target.param, module, target.transposed)
+    "Sum x xᵀ over all inputs x that reach each layer inside the block."
+    moments = {}
+    for name, t in targets.items():
+        zeros = torch.zeros(t.fan_in, t.fan_in, dtype=torch.float64)
+        moments[name] = InputMoment(zeros.to(t.param.device))
 
-            def hook(
-                _: nn.Module, args: tuple, kwargs: dict, here: Target = here
-            ) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                rows = input_rows(here, x.detach()).double()
-                # (fan_in, n) @ (n, fan_in)
-                moments[here.name].matrix.addmm_(rows.mT, rows)
-                moments[here.name].rows += len(rows)
+    def hook(here: Target) -> Callable:
+        def take(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            moments[here.name].take(input_rows(here, x.detach()))
 
-            handles.append(
-                module.register_forward_pre_hook(hook, with_kwargs=True)
-            )
+        return take
+
+    handles = [
+        module.register_forward_pre_hook(hook(here), with_kwargs=True)
+        for module, here in _watched(model, targets)
+    ]
     try:
         yield moments
     finally:
         for handle in handles:
             handle.remove()
 
-
-@contextmanager
-def evaluating(
-    # its dropout is off inside the block, its running averages stand still
-    model: nn.Module,
-) -> Iterator[None]:
-    "Evaluation mode inside the block; each module's own mode after it."
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
 # %% ../../nbs/methods/04_inputs.ipynb #ca951d20
 def catchable(
     targets: Mapping[str, Target],  # found by `find_targets`
 ) -> dict[str, Target]:
     "The targets whose inputs a hook can see; warns about the others."
-    hidden = (
-        nn.MultiheadAttention,
-        nn.modules.linear.NonDynamicallyQuantizableLinear,
-    )
-    seen = {
-        name: t
-        for name, t in targets.items()
-        if not isinstance(t.module, hidden)
-    }
-    if missed := sorted(set(targets) - set(seen)):
+    quantizable = nn.modules.linear.NonDynamicallyQuantizableLinear
+    hidden = (nn.MultiheadAttention, quantizable)
+    missed = {n for n, t in targets.items() if isinstance(t.module, hidden)}
+    if missed:
         warnings.warn(
-            f"the inputs of {missed} cannot be seen, because"
+            f"the inputs of {sorted(missed)} cannot be seen, because"
             " nn.MultiheadAttention calls no layer; they are not protected."
             " Write attention with nn.Linear to protect it",
             stacklevel=5,
         )
-    return seen
-
-# %% ../../nbs/methods/04_inputs.ipynb #dbf287e6
-class DomainSample:
-    """A uniform sample of the running domain's examples, in O(size) memory;
-    forgotten when the domain is over.
-    """
-
-    def __init__(
-        self,
-        size: int,  # examples kept
-        seed: int = 0,  # of its own random stream
-    ):
-        self.buffer = ReplayBuffer(seed, capacity=size)
-
-    def __len__(self) -> int:
-        return (
-            len(next(iter(self.buffer.current.values())))
-            if self.buffer.current
-            else 0
-        )
-
-    def observe(self, batch: Batch) -> None:
-        "Offer a training batch."
-        self.buffer.observe(batch, self.buffer.capacity)  # type: ignore[arg-type]
-
-    def batches(self, size: int) -> Iterator[Any]:
-        """The kept examples in batches of at most `size`, in the form in which
-        they were observed. ValueError if there are none.
-        """
-        if not len(self):
-            raise ValueError(
-                "consolidate() came before any observed batch of this domain;"
-                " call router.observe(batch) before each backward pass"
-            )
-        for start in range(0, len(self), size):
-            rows = {
-                key: x[start : start + size]
-                for key, x in self.buffer.current.items()
-            }
-            form = self.buffer.form
-            yield (
-                rows[""]
-                if form == "Tensor"
-                else (
-                    rows
-                    if form == "dict"
-                    else (tuple if form == "tuple" else list)(rows.values())
-                )
-            )
-
-    def clear(self) -> None:
-        "The domain is over."
-        self.buffer.current, self.buffer.seen = {}, 0
-
-    def bytes(self) -> int:
-        "Bytes kept."
-        return self.buffer.bytes()
-
-    def state_dict(self) -> dict:
-        return self.buffer.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.buffer.load_state_dict(state)
-
-# %% ../../nbs/methods/04_inputs.ipynb #3fe6ef47
-def scalar_of(
-    function: Callable[[Any], Tensor],  # the user's: batch -> scalar
-    batch: Batch,  # examples
-    name: str = "loss_fn",  # what the function is called in the error
-) -> Tensor:  # 0-dim, finite
-    """Call `function` on `batch`; ValueError unless it returns a finite scalar
-    tensor.
-    """
-    value = function(batch)
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        what = (
-            f"a tensor of shape {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else type(value).__name__
-        )
-        raise ValueError(
-            f"{name} returned {what}; it must return a scalar tensor, for"
-            " example a mean over the batch"
-        )
-    if not bool(value.detach().isfinite()):
-        raise ValueError(
-            f"{name} returned {float(value.detach())}; nothing was changed."
-            " Check the model's weights and the batch"
-        )
-    return value
+    return {name: t for name, t in targets.items() if name not in missed}

@@ -5,19 +5,51 @@
 # %% ../../nbs/methods/06_ogd.ipynb #dd60a765
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import DomainSample, evaluating, scalar_of
+from dmr.methods.examples import (
+    DomainSample,
+    Sampled,
+    check_count,
+    evaluating,
+    gradients_of,
+    scalar_of,
+)
 from ..routing.modification import Dense, Modification, Target
 from ..routing.sharding import same_everywhere
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['orthonormal_rows', 'OGD']
+__all__ = ['logit_gradients', 'orthonormal_rows', 'OGD']
+
+# %% ../../nbs/methods/06_ogd.ipynb #adc5abf4
+def _places_of(params: Mapping[str, Tensor]) -> dict[str, slice]:
+    "Where each parameter lies in the vector of all of them."
+    places, end = {}, 0
+    for name, p in params.items():
+        places[name] = slice(end, end + p.numel())
+        end += p.numel()
+    return places
+
+# %% ../../nbs/methods/06_ogd.ipynb #ec365eb7
+def logit_gradients(
+    logit_fn: Callable[[Any], Tensor],  # one example -> its logit
+    examples: Iterable[Any],  # batches of one example each
+    params: Mapping[str, Tensor],  # P numbers in all
+    rows: Tensor,  # (n, P) zeros, to be filled
+) -> Tensor:  # rows
+    "The gradient of each example's logit over all parameters, as a row."
+    places = _places_of(params)
+    for row, example in zip(rows, examples):
+        logit = scalar_of(logit_fn, example, "logit_fn")
+        for name, g in gradients_of(logit, params).items():
+            if g is not None:
+                row[places[name]] = g.flatten()
+    return rows
 
 # %% ../../nbs/methods/06_ogd.ipynb #c7d94da7
 def orthonormal_rows(
@@ -27,9 +59,7 @@ def orthonormal_rows(
     tolerance: float = 1e-4,
     # (k + at most n, P), orthonormal rows, the old ones first and unchanged
 ) -> Tensor:
-    """Gram-Schmidt with a second pass against rounding; vectors that lie in the
-    span of earlier ones are dropped.
-    """
+    "Gram-Schmidt with a second pass against rounding."
     rows = torch.cat([V, new.new_empty(new.shape)])
     k = len(V)
     for v in new:
@@ -42,8 +72,114 @@ def orthonormal_rows(
             k += 1
     return rows[:k].clone()
 
+# %% ../../nbs/methods/06_ogd.ipynb #f18fd602
+def _check_budget(
+    vectors: int,  # to be kept
+    V: Tensor,  # (k, P), those kept so far
+    budget: float,  # bytes
+) -> None:
+    "ValueError if so many vectors would not fit."
+    P, size = V.shape[1], V.element_size()
+    needed = vectors * P * size
+    if needed > budget:
+        raise ValueError(
+            f"OGD would keep {vectors} vectors of {P:,} numbers,"
+            f" {needed / 2**20:,.0f} MiB, but budget={budget:g} bytes"
+            f" holds {int(budget // (P * size))}; pass fewer vectors a domain,"
+            " a larger budget, or take a method that works layer by layer"
+        )
+
+# %% ../../nbs/methods/06_ogd.ipynb #fdc4f7fe
+class _Vectors(Modification):
+    "Keeps orthonormal vectors over all trained parameters."
+
+    V: Tensor  # (k, P), orthonormal rows
+
+    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
+        super().attach(model, targets)
+        named = model.named_parameters()
+        self._params = {n: p for n, p in named if p.requires_grad}
+        if not self._params:
+            raise ValueError(
+                "the model has no parameter that requires a gradient, so OGD"
+                " has nothing to protect"
+            )
+        self._places = _places_of(self._params)
+        first = next(iter(self._params.values()))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        P = sum(p.numel() for p in self._params.values())
+        self.V = torch.zeros(0, P, dtype=dtype, device=first.device)
+
+    def share(self) -> None:
+        self.V = same_everywhere({"V": self.V}, self.group)["V"]
+
+    def state_dict(self) -> dict:
+        return {"V": self.V.clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["V"].shape[1] != self.V.shape[1]:
+            raise ValueError(
+                f"the state's vectors have {state['V'].shape[1]:,} numbers,"
+                f" this model {self.V.shape[1]:,} parameters"
+            )
+        self.V = state["V"].to(self.V, copy=True)
+
+    def memory(self) -> int:
+        return self.V.nbytes
+
+# %% ../../nbs/methods/06_ogd.ipynb #4063a5cb
+def _components(
+    V: Tensor,  # (k, P)
+    vectors: Mapping[str, Tensor],  # gradients or steps by name
+    places: Mapping[str, slice],  # where each lies in the vector of all
+) -> Tensor:  # (k,)
+    "V g, over the parameters that have a place."
+    parts = [
+        V[:, places[name]] @ x.flatten().to(V)
+        for name, x in vectors.items()
+        if name in places
+    ]
+    return torch.stack(parts).sum(0) if parts else V.new_zeros(len(V))
+
+# %% ../../nbs/methods/06_ogd.ipynb #2d987a6e
+def _energy_share(
+    inside: Tensor,  # energy in the span, 0-dim
+    whole: Tensor,  # energy of the vector, 0-dim
+) -> Tensor:  # 0-dim, in [0, 1]
+    "inside / whole, and 0 for a vector of zeros."
+    share = inside / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    return torch.where(whole > 0, share, torch.zeros_like(share)).clamp(0, 1)
+
+# %% ../../nbs/methods/06_ogd.ipynb #356b83b2
+class _TakesOutSpan(_Vectors):
+    "In a step: g̃ = g - Vᵀ V g."
+
+    _along: Tensor | None = None  # (k,), V g within a step
+
+    def edited(self) -> Collection[str]:
+        return self._places if len(self.V) else ()
+
+    def begin(
+        self, vectors: Mapping[str, Tensor], overlap: bool
+    ) -> Tensor | None:
+        self._along = _components(self.V, vectors, self._places)
+        if not overlap:
+            return None
+        squares = [x.to(self.V).square().sum() for x in vectors.values()]
+        whole = torch.stack(squares).sum()
+        return _energy_share(self._along.square().sum(), whole)
+
+    def edit(self, name: str, x: Tensor) -> Dense | None:
+        if name not in self._places or self._along is None:
+            return None
+        d = self._along @ self.V[:, self._places[name]]
+        return Dense(d.view_as(x).to(x.dtype))
+
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        self._along = None
+
 # %% ../../nbs/methods/06_ogd.ipynb #b26dfb4e
-class OGD(Modification):
+class OGD(Sampled, _TakesOutSpan):
     """Orthogonal gradient descent: remove the span of old examples'
     ground-truth-logit gradients, over all parameters as one vector.
 
@@ -57,150 +193,31 @@ class OGD(Modification):
         # a batch of ONE example -> its ground-truth logit, a scalar
         logit_fn: Callable[[Any], Tensor],
         vectors: int = 100,  # stored for each domain
-        # domains that will be consolidated, for the check of the memory in
-        # advance
-        domains: int = 1,
+        domains: int = 1,  # planned, to check the memory in advance
         budget: float = 2.0**30,  # bytes that the vectors may take
         seed: int = 0,  # of the sample of examples
     ):
-        for name, value in (("vectors", vectors), ("domains", domains)):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or value < 1
-            ):
-                raise ValueError(
-                    f"{name}={value!r} is not a positive whole number; pass for"
-                    f" example {name}=8"
-                )
-        self.logit_fn, self.vectors, self.planned = logit_fn, vectors, domains
+        self.logit_fn = logit_fn
+        self.vectors = check_count("vectors", vectors, 8)
+        self.planned = check_count("domains", domains, 8)
         self.budget = check_fraction("budget", budget, high=float("inf"))
         self.sample = DomainSample(vectors, seed)
-        self._along: Tensor | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"OGD(vectors={self.vectors}, stored={len(self.V)})"
-            if hasattr(self, "V")
-            else f"OGD(vectors={self.vectors})"
-        )
+        stored = f", stored={len(self.V)}" if hasattr(self, "V") else ""
+        return f"OGD(vectors={self.vectors}{stored})"
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
-        self._params = {
-            name: p for name, p in model.named_parameters() if p.requires_grad
-        }
-        first = next(iter(self._params.values()), None)
-        if first is None:
-            raise ValueError(
-                "the model has no parameter that requires a gradient, so OGD"
-                " has nothing to protect"
-            )
-        ends = (
-            torch.tensor([p.numel() for p in self._params.values()])
-            .cumsum(0)
-            .tolist()
-        )
-        self._places = {
-            name: slice(end - p.numel(), end)
-            for (name, p), end in zip(self._params.items(), ends)
-        }
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        # (k, P), orthonormal rows
-        self.V = torch.zeros(0, ends[-1], dtype=dtype, device=first.device)
-        self._check_budget(self.vectors * self.planned)
-
-    def _check_budget(self, vectors: int) -> None:
-        P = self.V.shape[1]
-        needed = vectors * P * self.V.element_size()
-        if needed > self.budget:
-            fits = int(self.budget // (P * self.V.element_size()))
-            raise ValueError(
-                f"OGD would keep {vectors} vectors of {P:,} numbers,"
-                f" {needed / 2**20:,.0f} MiB, but budget={self.budget:g} bytes"
-                f" holds {fits}; pass fewer vectors a domain, a larger budget,"
-                " or take a method that works layer by layer"
-            )
-
-    def edited(self) -> Collection[str]:
-        return self._places if len(self.V) else ()
-
-    def observe(self, batch: Any, total: int | None = None) -> None:
-        self.sample.observe(batch)
-
-    def begin(
-        self, vectors: Mapping[str, Tensor], overlap: bool
-    ) -> Tensor | None:
-        names = [name for name in vectors if name in self._places]
-        parts = [
-            self.V[:, self._places[name]] @ vectors[name].flatten().to(self.V)
-            for name in names
-        ]
-        # (k,): V g
-        self._along = (
-            torch.stack(parts).sum(0)
-            if parts
-            else self.V.new_zeros(len(self.V))
-        )
-        if not overlap:
-            return None
-        whole = torch.stack(
-            [vectors[name].to(self.V).square().sum() for name in vectors]
-        ).sum()
-        share = self._along.square().sum() / whole.clamp_min(
-            torch.finfo(whole.dtype).tiny
-        )
-        return torch.where(whole > 0, share, torch.zeros_like(share)).clamp(
-            0, 1
-        )
-
-    def edit(self, name: str, x: Tensor) -> Dense | None:
-        if name not in self._places or self._along is None:
-            return None
-        return Dense(
-            (self._along @ self.V[:, self._places[name]]).view_as(x).to(x.dtype)
-        )
-
-    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
-        self._along = None
+        _check_budget(self.vectors * self.planned, self.V, self.budget)
 
     def consolidate(self) -> dict:
-        examples = list(self.sample.batches(1))
-        self._check_budget(len(self.V) + len(examples))
-        new = self.V.new_zeros(len(examples), self.V.shape[1])
+        examples, before = list(self.sample.batches(1)), len(self.V)
+        _check_budget(before + len(examples), self.V, self.budget)
+        rows = self.V.new_zeros(len(examples), self.V.shape[1])
         with torch.enable_grad(), evaluating(self.model):
-            for row, example in zip(new, examples):
-                logit = scalar_of(self.logit_fn, example, "logit_fn")
-                grads = torch.autograd.grad(
-                    logit, list(self._params.values()), allow_unused=True
-                )
-                for place, g in zip(self._places.values(), grads):
-                    if g is not None:
-                        row[place] = g.flatten()
-        before = len(self.V)
-        self.V = orthonormal_rows(self.V, new)
+            logit_gradients(self.logit_fn, examples, self._params, rows)
+        self.V = orthonormal_rows(self.V, rows)
         self.sample.clear()
-        return {
-            "vectors": len(self.V),
-            "added": len(self.V) - before,
-            "bytes": self.V.numel() * self.V.element_size(),
-        }
-
-    def share(self) -> None:
-        # each process has seen other examples: the first one's vectors
-        self.V = same_everywhere({"V": self.V}, self.group)["V"]
-
-    def state_dict(self) -> dict:
-        return {"V": self.V.clone(), "sample": self.sample.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["V"].shape[1] != self.V.shape[1]:
-            raise ValueError(
-                f"the state's vectors have {state['V'].shape[1]:,} numbers,"
-                f" this model {self.V.shape[1]:,} parameters"
-            )
-        self.V = state["V"].to(self.V, copy=True)
-        self.sample.load_state_dict(state["sample"])
-
-    def memory(self) -> int:
-        return self.V.numel() * self.V.element_size() + self.sample.bytes()
+        added, stored = len(self.V) - before, len(self.V)
+        return {"vectors": stored, "added": added, "bytes": self.V.nbytes}

@@ -11,202 +11,180 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import DomainSample, evaluating, scalar_of
+from dmr.methods.examples import (
+    DomainSample,
+    Sampled,
+    check_count,
+    evaluating,
+    gradients_of,
+    scalar_of,
+)
 from ..routing.modification import Dense, Modification, Target, squared_cosine
 from ..routing.sharding import same_everywhere
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['FORMS', 'NORMALISATIONS', 'clipped_share', 'Penalty', 'fisher_diagonal', 'EWC', 'SI']
+__all__ = ['pull_of', 'clipped_share', 'Penalty', 'fisher_diagonal', 'merge_quadratics', 'EWC', 'add_path', 'SI']
+
+# %% ../../nbs/methods/08_penalty.ipynb #49ba3f2c
+def pull_of(
+    theta: Tensor,  # a parameter
+    anchor: Tensor,  # θ*, its value when the past was learned
+    omega: Tensor,  # Ω >= 0, its importance
+    weight: float,  # λ >= 0
+) -> Tensor:
+    "∇ of ½ · weight · Σ Ω (θ - θ*)²."
+    return weight * omega * (theta.detach().to(omega) - anchor)
 
 # %% ../../nbs/methods/08_penalty.ipynb #e383a062
-#: How a penalty enters: its gradient added, or the loss's gradient rescaled.
-FORMS = ("additive", "rescale")
-#: What importances are divided by before they rescale.
-NORMALISATIONS = ("mean", "max", "none")
+# how a penalty enters: its gradient added, or the loss's gradient rescaled
+_FORMS = ("additive", "rescale")
+# what importances are divided by before they rescale
+_NORMALISATIONS = ("mean", "max", "none")
+
+
+def _mean_and_max(named: Mapping[str, Tensor]) -> tuple[float, float]:
+    "Mean and maximum over all numbers of all tensors."
+    total = sum(float(x.double().sum()) for x in named.values())
+    count = max(sum(x.numel() for x in named.values()), 1)
+    biggest = max((float(x.max()) for x in named.values()), default=0.0)
+    return total / count, biggest
 
 
 def clipped_share(
     importance: Mapping[str, Tensor],  # Ω >= 0 by parameter name
     lam: float,  # λ >= 0
-    # divide Ω by its "mean" or "max" over all parameters of the model, or not
-    # at all
+    # divide Ω by its "mean" or "max" over the whole model, or not at all
     normalise: str,
 ) -> dict[str, Tensor]:  # λΩ in [0, 1]
     "What the rescaling form takes away from each gradient."
-    biggest = max((float(x.max()) for x in importance.values()), default=0.0)
-    mean = sum(float(x.double().sum()) for x in importance.values()) / max(
-        sum(x.numel() for x in importance.values()), 1
-    )
+    mean, biggest = _mean_and_max(importance)
     unit = {"mean": mean, "max": biggest, "none": 1.0}[normalise]
-    return {
-        name: (x * (lam / unit if unit > 0 else 0.0)).clamp(0.0, 1.0)
-        for name, x in importance.items()
-    }
+    factor = lam / unit if unit > 0 else 0.0
+    return {n: (x * factor).clamp(0.0, 1.0) for n, x in importance.items()}
 
-# %% ../../nbs/methods/08_penalty.ipynb #58cdf957
-class Penalty(Modification):
-    """What EWC and SI have in common: importances, an anchor, and the two forms
-    of using them.
-    """
+# %% ../../nbs/methods/08_penalty.ipynb #b5750460
+def _beside(
+    tensors: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    "Copies on the devices of the parameters of the same names."
+    for name, x in tensors.items():
+        if name not in params or params[name].shape != x.shape:
+            raise ValueError(
+                f"the state has an importance for {name!r} of shape"
+                f" {tuple(x.shape)}, which this model has not"
+            )
+    return {n: x.to(params[n].device, copy=True) for n, x in tensors.items()}
 
-    def __init__(
-        self,
-        # additive: the penalty is ½ · weight · Σ Ω (θ - θ*)²; rescaling: λ
-        weight: float,
-        form: str = "additive",  # "additive" or "rescale"
-        # unit of Ω in the rescaling form: "mean", "max" or "none"
-        normalise: str = "mean",
-    ):
-        if form not in FORMS:
-            raise ValueError(
-                f"form={form!r} is unknown; choose one of {', '.join(FORMS)}"
-            )
-        if normalise not in NORMALISATIONS:
-            raise ValueError(
-                f"normalise={normalise!r} is unknown; choose one of"
-                f" {', '.join(NORMALISATIONS)}"
-            )
-        self.weight = check_fraction(
-            "the penalty's weight", weight, high=float("inf")
-        )
-        self.form, self.normalise = form, normalise
-        self.acts_on_steps = form == "rescale"
-        # name -> Ω, summed over domains
-        self.importance: dict[str, Tensor] = {}
-        self.anchors: dict[str, Tensor] = {}  # name -> θ*
-        self._share: dict[str, Tensor] = {}  # name -> λΩ in [0, 1] (rescaling)
+# %% ../../nbs/methods/08_penalty.ipynb #db00cb63
+class _ByParameter(Modification):
+    "Keeps tensors of the parameters' shapes, by parameter name."
+
+    kept: tuple[str, ...] = ("importance", "anchors")  # in the state
+    derived: tuple[str, ...] = ("_share",)  # made from them
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
-        self._params = {
-            name: p for name, p in model.named_parameters() if p.requires_grad
-        }
+        named = model.named_parameters()
+        self._params = {n: p for n, p in named if p.requires_grad}
+
+    def refresh(self) -> None:
+        "Make again what follows from what is kept."
+
+    def state_dict(self) -> dict:
+        copies = lambda named: {name: x.clone() for name, x in named.items()}
+        return {part: copies(getattr(self, part)) for part in self.kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        here = {part: _beside(state[part], self._params) for part in self.kept}
+        for part, tensors in here.items():
+            setattr(self, part, tensors)
+        self.refresh()
+
+    def memory(self) -> int:
+        parts = [getattr(self, part) for part in self.kept + self.derived]
+        return sum(x.nbytes for part in parts for x in part.values())
+
+# %% ../../nbs/methods/08_penalty.ipynb #01f3163b
+class _Importances(_ByParameter):
+    "Knows the form, and what it needs at a step."
+
+    weight: float  # λ
+    form: str  # one of _FORMS
+    normalise: str  # one of _NORMALISATIONS
+    importance: dict[str, Tensor]  # Ω, summed over domains
+    anchors: dict[str, Tensor]  # θ*, in the additive form
+    _share: dict[str, Tensor]  # λΩ in [0, 1], in the rescaling form
+
+    @property
+    def _brakes(self) -> bool:
+        return self.form == "rescale"
+
+    def refresh(self) -> None:
+        "The rescaling form's factors follow the importances."
+        if self._brakes:
+            omega, lam = self.importance, self.weight
+            self._share = clipped_share(omega, lam, self.normalise)
+
+    def share(self) -> None:
+        for tensors in (self.importance, self.anchors):
+            tensors.update(same_everywhere(tensors, self.group))
+        self.refresh()
+
+# %% ../../nbs/methods/08_penalty.ipynb #1ed57414
+class _Forms(_Importances):
+    "In a step: the two forms of using importances."
 
     def edited(self) -> Collection[str]:
         return self.importance
 
     def pull(self, name: str) -> Tensor:
         "∇penalty of one parameter: weight · Ω ⊙ (θ - θ*)."
-        omega = self.importance[name]
-        return (
-            self.weight
-            * omega
-            * (self._params[name].detach().to(omega) - self.anchors[name])
-        )
+        theta, anchor = self._params[name], self.anchors[name]
+        return pull_of(theta, anchor, self.importance[name], self.weight)
 
-    def penalty(self) -> Tensor:
-        """The value of the additive penalty, ½ · weight · Σ Ω (θ - θ*)²; up to
-        a constant where several anchors were merged.
-        """
-        terms = [
-            self.importance[n]
-            * (
-                self._params[n].detach().to(self.anchors[n]) - self.anchors[n]
-            ).square()
-            for n in self.anchors
-        ]
-        return (
-            0.5 * self.weight * torch.stack([t.sum() for t in terms]).sum()
-            if terms
-            else torch.zeros(())
-        )
+    def _brought(self, name: str, x: Tensor) -> Tensor:
+        if name not in self.importance:
+            return torch.zeros_like(x)
+        return self._share[name] * x if self._brakes else self.pull(name)
 
     def begin(
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
-        if not overlap:
-            return None
-        brought = (
-            self.pull
-            if self.form == "additive"
-            else lambda name: self._share[name] * vectors[name]
-        )
-        zero = lambda name: torch.zeros_like(vectors[name])
-        return squared_cosine(
-            [
-                (vectors[n], brought(n) if n in self.importance else zero(n))
-                for n in vectors
-            ]
-        )
+        pairs = ((x, self._brought(n, x)) for n, x in vectors.items())
+        return squared_cosine(list(pairs)) if overlap else None
 
     def edit(self, name: str, x: Tensor) -> Dense | None:
         if name not in self.importance:
             return None
-        return Dense(
-            -self.pull(name)
-            if self.form == "additive"
-            else self._share[name] * x
-        )
+        brought = self._brought(name, x)
+        return Dense(brought if self._brakes else -brought)
 
-    def refresh(self) -> None:
-        "The rescaling form's factors follow the importances."
-        if self.form == "rescale":
-            self._share = clipped_share(
-                self.importance, self.weight, self.normalise
-            )
+# %% ../../nbs/methods/08_penalty.ipynb #58cdf957
+class Penalty(_Forms):
+    "What EWC and SI have in common: importances in one of two forms."
 
-    def share(self) -> None:
-        # measured on each process's own examples: the first one's count
-        for tensors in (self.importance, self.anchors):
-            tensors.update(same_everywhere(tensors, self.group))
-        self.refresh()
-
-    def report(self) -> dict:
-        "What is known of the importances, as plain numbers."
-        total = sum(x.numel() for x in self.importance.values())
-        out = {
-            "importance_mean": (
-                sum(float(x.double().sum()) for x in self.importance.values())
-                / max(total, 1)
-            )
-        }
-        out["importance_max"] = max(
-            (float(x.max()) for x in self.importance.values()), default=0.0
-        )
-        if self.form == "rescale":
-            out["damping_mean"] = sum(
-                float(x.double().sum()) for x in self._share.values()
-            ) / max(total, 1)
-        return out
-
-    def state_dict(self) -> dict:
-        copies = lambda tensors: {
-            name: x.clone() for name, x in tensors.items()
-        }
-        return {
-            "importance": copies(self.importance),
-            "anchors": copies(self.anchors),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        for part in ("importance", "anchors"):
-            for name, x in state[part].items():
-                if (
-                    name not in self._params
-                    or self._params[name].shape != x.shape
-                ):
-                    raise ValueError(
-                        f"the state has an importance for {name!r} of shape"
-                        f" {tuple(x.shape)}, which this model has not"
-                    )
-        here = lambda tensors: {
-            name: x.to(self._params[name].device, copy=True)
-            for name, x in tensors.items()
-        }
-        self.importance, self.anchors = (
-            here(state["importance"]),
-            here(state["anchors"]),
-        )
-        self.refresh()
-
-    def memory(self) -> int:
-        kept = [
-            *self.importance.values(),
-            *self.anchors.values(),
-            *self._share.values(),
-        ]
-        return sum(x.numel() * x.element_size() for x in kept)
+    def __init__(
+        self,
+        # additive: the penalty is ½ · weight · Σ Ω (θ - θ*)²; rescaling: λ
+        weight: float,
+        form: str = "additive",  # or "rescale"
+        normalise: str = "mean",  # or "max", "none": unit of Ω in rescaling
+    ):
+        for name, value, choices in (
+            ("form", form, _FORMS),
+            ("normalise", normalise, _NORMALISATIONS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"{name}={value!r} is unknown; choose one of"
+                    f" {', '.join(choices)}"
+                )
+        what = "the penalty's weight"
+        self.weight = check_fraction(what, weight, high=float("inf"))
+        self.form, self.normalise = form, normalise
+        self.acts_on_steps = self._brakes
+        self.importance, self.anchors, self._share = {}, {}, {}
 
 # %% ../../nbs/methods/08_penalty.ipynb #13f7fcd5
 def fisher_diagonal(
@@ -216,27 +194,75 @@ def fisher_diagonal(
     examples: list,  # batches of one example each
 ) -> dict[str, Tensor]:  # at least float32
     "F_i = mean over examples of (∂ loss / ∂θ_i)²."
-    wide = lambda p: torch.zeros(
-        p.shape,
-        dtype=torch.promote_types(p.dtype, torch.float32),
-        device=p.device,
-    )
-    fisher = {name: wide(p) for name, p in params.items()}
+    wide = lambda p: torch.promote_types(p.dtype, torch.float32)
+    fisher = {
+        name: torch.zeros(p.shape, dtype=wide(p), device=p.device)
+        for name, p in params.items()
+    }
     for example in examples:
-        grads = torch.autograd.grad(
-            scalar_of(loss_fn, example),
-            list(params.values()),
-            allow_unused=True,
-        )
-        for F, g in zip(fisher.values(), grads):
+        loss = scalar_of(loss_fn, example)
+        for name, g in gradients_of(loss, params).items():
             if g is not None:
-                F.addcmul_(
-                    g.to(F.dtype), g.to(F.dtype), value=1 / len(examples)
-                )
+                g = g.to(fisher[name].dtype)
+                fisher[name].addcmul_(g, g, value=1 / len(examples))
     return fisher
 
+# %% ../../nbs/methods/08_penalty.ipynb #4ffdde1a
+def merge_quadratics(
+    omega: Tensor,  # of the domains so far
+    anchor: Tensor,
+    F: Tensor,  # of the new one
+    theta: Tensor,
+) -> tuple[Tensor, Tensor]:  # importance and anchor of the sum
+    "One quadratic for the sum of two, up to a constant."
+    total = omega + F
+    share = F / total.clamp_min(torch.finfo(F.dtype).tiny)
+    towards = torch.where(total > 0, share, torch.ones_like(F))
+    return total, anchor.lerp(theta, towards)
+
+# %% ../../nbs/methods/08_penalty.ipynb #1df524d4
+def _penalty_report(penalty: Penalty) -> dict[str, float]:
+    "What is known of the importances, as plain numbers."
+    mean, biggest = _mean_and_max(penalty.importance)
+    report = {"importance_mean": mean, "importance_max": biggest}
+    if penalty.form == "rescale":
+        report["damping_mean"] = _mean_and_max(penalty._share)[0]
+    return report
+
+# %% ../../nbs/methods/08_penalty.ipynb #dab8e9f6
+class _Fisher(Sampled, Penalty):
+    "At a boundary: the Fisher information on the sample is added."
+
+    fisher_fn: Callable[[Any], Tensor]
+    online: bool
+    gamma: float
+
+    def consolidate(self) -> dict:
+        examples = list(self.sample.batches(1))
+        with torch.enable_grad(), evaluating(self.model):
+            fisher = fisher_diagonal(self._params, self.fisher_fn, examples)
+        if not all(bool(F.isfinite().all()) for F in fisher.values()):
+            raise ValueError(
+                "the Fisher information is not finite; nothing was changed."
+                " Check the model's weights and loss_fn"
+            )
+        for name, F in fisher.items():
+            theta = self._params[name].detach().to(F, copy=True)
+            omega = self.importance.get(name, torch.zeros_like(F))
+            anchor = self.anchors.get(name, theta)
+            if self.online:
+                omega, anchor = self.gamma * omega + F, theta
+            else:
+                omega, anchor = merge_quadratics(omega, anchor, F, theta)
+            self.importance[name] = omega
+            if self.form == "additive":
+                self.anchors[name] = anchor
+        self.sample.clear()
+        self.refresh()
+        return _penalty_report(self) | {"examples": len(examples)}
+
 # %% ../../nbs/methods/08_penalty.ipynb #14fca053
-class EWC(Penalty):
+class EWC(_Fisher):
     """Elastic weight consolidation, additive or rescaling, with one penalty per
     domain (merged exactly) or online.
 
@@ -250,161 +276,76 @@ class EWC(Penalty):
         loss_fn: Callable[[Any], Tensor],
         # λ >= 0; None: 400 in the additive form, 1 in the rescaling one
         lam: float | None = None,
-        form: str = "additive",  # "additive" or "rescale"
-        # examples of each domain for the Fisher information
-        samples: int = 200,
+        form: str = "additive",  # or "rescale"
+        samples: int = 200,  # examples of each domain for the Fisher
         # decay old importances by gamma and keep the last anchor only
         online: bool = False,
         gamma: float = 1.0,  # decay of the online variant, in [0, 1]
-        # unit of Ω in the rescaling form: "mean", "max" or "none"
-        normalise: str = "mean",
+        normalise: str = "mean",  # or "max", "none": unit of Ω in rescaling
         # in place of loss_fn for the Fisher information
         fisher_fn: Callable[[Any], Tensor] | None = None,
         seed: int = 0,  # of the sample
     ):
         default = 400.0 if form == "additive" else 1.0
         super().__init__(default if lam is None else lam, form, normalise)
-        if (
-            isinstance(samples, bool)
-            or not isinstance(samples, int)
-            or samples < 1
-        ):
-            raise ValueError(
-                f"samples={samples!r} is not a positive whole number; pass for"
-                " example samples=200"
-            )
+        self.samples = check_count("samples", samples, 200)
         self.gamma, self.online = check_fraction("gamma", gamma), online
         if self.gamma != 1.0 and not online:
             raise ValueError(
                 f"gamma={gamma:g} decays old importances, which only the online"
                 " variant does; pass online=True"
             )
-        self.fisher_fn, self.samples = fisher_fn or loss_fn, samples
+        self.fisher_fn = fisher_fn or loss_fn
         self.sample = DomainSample(samples, seed)
 
     def __repr__(self) -> str:
-        return (
-            f"EWC(lam={self.weight:g}, form={self.form!r},"
-            f" online={self.online})"
-        )
+        how = f"form={self.form!r}, online={self.online}"
+        return f"EWC(lam={self.weight:g}, {how})"
 
-    def observe(self, batch: Any, total: int | None = None) -> None:
-        self.sample.observe(batch)
+# %% ../../nbs/methods/08_penalty.ipynb #44edf567
+def add_path(
+    omega: Tensor,  # Ω of the domains so far
+    path: Tensor,  # ω of this domain
+    moved: Tensor,  # θ - θ_start
+    xi: float,  # ξ > 0
+) -> Tensor:
+    "[Ω + ω / (moved² + ξ)]₊."
+    return (omega + path / (moved.square() + xi)).clamp_min(0)
 
-    def consolidate(self) -> dict:
-        examples = list(self.sample.batches(1))
-        with torch.enable_grad(), evaluating(self.model):
-            fisher = fisher_diagonal(self._params, self.fisher_fn, examples)
-        if not all(bool(F.isfinite().all()) for F in fisher.values()):
-            raise ValueError(
-                "the Fisher information is not finite; nothing was changed."
-                " Check the model's weights and loss_fn"
-            )
-        for name, F in fisher.items():
-            theta, old = (
-                self._params[name].detach().to(F),
-                self.importance.get(name),
-            )
-            if old is None:
-                self.importance[name], anchor = F, theta.clone()
-            elif self.online:
-                self.importance[name], anchor = (
-                    self.gamma * old + F,
-                    theta.clone(),
-                )
-            else:
-                total = old + F
-                towards = torch.where(
-                    total > 0,
-                    F / total.clamp_min(torch.finfo(F.dtype).tiny),
-                    torch.ones_like(F),
-                )
-                self.importance[name] = total
-                anchor = (
-                    self.anchors[name].lerp(theta, towards)
-                    if name in self.anchors
-                    else theta
-                )
-            if self.form == "additive":
-                self.anchors[name] = anchor
-        self.sample.clear()
-        self.refresh()
-        return self.report() | {"examples": len(examples)}
+# %% ../../nbs/methods/08_penalty.ipynb #94935cc3
+def _wide(p: Tensor) -> Tensor:
+    "A copy in at least float32."
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return p.detach().to(dtype, copy=True)
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"sample": self.sample.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.sample.load_state_dict(state["sample"])
+class _FollowsPath(Penalty):
+    "In a step: ω ← ω - g Δθ."
 
-    def memory(self) -> int:
-        return super().memory() + self.sample.bytes()
-
-# %% ../../nbs/methods/08_penalty.ipynb #d68bc1d6
-class SI(Penalty):
-    """Synaptic intelligence, additive or rescaling: importance from the path of
-    the parameters.
-
-    Source: Zenke et al., ICML 2017, arXiv:1703.04200, eqs. 3-5; the sum is
-    cut at 0 after each domain, as in the authors' code.
-    """
-
-    def __init__(
-        self,
-        # strength >= 0; None: 0.1 in the additive form, 1 (as λ) in the
-        # rescaling one
-        c: float | None = None,
-        # ξ > 0, bounds the importance of parameters that hardly moved
-        xi: float = 0.1,
-        form: str = "additive",  # "additive" or "rescale"
-        # unit of Ω in the rescaling form: "mean", "max" or "none"
-        normalise: str = "mean",
-    ):
-        c = (0.1 if form == "additive" else 1.0) if c is None else c
-        super().__init__(
-            check_fraction("c", c, high=float("inf"))
-            * (2.0 if form == "additive" else 1.0),
-            form,
-            normalise,
-        )
-        self.xi = check_fraction("xi", xi, high=float("inf"))
-        if self.xi == 0.0:
-            raise ValueError(
-                "xi=0 divides by zero for parameters that did not move; pass xi"
-                " > 0, for example 0.1"
-            )
-        self.path: dict[str, Tensor] = {}  # name -> ω of the running domain
-        # name -> θ at the domain's first step
-        self.start: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
-
-    def __repr__(self) -> str:
-        return (
-            f"SI(c={self.weight / (2 if self.form == 'additive' else 1):g},"
-            f" xi={self.xi:g}, form={self.form!r})"
-        )
+    kept = (*Penalty.kept, "path", "start")
+    path: dict[str, Tensor]  # ω of the running domain
+    start: dict[str, Tensor]  # θ at the domain's first step
+    _before: Mapping[str, Tensor] = {}  # θ before the step
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
-        wide = lambda p: p.detach().to(
-            torch.promote_types(p.dtype, torch.float32), copy=True
-        )
+        params = self._params
         if not self.start:
-            self.start = {name: wide(p) for name, p in self._params.items()}
-            self.path = {
-                name: torch.zeros_like(x) for name, x in self.start.items()
-            }
-        self._before = {
-            name: wide(self._params[name])
-            for name in grads
-            if name in self._params
-        }
+            self.start = {name: _wide(p) for name, p in params.items()}
+            zeros = {n: torch.zeros_like(x) for n, x in self.start.items()}
+            self.path = zeros
+        self._before = {n: _wide(params[n]) for n in grads if n in params}
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         for name, before in {} if grads is None else self._before.items():
             moved = self._params[name].detach().to(before) - before
             self.path[name].addcmul_(grads[name].to(before), moved, value=-1)
         self._before = {}
+
+# %% ../../nbs/methods/08_penalty.ipynb #79862373
+class _WeighsPath(_FollowsPath):
+    "At a boundary: the path becomes importance."
+
+    xi: float
 
     def consolidate(self) -> dict:
         if not self.start:
@@ -420,36 +361,43 @@ class SI(Penalty):
         fall = sum(float(x.double().sum()) for x in self.path.values())
         for name, start in self.start.items():
             theta = self._params[name].detach().to(start, copy=True)
-            new = self.path[name] / ((theta - start).square() + self.xi)
-            self.importance[name] = (
-                self.importance.get(name, torch.zeros_like(new)) + new
-            ).clamp_min(0)
+            omega = self.importance.get(name, torch.zeros_like(start))
+            omega = add_path(omega, self.path[name], theta - start, self.xi)
+            self.importance[name] = omega
             if self.form == "additive":
                 self.anchors[name] = theta
         self.start, self.path = {}, {}
         self.refresh()
-        return self.report() | {"path_integral": fall}
+        return _penalty_report(self) | {"path_integral": fall}
 
-    def state_dict(self) -> dict:
-        copies = lambda tensors: {
-            name: x.clone() for name, x in tensors.items()
-        }
-        return super().state_dict() | {
-            "path": copies(self.path),
-            "start": copies(self.start),
-        }
+# %% ../../nbs/methods/08_penalty.ipynb #d68bc1d6
+class SI(_WeighsPath):
+    """Synaptic intelligence, additive or rescaling: importance from the path of
+    the parameters.
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        here = lambda tensors: {
-            name: x.to(self._params[name].device, copy=True)
-            for name, x in tensors.items()
-        }
-        self.path, self.start = here(state["path"]), here(state["start"])
+    Source: Zenke et al., ICML 2017, arXiv:1703.04200, eqs. 3-5; the sum is
+    cut at 0 after each domain, as in the authors' code.
+    """
 
-    def memory(self) -> int:
-        return super().memory() + sum(
-            x.numel() * x.element_size()
-            for part in (self.path, self.start)
-            for x in part.values()
-        )
+    def __init__(
+        self,
+        # strength >= 0; None: 0.1 in the additive form, 1 (as λ) in rescaling
+        c: float | None = None,
+        # ξ > 0, bounds the importance of parameters that hardly moved
+        xi: float = 0.1,
+        form: str = "additive",  # or "rescale"
+        normalise: str = "mean",  # or "max", "none": unit of Ω in rescaling
+    ):
+        default, unit = (0.1, 2.0) if form == "additive" else (1.0, 1.0)
+        c = check_fraction("c", default if c is None else c, 0.0, float("inf"))
+        super().__init__(c * unit, form, normalise)
+        self.c, self.xi = c, check_fraction("xi", xi, high=float("inf"))
+        if self.xi == 0.0:
+            raise ValueError(
+                "xi=0 divides by zero for parameters that did not move; pass xi"
+                " > 0, for example 0.1"
+            )
+        self.path, self.start = {}, {}
+
+    def __repr__(self) -> str:
+        return f"SI(c={self.c:g}, xi={self.xi:g}, form={self.form!r})"

@@ -9,28 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .agem import AGEM
 from .controls import CurrentBasis, RandomBasis
 from .gpm import GPM, NSCL, SGP
-from ..training.model import next_byte_loss
-from ..routing.modification import Modification
 from .ogd import OGD
 from .penalty import EWC, SI
 from .projection import Projection
 from .replay import ReplayBuffer, ReplayMix
+from ..routing.modification import Modification
 from ..routing.step import ROUTINGS
 
 # %% auto #0
-__all__ = ['FAMILIES', 'Family', 'make', 'next_byte_logit', 'for_language_model']
+__all__ = ['FAMILIES', 'Family', 'make']
 
 # %% ../../nbs/methods/11_registry.ipynb #f5c0d916
 @dataclass(frozen=True)
 class Family:
-    """One method: how it is made, and what a reader should know before choosing
-    it.
-    """
+    "One method: how it is made, and what to know before choosing it."
 
     name: str  # in a configuration
     kind: str  # projection, conflict, penalty, replay or control
@@ -49,54 +46,100 @@ class Family:
 
     @property
     def routings(self) -> tuple[str, ...]:
-        """The routings that have a meaning for it, with an optimizer that keeps
-        two moments.
-        """
-        return tuple(
-            r for r in ROUTINGS if self.steps_too or r != "displacement"
-        )
+        "The routings that have a meaning, with two moments."
+        refused = () if self.steps_too else ("displacement",)
+        return tuple(r for r in ROUTINGS if r not in refused)
 
 # %% ../../nbs/methods/11_registry.ipynb #6cb17e5c
-_SAMPLE, _THIN = "samples · w", "two thin products a layer"
+_SAMPLE, _FRACTION = "samples · w", "fraction of the text"
+_THIN, _ONE, _TWO = (
+    "two thin products a layer",
+    "one elementwise pass",
+    "two elementwise passes",
+)
 _INPUTS = "`samples` forward passes, eigendecompositions"
+_EIGEN, _PASSES = "an eigendecomposition a layer", "`samples` backward passes"
+_BATCH = "one forward and backward pass"
 _GPM = "threshold 0.97 + 0.003 a task, 125 examples, SGD"
-
-FAMILIES: dict[str, Family] = {
-    f.name: f
-    for f in (
-        Family("projection", "projection", Projection, (), "shared", "this project; cf. arXiv:2103.09762, arXiv:2604.22407",
-               "rank 32", "4 Σ n_in r + sketch 4 Σ n_in min(n_in, 2ℓ)", _THIN, "an eigendecomposition a layer"),
-        Family("gpm", "projection", GPM, ("loss_fn", "seed"), "shared", "arXiv:2103.09762 (ICLR 2021)", _GPM,
-               f"4 Σ n_in r + {_SAMPLE}", _THIN, _INPUTS),
-        Family("sgp", "projection", SGP, ("loss_fn", "seed"), "shared", "arXiv:2302.01386 (AAAI 2023)", f"a = 10, {_GPM}",
-               f"4 Σ (n_in + 1) r + {_SAMPLE}", _THIN, _INPUTS),
-        Family("nscl", "projection", NSCL, ("loss_fn", "seed"), "displacement", "arXiv:2103.07113 (CVPR 2021)",
-               "a = 10 or 30, all examples, Adam made anew", f"8 Σ n_in² + 4 Σ n_in r + {_SAMPLE}", _THIN, _INPUTS),
-        Family("ogd", "projection", OGD, ("logit_fn", "seed"), "shared", "arXiv:1910.07104 (AISTATS 2020)",
-               "100 to 200 vectors a task, SGD", "4 P · vectors · D + vectors · w", "two products with all vectors",
-               "`vectors` backward passes, Gram-Schmidt"),
-        Family("agem", "conflict", AGEM, ("buffer", "loss_fn"), "shared", "arXiv:1812.00420 (ICLR 2019)",
-               "256 examples a reference, SGD", "fraction of the text", "one forward and backward pass", "none"),
-        Family("ewc", "penalty", EWC, ("loss_fn", "seed"), "shared", "arXiv:1612.00796 (PNAS 2017); online: arXiv:1805.06370",
-               "λ = 400 (Atari)", f"8 P + {_SAMPLE}", "one elementwise pass", "`samples` backward passes", steps_too=False),
-        Family("ewc_scale", "penalty", lambda loss_fn, **o: EWC(loss_fn, form="rescale", **o), ("loss_fn", "seed"), "shared",
-               "the rescaling form of EWC", "λ = 1, mean importance as unit", f"8 P + {_SAMPLE}", "one elementwise pass",
-               "`samples` backward passes"),
-        Family("si", "penalty", SI, (), "shared", "arXiv:1703.04200 (ICML 2017)", "c = 0.1, ξ = 0.1 or 0.001, Adam made anew",
-               "16 P", "two elementwise passes", "one elementwise pass", steps_too=False),
-        Family("si_scale", "penalty", lambda **o: SI(form="rescale", **o), (), "shared", "the rescaling form of SI",
-               "λ = 1, mean importance as unit", "16 P", "two elementwise passes", "one elementwise pass"),
-        Family("replay", "replay", ReplayMix, ("buffer", "loss_fn"), "shared", "cf. arXiv:1902.10486",
-               "half of each batch", "fraction of the text", "one forward and backward pass", "none", steps_too=False),
-        Family("random", "control", RandomBasis, ("seed",), "shared", "random directions, ranks as for projection", "as projection",
-               "projection's + 4 Σ n_in r", _THIN, "an eigendecomposition a layer"),
-        Family("current", "control", CurrentBasis, (), "shared", "directions of the running domain", "as projection",
-               "projection's, sketch as large as the cap", f"{_THIN}, now and then an eigendecomposition",
-               "an eigendecomposition a layer"),
-    )
-}  # fmt: skip
+_UNIT = "λ = 1, mean importance as unit"
 
 
+def _rescaling(method: Callable[..., Modification]) -> Callable:
+    return lambda *args, **options: method(*args, form="rescale", **options)
+
+
+_ROWS = (
+    Family(
+        "projection", "projection", Projection, (), "shared",
+        "this project; cf. arXiv:2103.09762, arXiv:2604.22407", "rank 32",
+        "4 Σ n_in r + sketch 4 Σ n_in min(n_in, 2ℓ)", _THIN, _EIGEN,
+    ),
+    Family(
+        "gpm", "projection", GPM, ("loss_fn", "seed"), "shared",
+        "arXiv:2103.09762 (ICLR 2021)", _GPM,
+        f"4 Σ n_in r + {_SAMPLE}", _THIN, _INPUTS,
+    ),
+    Family(
+        "sgp", "projection", SGP, ("loss_fn", "seed"), "shared",
+        "arXiv:2302.01386 (AAAI 2023)", f"a = 10, {_GPM}",
+        f"4 Σ (n_in + 1) r + {_SAMPLE}", _THIN, _INPUTS,
+    ),
+    Family(
+        "nscl", "projection", NSCL, ("loss_fn", "seed"), "displacement",
+        "arXiv:2103.07113 (CVPR 2021)",
+        "a = 10 or 30, all examples, Adam made anew",
+        f"8 Σ n_in² + 4 Σ n_in r + {_SAMPLE}", _THIN, _INPUTS,
+    ),
+    Family(
+        "ogd", "projection", OGD, ("logit_fn", "seed"), "shared",
+        "arXiv:1910.07104 (AISTATS 2020)", "100 to 200 vectors a task, SGD",
+        "4 P · vectors · D + vectors · w", "two products with all vectors",
+        "`vectors` backward passes, Gram-Schmidt",
+    ),
+    Family(
+        "agem", "conflict", AGEM, ("buffer", "loss_fn"), "shared",
+        "arXiv:1812.00420 (ICLR 2019)", "256 examples a reference, SGD",
+        _FRACTION, _BATCH, "none",
+    ),
+    Family(
+        "ewc", "penalty", EWC, ("loss_fn", "seed"), "shared",
+        "arXiv:1612.00796 (PNAS 2017); online: arXiv:1805.06370",
+        "λ = 400 (Atari)", f"8 P + {_SAMPLE}", _ONE, _PASSES,
+        steps_too=False,
+    ),
+    Family(
+        "ewc_scale", "penalty", _rescaling(EWC), ("loss_fn", "seed"), "shared",
+        "the rescaling form of EWC", _UNIT, f"8 P + {_SAMPLE}", _ONE, _PASSES,
+    ),
+    Family(
+        "si", "penalty", SI, (), "shared", "arXiv:1703.04200 (ICML 2017)",
+        "c = 0.1, ξ = 0.1 or 0.001, Adam made anew", "16 P", _TWO, _ONE,
+        steps_too=False,
+    ),
+    Family(
+        "si_scale", "penalty", _rescaling(SI), (), "shared",
+        "the rescaling form of SI", _UNIT, "16 P", _TWO, _ONE,
+    ),
+    Family(
+        "replay", "replay", ReplayMix, ("buffer", "loss_fn"), "shared",
+        "cf. arXiv:1902.10486", "half of each batch", _FRACTION, _BATCH,
+        "none", steps_too=False,
+    ),
+    Family(
+        "random", "control", RandomBasis, ("seed",), "shared",
+        "random directions, ranks as for projection", "as projection",
+        "projection's + 4 Σ n_in r", _THIN, _EIGEN,
+    ),
+    Family(
+        "current", "control", CurrentBasis, (), "shared",
+        "directions of the running domain", "as projection",
+        "projection's, sketch as large as the cap",
+        f"{_THIN}, now and then an eigendecomposition", _EIGEN,
+    ),
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+
+# %% ../../nbs/methods/11_registry.ipynb #37d543c0
 def make(
     name: str,  # a key of FAMILIES
     *,
@@ -114,59 +157,18 @@ def make(
         raise ValueError(
             f"{name!r} is no method; choose one of {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[name]
-    given = {
-        "loss_fn": loss_fn,
-        "logit_fn": logit_fn,
-        "seed": seed,
-        "buffer": ReplayBuffer(seed=seed),
-    }
-    if missing := [key for key in family.needs if given[key] is None]:
+    family, buffer = FAMILIES[name], ReplayBuffer(seed=seed)
+    functions = {"loss_fn": loss_fn, "logit_fn": logit_fn}
+    given = functions | {"seed": seed, "buffer": buffer}
+    needed = {key: given[key] for key in family.needs}
+    if missing := [key for key, value in needed.items() if value is None]:
         raise ValueError(
             f"{name!r} needs {missing[0]}: pass make({name!r},"
             f" {missing[0]}=...), a function of a batch that returns a scalar"
         )
     try:
-        return family.make(
-            **{key: given[key] for key in family.needs}, **options
-        )
+        return family.make(**needed, **options)
     except TypeError as error:
         raise ValueError(
             f"{name!r} does not take these options: {error}"
         ) from None
-
-# %% ../../nbs/methods/11_registry.ipynb #4068e6d9
-def next_byte_logit(
-    model: nn.Module,  # bytes (batch, time) -> logits (batch, time, 256)
-    windows: Tensor,  # (batch, time + 1) bytes
-) -> Tensor:  # 0-dim
-    "The logits of the true next bytes, summed over positions and windows."
-    logits = model(windows[:, :-1]).float()  # (batch, time, 256)
-    return logits.gather(-1, windows[:, 1:, None].long()).sum()
-
-# %% ../../nbs/methods/11_registry.ipynb #66ff6fb2
-def for_language_model(
-    name: str,  # a key of FAMILIES
-    # bytes (batch, time) -> logits (batch, time, 256), not compiled
-    model: nn.Module,
-    # for a batch's gradient at each step; may call a compiled model
-    loss_fn: Callable[[Any], Tensor] | None = None,
-    seed: int = 0,  # of the method's own random stream
-    **options: Any,  # further arguments of the method
-) -> Modification:
-    """Build a method for a byte-level language model. What a method asks at
-    boundaries calls `model` itself: hooks see no compiled one.
-    """
-    plain = lambda windows: next_byte_loss(model, windows)
-    each_step = (
-        plain
-        if loss_fn is None or "buffer" not in FAMILIES[name].needs
-        else loss_fn
-    )
-    return make(
-        name,
-        loss_fn=each_step,
-        logit_fn=lambda windows: next_byte_logit(model, windows),
-        seed=seed,
-        **options,
-    )

@@ -11,152 +11,72 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmr.methods.examples import (
+    Batch,
+    Reservoir,
+    batch_of,
+    gradients_of,
+    scalar_of,
+)
 from ..routing.modification import Dense, Modification, Target, squared_cosine
 from ..routing.sharding import sum_over
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['Batch', 'ReplayBuffer', 'ReplayMix']
+__all__ = ['ReplayBuffer', 'ReplayMix']
 
-# %% ../../nbs/methods/09_replay.ipynb #370dc07d
-#: A batch: a tensor, or a tuple, list or dict of them, examples along the first
-#: axis.
-Batch = Tensor | tuple | list | dict
+# %% ../../nbs/methods/09_replay.ipynb #5fddfe1d
+class _Memory(Reservoir):
+    "A reservoir that joins a memory of all past domains."
 
-
-def _columns(batch: Batch) -> dict[str, Tensor]:
-    "The tensors of a batch by key; their first dimension counts the examples."
-    if isinstance(batch, Tensor):
-        batch = {"": batch}
-    items = (
-        dict(batch)
-        if isinstance(batch, Mapping)
-        else {str(i): x for i, x in enumerate(batch)}
-    )
-    sizes = {
-        len(x) if isinstance(x, Tensor) and x.ndim else -1
-        for x in items.values()
-    }
-    if len(sizes) != 1 or sizes <= {-1, 0}:
-        raise ValueError(
-            "a batch must be a tensor, or a tuple, list or dict of tensors,"
-            " with the examples along a common first dimension"
-        )
-    return items
-
-
-class ReplayBuffer:
-    """A reservoir of examples per past domain, in plain tensors, with its own
-    random stream.
-    """
+    numbers = (*Reservoir.numbers, "domains")
 
     def __init__(
         self,
         seed: int = 0,  # of the buffer's own random stream
-        # examples kept per domain; None: the modification's fraction of the
-        # domain decides
+        # examples per domain; None: the modification's fraction decides
         capacity: int | None = None,
     ):
-        if capacity is not None and (
-            not isinstance(capacity, int) or capacity < 1
-        ):
-            raise ValueError(
-                f"capacity={capacity!r} keeps no example; pass a positive whole"
-                " number"
-            )
-        self.capacity = capacity
-        self.generator = torch.Generator().manual_seed(seed)
-        # how batches look: tensor, tuple, list or dict
-        self.form: str | None = None
-        # this domain's reservoir, by column
-        self.current: dict[str, Tensor] = {}
-        # all past domains' examples, by column
-        self.memory: dict[str, Tensor] = {}
-        # which domain each example of the memory is from
+        super().__init__(seed, capacity)
+        self.memory: dict[str, Tensor] = {}  # all past domains' examples
+        # of each of them: its domain, and how often it was drawn
         self.domain = torch.zeros(0, dtype=torch.long)
-        # how often each was drawn
         self.drawn = torch.zeros(0, dtype=torch.long)
-        self.seen = self.domains = self.batch_size = 0
+        self.domains = 0
 
-    def __len__(self) -> int:
-        return len(self.domain)
-
-    @torch.no_grad()
-    def observe(self, batch: Batch, capacity: int) -> None:
-        """Offer a batch to the current domain's reservoir of `capacity`
-        examples.
-        """
-        columns = _columns(batch)
-        form = (
-            type(batch).__name__
-            if isinstance(batch, (tuple, list, dict))
-            else "Tensor"
-        )
-        if self.form not in (None, form) or (
-            self.current and set(columns) != set(self.current)
-        ):
-            raise ValueError(
-                f"this batch is a {form} with keys {sorted(columns)}, earlier"
-                f" ones were a {self.form} with {sorted(self.current)}; offer"
-                " batches of one form"
-            )
-        self.form = form
-        # a state that was loaded may lie elsewhere: examples live where the
-        # batches do
-        for part in (self.current, self.memory):
-            part.update(
-                {
-                    key: x.to(columns[key].device)
-                    for key, x in part.items()
-                    if key in columns
-                }
-            )
-        n = len(next(iter(columns.values())))
-        self.batch_size = n
-        order = torch.arange(self.seen, self.seen + n)
-        # uniform in 0 .. order
-        slots = (
-            torch.rand(n, generator=self.generator, dtype=torch.float64)
-            * (order + 1)
-        ).long()
-        slots = torch.where(order < capacity, order, slots)
-        keep = slots < capacity
-        if not self.current:
-            self.current = {
-                k: x.new_empty((0, *x.shape[1:])) for k, x in columns.items()
-            }
-        # later ones overwrite earlier ones in the same slot
-        for i in keep.nonzero().flatten().tolist():
-            slot = int(slots[i])
-            for key, x in columns.items():
-                row = x[i : i + 1].detach()
-                if slot == len(self.current[key]):
-                    self.current[key] = torch.cat([self.current[key], row])
-                else:
-                    self.current[key][slot] = row[0]
-        self.seen += n
+    def _parts(self) -> list[dict[str, Tensor]]:
+        return [self.current, self.memory]
 
     def consolidate(self) -> None:
         "The domain is over: its reservoir joins the memory."
         if self.current:
             kept = len(next(iter(self.current.values())))
+            old = self.memory
             self.memory = {
-                k: torch.cat([self.memory[k], x]) if self.memory else x
-                for k, x in self.current.items()
+                key: torch.cat([old[key], x]) if old else x
+                for key, x in self.current.items()
             }
-            self.domain = torch.cat(
-                [self.domain, torch.full((kept,), self.domains)]
-            )
-            self.drawn = torch.cat(
-                [self.drawn, torch.zeros(kept, dtype=torch.long)]
-            )
+            new = torch.full((kept,), self.domains)
+            self.domain = torch.cat([self.domain, new])
+            self.drawn = torch.cat([self.drawn, torch.zeros_like(new)])
         self.current, self.seen = {}, 0
         self.domains += 1
 
+# %% ../../nbs/methods/09_replay.ipynb #370dc07d
+class ReplayBuffer(_Memory):
+    """A reservoir of examples per past domain, in plain tensors, with its own
+    random stream.
+    """
+
+    def __len__(self) -> int:
+        return len(self.domain)
+
+    def observe(self, batch: Batch, capacity: int) -> None:
+        "Offer a batch to this domain's reservoir of `capacity` examples."
+        self.offer(batch, capacity)
+
     def sample(self, n: int) -> Batch:
-        """Draw `n` examples of past domains, uniformly with replacement, in the
-        form in which batches were observed.
-        """
+        "Draw `n` examples of past domains, uniformly with replacement."
         if not len(self):
             raise ValueError(
                 "the replay buffer is empty: no domain has been consolidated;"
@@ -165,46 +85,146 @@ class ReplayBuffer:
         picks = torch.randint(len(self), (n,), generator=self.generator)
         self.drawn += torch.bincount(picks, minlength=len(self))
         rows = {k: x[picks.to(x.device)] for k, x in self.memory.items()}
-        if self.form == "Tensor":
-            return rows[""]
-        return (
-            rows
-            if self.form == "dict"
-            else {"tuple": tuple, "list": list}[str(self.form)](rows.values())
-        )
-
-    def bytes(self) -> int:
-        "Bytes kept."
-        return sum(
-            x.numel() * x.element_size()
-            for part in (self.current, self.memory)
-            for x in part.values()
-        )
+        return batch_of(self.form, rows)
 
     def state_dict(self) -> dict:
-        names = ("form", "seen", "domains", "batch_size")
-        tensors = {"current": dict(self.current), "memory": dict(self.memory)}
-        return {
-            **{k: getattr(self, k) for k in names},
-            **{k: {key: x.clone() for key, x in columns.items()} for k, columns in tensors.items()},
-            "domain": self.domain.clone(), "drawn": self.drawn.clone(), "generator": self.generator.get_state(),
-        }  # fmt: skip
+        memory = {key: x.clone() for key, x in self.memory.items()}
+        counts = {"domain": self.domain.clone(), "drawn": self.drawn.clone()}
+        return super().state_dict() | counts | {"memory": memory}
 
     def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"].cpu())
-        for key in ("form", "seen", "domains", "batch_size"):
-            setattr(self, key, state[key])
-        # memory and counts are changed in place
-        self.domain, self.drawn = (
-            state[k].cpu().clone() for k in ("domain", "drawn")
+        super().load_state_dict(state)
+        self.memory = {k: x.clone() for k, x in state["memory"].items()}
+        self.domain = state["domain"].cpu().clone()
+        self.drawn = state["drawn"].cpu().clone()
+
+# %% ../../nbs/methods/09_replay.ipynb #431a8da1
+def _reservoir_size(
+    capacity: int | None,  # the buffer's
+    fraction: float | None,  # of the domain, where there is no capacity
+    total: int | None,  # examples in the domain, where it is known
+) -> int:
+    "Examples of a domain that may be kept, at least one."
+    if capacity is not None:
+        return capacity
+    if total is None:
+        raise ValueError(
+            "a fraction of the domain is to be kept, but its size is not known;"
+            " call router.observe(batch, total=examples_in_the_domain), or use"
+            " ReplayBuffer(capacity=...)"
         )
-        self.current, self.memory = (
-            {k: x.clone() for k, x in state[part].items()}
-            for part in ("current", "memory")
-        )
+    return max(1, round((fraction or 0.0) * total))
+
+# %% ../../nbs/methods/09_replay.ipynb #8aa403ab
+class _Replays(Modification):
+    "Keeps a buffer, and fills it."
+
+    buffer: ReplayBuffer
+    fraction: float | None
+
+    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
+        super().attach(model, targets)
+        self._params = dict(model.named_parameters())
+
+    def edited(self) -> Collection[str]:
+        return self._params if len(self.buffer) else ()
+
+    def observe(self, batch: Any, total: int | None = None) -> None:
+        size = _reservoir_size(self.buffer.capacity, self.fraction, total)
+        self.buffer.observe(batch, size)
+
+    def consolidate(self) -> dict:
+        buffer = self.buffer
+        if not buffer.seen:
+            raise ValueError(
+                "consolidate() came before any observed batch of this domain;"
+                " call router.observe(batch, total) in the training loop"
+            )
+        buffer.consolidate()
+        drawn = buffer.drawn[buffer.domain < buffer.domains - 1].double()
+        return {
+            "windows": len(buffer),
+            "bytes": buffer.bytes(),
+            "times_seen": float(drawn.mean()) if len(drawn) else 0.0,
+            "times_seen_max": float(drawn.max()) if len(drawn) else 0.0,
+        }
+
+    def state_dict(self) -> dict:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.buffer.load_state_dict(state)
+
+    def memory(self) -> int:
+        return self.buffer.bytes()
+
+# %% ../../nbs/methods/09_replay.ipynb #27333c18
+def _check_gradients(
+    grads: Mapping[str, Tensor | None],  # by parameter name
+) -> None:
+    "ValueError that names a gradient with NaN or infinite values."
+    made = {name: g for name, g in grads.items() if g is not None}
+    if not made:
+        return
+    norms = torch.stack(torch._foreach_norm(list(made.values())))
+    if bool(norms.sum().isfinite()):
+        return
+    for name, g in made.items():
+        if not bool(g.isfinite().all()):
+            raise ValueError(
+                f"the replayed gradient of {name!r} has NaN or infinite values;"
+                " nothing was changed. Check loss_fn and the batches that were"
+                " observed"
+            )
+
+# %% ../../nbs/methods/09_replay.ipynb #ccb2818f
+class _ReplayedGradient(_Replays):
+    "In a step: the gradient on examples from the buffer."
+
+    loss_fn: Callable[[Any], Tensor]
+    batch_size: int | None
+    _g: Mapping[str, Tensor | None] = {}  # g_r by name, within a step
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return scalar_of(self.loss_fn, batch, finite=False)
+
+    def prepare(self) -> None:
+        trained = {n: p for n, p in self._params.items() if p.requires_grad}
+        n = self.batch_size or self.buffer.batch_size
+        self._g = gradients_of(self._loss(self.buffer.sample(n)), trained)
+        if self.group is not None:
+            self._g = {n: self._mean(p, self._g[n]) for n, p in trained.items()}
+        _check_gradients(self._g)
+
+    def _mean(self, p: Tensor, g: Tensor | None) -> Tensor:
+        "The mean over the processes."
+        g = torch.zeros_like(p) if g is None else g.contiguous()
+        return sum_over(g, [self.group]).div_(self.group.size())
+
+    def _replayed(self, name: str, like: Tensor) -> Tensor:
+        g = self._g.get(name)
+        return torch.zeros_like(like) if g is None else g
+
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        self._g = {}
+
+# %% ../../nbs/methods/09_replay.ipynb #3ed939f4
+class _Mixes(_ReplayedGradient):
+    "In a step: d = g - g_r."
+
+    def begin(
+        self, vectors: Mapping[str, Tensor], overlap: bool
+    ) -> Tensor | None:
+        if not overlap:
+            return None
+        pairs = [(x, self._replayed(n, x)) for n, x in vectors.items()]
+        return squared_cosine(pairs)
+
+    def edit(self, name: str, x: Tensor) -> Dense | None:
+        return Dense(x - self._replayed(name, x))
 
 # %% ../../nbs/methods/09_replay.ipynb #ae4a11e8
-class ReplayMix(Modification):
+class ReplayMix(_Mixes):
     """Mix the gradient on examples of past domains into the current one: g̃ =
     (1 - ρ) g + ρ g_r, ρ being the router's strength.
 
@@ -223,141 +243,19 @@ class ReplayMix(Modification):
         loss_fn: Callable[[Any], Tensor],
         # of each domain's examples to keep; None: the buffer's capacity
         fraction: float | None = 0.005,
-        # examples replayed per step; None: as many as the last observed batch
-        # had
+        # examples drawn per step; None: as many as the last observed batch had
         batch_size: int | None = None,
     ):
         self.buffer, self.loss_fn, self.batch_size = buffer, loss_fn, batch_size
-        self.fraction = (
-            None if fraction is None else check_fraction("fraction", fraction)
-        )
-        if self.fraction is None and buffer.capacity is None:
+        if fraction is None and buffer.capacity is None:
             raise ValueError(
                 "fraction=None needs a buffer with a capacity; pass"
                 " ReplayBuffer(capacity=40), or fraction=0.005"
             )
-        self._g: dict[str, Tensor | None] = {}
+        if fraction is not None:
+            fraction = check_fraction("fraction", fraction)
+        self.fraction = fraction
 
     def __repr__(self) -> str:
-        return f"ReplayMix(fraction={self.fraction}, kept={len(self.buffer)})"
-
-    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        super().attach(model, targets)
-        self._params = dict(model.named_parameters())
-
-    def edited(self) -> Collection[str]:
-        return self._params if len(self.buffer) else ()
-
-    def observe(self, batch: object, total: int | None = None) -> None:
-        capacity = self.buffer.capacity
-        if capacity is None:
-            if total is None:
-                raise ValueError(
-                    "a fraction of the domain is to be kept, but its size is"
-                    " not known; call router.observe(batch,"
-                    " total=examples_in_the_domain), or use"
-                    " ReplayBuffer(capacity=...)"
-                )
-            capacity = max(1, round(self.fraction * total))  # type: ignore[operator]
-        self.buffer.observe(batch, capacity)  # type: ignore[arg-type]
-
-    def prepare(self) -> None:
-        trained = {n: p for n, p in self._params.items() if p.requires_grad}
-        loss = self.loss_fn(
-            self.buffer.sample(self.batch_size or self.buffer.batch_size)
-        )
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            what = (
-                f"a tensor of shape {tuple(loss.shape)}"
-                if isinstance(loss, Tensor)
-                else type(loss).__name__
-            )
-            raise ValueError(
-                f"loss_fn returned {what}; it must return a scalar tensor"
-            )
-        self._g = dict(
-            zip(
-                trained,
-                torch.autograd.grad(
-                    loss, list(trained.values()), allow_unused=True
-                ),
-            )
-        )
-        # each process replays examples of its own: the mean of their gradients
-        # is everyone's
-        if self.group is not None:
-            self._average(trained)
-        self._check_finite()
-
-    def _check_finite(self) -> None:
-        made = {name: g for name, g in self._g.items() if g is not None}
-        if not made or bool(
-            torch.stack(torch._foreach_norm(list(made.values())))
-            .sum()
-            .isfinite()
-        ):
-            return
-        # a sum may also have overflowed
-        bad = next(
-            (name for name, g in made.items() if not bool(g.isfinite().all())),
-            None,
-        )
-        if bad is not None:
-            raise ValueError(
-                f"the replayed gradient of {bad!r} has NaN or infinite values;"
-                " nothing was changed. Check loss_fn and the batches that were"
-                " observed"
-            )
-
-    def _average(self, trained: Mapping[str, Tensor]) -> None:
-        for name, p in trained.items():
-            g_r = self._g[name]
-            whole = torch.zeros_like(p) if g_r is None else g_r.contiguous()
-            self._g[name] = sum_over(whole, [self.group]).div_(
-                self.group.size()
-            )
-
-    def begin(
-        self, vectors: Mapping[str, Tensor], overlap: bool
-    ) -> Tensor | None:
-        if not overlap:
-            return None
-        return squared_cosine(
-            [(vectors[n], self._replayed(n, vectors[n])) for n in vectors]
-        )
-
-    def _replayed(self, name: str, like: Tensor) -> Tensor:
-        g_r = self._g.get(name)
-        return torch.zeros_like(like) if g_r is None else g_r
-
-    def edit(self, name: str, x: Tensor) -> Dense | None:
-        return Dense(x - self._replayed(name, x))
-
-    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
-        self._g = {}
-
-    def consolidate(self) -> dict:
-        if not self.buffer.seen:
-            raise ValueError(
-                "consolidate() came before any observed batch of this domain;"
-                " call router.observe(batch, total) in the training loop"
-            )
-        self.buffer.consolidate()
-        drawn = self.buffer.drawn[
-            self.buffer.domain < self.buffer.domains - 1
-        ].double()
-        return {
-            "windows": len(self.buffer),
-            "bytes": self.buffer.bytes(),
-            "times_seen": float(drawn.mean()) if len(drawn) else 0.0,
-            "times_seen_max": float(drawn.max()) if len(drawn) else 0.0,
-        }
-
-    def state_dict(self) -> dict:
-        return self.buffer.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.buffer.load_state_dict(state)
-
-    def memory(self) -> int:
-        return self.buffer.bytes()
+        kept = f"fraction={self.fraction}, kept={len(self.buffer)}"
+        return f"{type(self).__name__}({kept})"

@@ -13,7 +13,28 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['probe', 'Sketch', 'Growth', 'grow']
+__all__ = ['square_root', 'nystrom_root', 'probe', 'Sketch', 'residual_directions', 'fewest', 'within_cap', 'Growth', 'grow']
+
+# %% ../../nbs/methods/01_subspace.ipynb #b5a9b533
+def square_root(
+    S: Tensor,  # (d, d), symmetric, positive semidefinite
+) -> Tensor:  # (d, d)
+    "A matrix B with BᵀB = S."
+    squares, V = torch.linalg.eigh(S)
+    return squares.clamp_min(0).sqrt()[:, None] * V.mT
+
+# %% ../../nbs/methods/01_subspace.ipynb #ad89a82a
+def nystrom_root(
+    Y: Tensor,  # (d, k), S Ω
+    omega: Tensor,  # (d, k), Ω
+    eps: float,  # relative rounding error of Y
+) -> Tensor:  # (n, d), n <= k
+    "A matrix B with BᵀB = Y (Ωᵀ Y)⁺ Yᵀ."
+    core = omega.mT @ Y  # Ωᵀ S Ω, (k, k)
+    weight, Q = torch.linalg.eigh((core + core.mT) / 2)
+    # the rest is rounding
+    held = weight > 10 * len(weight) * eps * weight[-1].clamp_min(0)
+    return (Y @ (Q[:, held] / weight[held].sqrt())).mT
 
 # %% ../../nbs/methods/01_subspace.ipynb #292d9d7c
 _PROBES: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
@@ -25,28 +46,19 @@ def probe(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:  # (dim, columns)
-    """The random matrix Ω of all sketches of this size: the same on every
-    machine and in every process, kept while one uses it.
-    """
+    "The random matrix Ω of all sketches of this size, on every machine alike."
     key = (dim, columns, dtype, str(torch.device(device)))
     found = _PROBES.get(key)
     if found is None:
         # this generator's stream is frozen for good
-        drawn = (
-            np.random.RandomState(0).standard_normal((dim, columns)) / dim**0.5
-        )
-        found = _PROBES[key] = torch.from_numpy(drawn).to(
-            device=device, dtype=dtype
-        )
+        normal = np.random.RandomState(0).standard_normal((dim, columns))
+        found = torch.from_numpy(normal / dim**0.5).to(device, dtype)
+        _PROBES[key] = found
     return found
 
-# %% ../../nbs/methods/01_subspace.ipynb #d287665b
-class Sketch:
-    """The leading directions of a stream of rows, in O(size × dim) memory.
-
-    Exact (the second moment) where dim <= 4 * size, else a Nyström sketch of
-    2 * size columns. Source: Tropp et al., NeurIPS 2017, arXiv:1706.05736.
-    """
+# %% ../../nbs/methods/01_subspace.ipynb #717a84c8
+class _Sums:
+    "The side of a sketch that takes gradients in."
 
     def __init__(
         self,
@@ -58,17 +70,9 @@ class Sketch:
         if not 1 <= size:
             raise ValueError(f"size={size} keeps no direction; pass size >= 1")
         self.dim, self.size, self.exact = dim, min(size, dim), dim <= 4 * size
-        self.probe = (
-            None if self.exact else probe(dim, 2 * self.size, dtype, device)
-        )
-        # S, or S Ω
-        self.sums = torch.zeros(
-            dim,
-            dim if self.exact else 2 * self.size,
-            dtype=dtype,
-            device=device,
-        )
-        # ‖A‖² = tr S
+        k = dim if self.exact else 2 * self.size
+        self.probe = None if self.exact else probe(dim, k, dtype, device)
+        self.sums = torch.zeros(dim, k, dtype=dtype, device=device)  # S or S Ω
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(
@@ -78,52 +82,26 @@ class Sketch:
     ) -> None:
         "Take in the rows of A."
         A = A.to(self.sums.dtype)
-        self.energy += (
-            torch.linalg.vector_norm(A).square() if energy is None else energy
-        )
-        if self.probe is None:
-            self.sums.addmm_(A.mT, A)  # (dim, n) @ (n, dim)
-        else:
-            # (dim, n) @ ((n, dim) @ (dim, 2ℓ))
-            self.sums.addmm_(A.mT, A @ self.probe)
+        if energy is None:
+            energy = torch.linalg.vector_norm(A).square()
+        self.energy += energy
+        # (dim, n) @ (n, dim), or (dim, n) @ ((n, dim) @ (dim, 2ℓ))
+        self.sums.addmm_(A.mT, A if self.probe is None else A @ self.probe)
 
-    def merge(self, other: Sketch) -> None:
+# %% ../../nbs/methods/01_subspace.ipynb #01b86e72
+class _Additive(_Sums):
+    "What sketches can do because they are sums."
+
+    def merge(self, other: _Additive) -> None:
         "Take in what another sketch of the same shape has seen."
-        if (other.dim, other.size) != (self.dim, self.size):
-            mine, theirs = (self.dim, self.size), (other.dim, other.size)
+        mine, theirs = (self.dim, self.size), (other.dim, other.size)
+        if mine != theirs:
             raise ValueError(
                 f"sketches of (dim, size) = {mine} and {theirs} cannot be"
                 " merged; make both alike"
             )
         self.sums += other.sums.to(self.sums)
         self.energy += other.energy.to(self.energy)
-
-    def second_moment(self) -> Tensor:
-        """S = AᵀA, exactly, or from below within the bounds: (dim, dim),
-        float64.
-        """
-        if self.exact:
-            return self.sums.double()
-        B = self.root()
-        return B.mT @ B
-
-    def root(self) -> Tensor:
-        "A matrix B (n, dim), float64, with BᵀB = second_moment()."
-        if self.probe is None:
-            squares, V = torch.linalg.eigh(self.sums.double())
-            return squares.clamp_min(0).sqrt()[:, None] * V.mT
-        Y = self.sums.double()
-        core = self.probe.double().mT @ Y  # Ωᵀ S Ω, (2ℓ, 2ℓ)
-        weight, Q = torch.linalg.eigh((core + core.mT) / 2)
-        # the rest is rounding
-        held = weight > 10 * len(weight) * torch.finfo(
-            self.sums.dtype
-        ).eps * weight[-1].clamp_min(0)
-        return (Y @ (Q[:, held] / weight[held].sqrt())).mT  # (n, dim)
-
-    def gap(self) -> Tensor:
-        "tr S - tr Ŝ: no direction has lost more than this. 0-dim, float64."
-        return (self.energy - self.root().square().sum()).clamp_min(0)
 
     def clear(self) -> None:
         "Forget everything."
@@ -132,20 +110,80 @@ class Sketch:
 
     def memory(self) -> int:
         "Bytes kept, without the matrix Ω that all sketches of a size share."
-        return self.sums.numel() * self.sums.element_size()
+        return self.sums.nbytes
 
     def state_dict(self) -> dict:
         return {"sums": self.sums.clone(), "energy": self.energy.clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["sums"].shape != self.sums.shape:
-            mine, theirs = tuple(self.sums.shape), tuple(state["sums"].shape)
+        mine, theirs = tuple(self.sums.shape), tuple(state["sums"].shape)
+        if mine != theirs:
             raise ValueError(
                 f"the sketch has shape {mine}, the state {theirs}; make it with"
                 " the same size"
             )
         self.sums.copy_(state["sums"])
         self.energy.copy_(state["energy"])
+
+# %% ../../nbs/methods/01_subspace.ipynb #d287665b
+class Sketch(_Additive):
+    """The leading directions of a stream of rows, in O(size × dim) memory.
+
+    Exact (the second moment) where dim <= 4 * size, else a Nyström sketch of
+    2 * size columns. Source: Tropp et al., NeurIPS 2017, arXiv:1706.05736.
+    """
+
+    def root(self) -> Tensor:
+        "A matrix B (n, dim), float64, with BᵀB = second_moment()."
+        sums = self.sums.double()
+        if self.probe is None:
+            return square_root(sums)
+        eps = torch.finfo(self.sums.dtype).eps
+        return nystrom_root(sums, self.probe.double(), eps)
+
+    def second_moment(self) -> Tensor:
+        "S = AᵀA, exactly or from below: (dim, dim), float64."
+        if self.exact:
+            return self.sums.double()
+        B = self.root()
+        return B.mT @ B
+
+    def gap(self) -> Tensor:
+        "tr S - tr Ŝ: no direction has lost more than this. 0-dim, float64."
+        return (self.energy - self.root().square().sum()).clamp_min(0)
+
+# %% ../../nbs/methods/01_subspace.ipynb #81093a00
+def residual_directions(
+    U: Tensor,  # (fan_in, r), orthonormal
+    B: Tensor,  # (n, fan_in), the domain's rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    "‖B U‖² by direction (r,), and of B - BUUᵀ the σ² (k,) and Vᵀ (k, fan_in)."
+    inside = (B @ U).square().sum(0)
+    residual = B - (B @ U) @ U.mT
+    _, sigma, Vh = torch.linalg.svd(residual, full_matrices=False)
+    return inside, sigma.square(), Vh
+
+# %% ../../nbs/methods/01_subspace.ipynb #576a00d7
+def fewest(
+    squares: Tensor,  # σ̂², descending
+    short: Tensor,  # energy that is still to be captured
+) -> int:
+    "The smallest k with Σ_{i≤k} σ̂² >= short."
+    return 0 if short <= 0 else int((squares.cumsum(0) < short).sum()) + 1
+
+# %% ../../nbs/methods/01_subspace.ipynb #39a1d861
+def within_cap(
+    U: Tensor,  # (fan_in, r)
+    energy: Tensor,  # (r,)
+    cap: int,  # directions that may stay
+) -> tuple[Tensor, Tensor, float]:  # U, energy, share of the energy that left
+    "Drop the weakest directions above the cap."
+    if U.shape[1] <= cap:
+        return U, energy, 0.0
+    order = energy.argsort(descending=True, stable=True)
+    keep = order[:cap].sort().values  # the survivors keep their order
+    lost = float(energy[order[cap:]].sum() / energy.sum())
+    return U[:, keep], energy[keep], lost
 
 # %% ../../nbs/methods/01_subspace.ipynb #e15912ab
 @dataclass
@@ -160,7 +198,7 @@ class Growth:
     # share of all protected energy that left at the cap; 0 below it
     lost: float
 
-
+# %% ../../nbs/methods/01_subspace.ipynb #db0a81b9
 def grow(
     U: Tensor,  # (fan_in, r), orthonormal; r may be 0
     energy: Tensor,  # (r,), accumulated so far
@@ -173,46 +211,29 @@ def grow(
     total: float | None = None,  # the domain's energy ‖A‖_F²; None: ‖B‖_F²
 ) -> Growth:
     """Take a domain's directions into the protected subspace. Pass `rank` or
-    `threshold`.
+    `threshold`; ValueError for both or neither.
 
-    Raises ValueError if both or neither are given. Source: GPM, ICLR 2021,
-    eqs. 8-9, on a sketch.
+    Source: GPM, ICLR 2021, eqs. 8-9, on a sketch.
     """
     if (rank is None) == (threshold is None):
         raise ValueError(
             f"rank={rank} and threshold={threshold}: pass one of the two"
         )
-    dtype, fan_in = U.dtype, U.shape[0]
+    dtype, (fan_in, r) = U.dtype, U.shape
     U, energy, B = U.double(), energy.double(), B.double()
     whole = float(B.square().sum()) if total is None else float(total)
     if whole <= 0:
         return Growth(U.to(dtype), energy.to(dtype), 0, 1.0, 0.0)
-    inside = (B @ U).square().sum(0)  # (r,)
-    residual = B - (B @ U) @ U.mT
-    _, sigma, Vh = torch.linalg.svd(residual, full_matrices=False)
-    squares = sigma.square()
-    # beyond that lies rounding, not a direction
-    room = int((squares > 1e-7 * whole).sum())
-    room = min(room, fan_in - U.shape[1])
-    if rank is not None:
-        added = min(rank, room)
-    else:
-        short = threshold * whole - inside.sum()  # type: ignore[operator]
-        added = (
-            0
-            if short <= 0
-            else min(int((squares.cumsum(0) < short).sum()) + 1, room)
-        )
+    inside, squares, Vh = residual_directions(U, B)
+    room = min(int((squares > 1e-7 * whole).sum()), fan_in - r)
+    if threshold is not None:
+        rank = fewest(squares, threshold * whole - inside.sum())
+    added = min(rank or 0, room)
     new = Vh[:added].mT  # (fan_in, added)
     new = torch.linalg.qr(new - U @ (U.mT @ new)).Q if added else new
     U = torch.cat([U, new], 1)
     energy = torch.cat([energy + inside / whole, squares[:added] / whole])
     cap = fan_in if max_rank is None else min(max_rank, fan_in)
-    lost = 0.0
-    if U.shape[1] > cap:
-        order = energy.argsort(descending=True, stable=True)
-        keep = order[:cap].sort().values  # the survivors keep their order
-        lost = float(energy[order[cap:]].sum() / energy.sum())
-        U, energy = U[:, keep], energy[keep]
+    U, energy, lost = within_cap(U, energy, cap)
     captured = float((B @ U).square().sum() / whole)
     return Growth(U.to(dtype), energy.to(dtype), added, captured, lost)

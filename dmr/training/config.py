@@ -20,7 +20,8 @@ from ..methods.projection import Projection
 from ..methods.registry import FAMILIES, make
 from ..methods.replay import ReplayBuffer, ReplayMix
 from ..routing.modification import Modification
-from ..routing.router import GUARDS, ROUTINGS, MomentRouter
+from ..routing.router import MomentRouter
+from ..routing.step import GUARDS, ROUTINGS
 from ..routing.strength import Fixed, OverlapAware, Strength
 from ..theory import horizon
 from .model import SIZES, next_byte_loss

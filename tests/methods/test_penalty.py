@@ -1,0 +1,208 @@
+"EWC and SI against the papers' formulas, in both forms."
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PlainAdam, flat
+from torch import nn
+
+from dmr.methods.penalty import EWC, SI
+from dmr.routing.conformance import Problem, train
+from dmr.routing.router import ROUTINGS, MomentRouter
+
+torch.set_num_threads(1)
+
+
+def per_example(problem, batch):
+    "Squared gradients of each example's loss, by an explicit loop."
+    out = []
+    for x, y in zip(*batch):
+        logits = problem.model(x[None])
+        grads = torch.autograd.grad(
+            -F.log_softmax(logits, 1)[0, y], list(problem.model.parameters())
+        )
+        out.append(flat(grads).square())
+    return torch.stack(out).mean(0)
+
+
+@pytest.mark.parametrize("online, gamma", [(False, 1.0), (True, 0.7)])
+def test_ewc_gradient_by_finite_differences_of_the_papers_penalty(
+    online, gamma
+):
+    problem = Problem(torch.float64)
+    ewc = EWC(problem.loss_fn, lam=7.0, samples=24, online=online, gamma=gamma)
+    optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.03)
+    router = MomentRouter(problem.model, optimizer, ewc, "decoupled")
+    past = []
+    for domain in range(3):
+        router.observe(problem.domains[domain])  # all 24 examples, once
+        for step in range(12):
+            optimizer.zero_grad()
+            problem.loss_fn(problem.batch(domain, step)).backward()
+            optimizer.step()
+        past.append(
+            (
+                per_example(problem, problem.domains[domain]),
+                flat(problem.model.parameters()),
+            )
+        )
+        router.consolidate()
+
+    def penalty(theta):
+        if online:
+            fisher = sum(
+                gamma ** (len(past) - 1 - k) * f
+                for k, (f, _) in enumerate(past)
+            )
+            return 0.5 * 7.0 * (fisher * (theta - past[-1][1]) ** 2).sum()
+        return sum(
+            0.5 * 7.0 * (f * (theta - anchor) ** 2).sum() for f, anchor in past
+        )
+
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.add_(
+                0.1
+                * torch.randn(
+                    p.shape,
+                    generator=torch.Generator().manual_seed(1),
+                    dtype=p.dtype,
+                )
+            )
+    theta = flat(problem.model.parameters())
+    e = torch.eye(len(theta), dtype=torch.float64) * 1e-5
+    numeric = torch.stack(
+        [(penalty(theta + d) - penalty(theta - d)) / 2e-5 for d in e]
+    )
+    own = flat(ewc.pull(name) for name, _ in problem.model.named_parameters())
+    torch.testing.assert_close(own, numeric, rtol=1e-6, atol=1e-8)
+    assert own.norm() > 1e-3
+
+
+def test_si_adds_up_the_fall_of_the_loss_for_small_sgd_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 5, dtype=torch.float64),
+        nn.Tanh(),
+        nn.Linear(5, 1, dtype=torch.float64),
+    )
+    x, y = (
+        torch.randn(30, 4, dtype=torch.float64),
+        torch.randn(30, 1, dtype=torch.float64),
+    )
+    fit = lambda: (model(x) - y).square().mean()
+    errors = []
+    for lr, steps in ((1e-2, 100), (1e-3, 1000)):
+        twin = copy.deepcopy(model.state_dict())
+        router = MomentRouter(
+            model,
+            torch.optim.SGD(model.parameters(), lr=lr, momentum=1e-9),
+            SI(),
+            "shared",
+        )
+        first = fit().item()
+        for _ in range(steps):
+            model.zero_grad()
+            fit().backward()
+            router.optimizer.step()
+        fall, path = first - fit().item(), router.consolidate()["path_integral"]
+        errors.append(abs(path - fall) / fall)
+        router.close()
+        model.load_state_dict(twin)
+    # first order in the rate
+    assert errors[1] < 2e-3 and errors[1] < errors[0] / 5
+
+
+@pytest.mark.parametrize("routing", ["shared", "decoupled"])
+def test_si_follows_the_real_step_and_the_raw_gradient(routing):
+    """Also while its own penalty is routed: ω = -Σ g Δθ with the loss's
+    gradient and what the parameters really did.
+    """
+    problem = Problem(torch.float64)
+    si = SI(c=5.0, xi=0.05)
+    optimizer = torch.optim.AdamW(
+        problem.model.parameters(), lr=2e-2, weight_decay=0.1
+    )
+    router = MomentRouter(problem.model, optimizer, si, routing)
+    omega_sum, against = (
+        torch.zeros(
+            sum(p.numel() for p in problem.model.parameters()),
+            dtype=torch.float64,
+        ),
+        False,
+    )
+    for domain in range(3):
+        start, path = (
+            flat(problem.model.parameters()),
+            torch.zeros_like(omega_sum),
+        )
+        for step in range(10):
+            before = flat(problem.model.parameters())
+            g = flat(
+                torch.autograd.grad(
+                    problem.loss_fn(problem.batch(domain, step)),
+                    list(problem.model.parameters()),
+                )
+            )
+            train(problem, optimizer, router, domain, range(step, step + 1))
+            path -= g * (flat(problem.model.parameters()) - before)
+        against |= bool((path < 0).any())
+        omega_sum = (
+            omega_sum
+            + path / ((flat(problem.model.parameters()) - start) ** 2 + 0.05)
+        ).clamp_min(0)
+        router.consolidate()
+        own = flat(
+            si.importance[name] for name, _ in problem.model.named_parameters()
+        )
+        torch.testing.assert_close(own, omega_sum, rtol=1e-9, atol=1e-12)
+    # some parameters worked against the fall, so that the cut at 0 was seen
+    assert against
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("normalise", ["mean", "max", "none"])
+def test_rescaling_against_adam_written_out(routing, normalise):
+    problem = Problem(torch.float64)
+    ewc = EWC(
+        problem.loss_fn,
+        lam=0.8,
+        form="rescale",
+        samples=24,
+        normalise=normalise,
+    )
+    optimizer = torch.optim.Adam(
+        problem.model.parameters(), lr=1e-2, betas=(0.9, 0.95)
+    )
+    router = MomentRouter(problem.model, optimizer, ewc, routing, 0.9)
+    router.observe(problem.domains[0])
+    fisher = per_example(problem, problem.domains[0])
+    router.consolidate()
+    unit = {
+        "mean": fisher.mean(),
+        "max": fisher.max(),
+        "none": torch.tensor(1.0),
+    }[normalise]
+    factor = 1 - 0.9 * (0.8 * fisher / unit).clamp(0, 1)
+    assert factor.min() < 1 and (
+        normalise != "mean"
+        or torch.isclose(factor.min(), torch.tensor(0.1, dtype=torch.float64))
+    )
+    theta, adam = flat(problem.model.parameters()), PlainAdam(1e-2, (0.9, 0.95))
+    for step in range(15):
+        g = flat(
+            torch.autograd.grad(
+                problem.loss_fn(problem.batch(1, step)),
+                list(problem.model.parameters()),
+            )
+        )
+        to_m = factor * g if routing in ("shared", "decoupled") else g
+        to_v = factor * g if routing in ("shared", "denominator") else g
+        u = adam.step(to_m, to_v)
+        theta = theta - (factor * u if routing == "displacement" else u)
+        train(problem, optimizer, router, 1, range(step, step + 1))
+        torch.testing.assert_close(
+            flat(problem.model.parameters()), theta, rtol=1e-8, atol=1e-10
+        )
