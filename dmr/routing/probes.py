@@ -59,7 +59,7 @@ def measured_inflation(
     ratio = subspace_energy(v_raw, U) / subspace_energy(v, U)
     return float(ratio.sqrt())
 
-# %% ../../nbs/routing/06_probes.ipynb #86f5b02c
+# %% ../../nbs/routing/06_probes.ipynb #73bbff77
 def _readings(
     g: Tensor,  # (out, fan_in), the raw gradient
     u: Tensor,  # the step made, in units of lr
@@ -81,7 +81,7 @@ def _readings(
         "step_rms": float(u.square().mean().sqrt()),
     }
 
-# %% ../../nbs/routing/06_probes.ipynb #c6b567a7
+# %% ../../nbs/routing/06_probes.ipynb #66409f91
 def _decays_weights(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     "Does decay shrink the weights (AdamW), or is it part of the gradient?"
     flag = bool(group.get("decoupled_weight_decay"))
@@ -105,7 +105,7 @@ def _follow(m: Tensor, v: Tensor, g: Tensor, group: dict[str, Any]) -> None:
     m.lerp_(-g if group["maximize"] else g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
-# %% ../../nbs/routing/06_probes.ipynb #c26aca69
+# %% ../../nbs/routing/06_probes.ipynb #886d724f
 def _adam_step(m: Tensor, v: Tensor, t: float, group: dict[str, Any]) -> Tensor:
     "Adam's step number t, in units of lr."
     beta1, beta2 = (float(b) for b in group["betas"])
@@ -121,7 +121,7 @@ def _step_made(
         before = before * (1 - lr * group["weight_decay"])
     return (before - after) / lr
 
-# %% ../../nbs/routing/06_probes.ipynb #ff9bc580
+# %% ../../nbs/routing/06_probes.ipynb #e1c33e5d
 def _check_optimizer(optimizer: Optimizer) -> None:
     "ValueError unless it keeps exp_avg and exp_avg_sq and divides by them."
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
@@ -135,7 +135,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             " exp_avg_sq only, so pass amsgrad=False"
         )
 
-# %% ../../nbs/routing/06_probes.ipynb #5d5ed87d
+# %% ../../nbs/routing/06_probes.ipynb #4fc1269a
 def _check_bases(
     bases: Mapping[str, Tensor], named: Mapping[str, Tensor]
 ) -> None:
@@ -158,7 +158,7 @@ def _check_bases(
                 f" for a weight {tuple(W.shape)}"
             )
 
-# %% ../../nbs/routing/06_probes.ipynb #e3179edb
+# %% ../../nbs/routing/06_probes.ipynb #516a7312
 @dataclass
 class _Shadow:
     "The raw gradient's moments of one weight, and the step under way."
@@ -187,7 +187,7 @@ class _Shadow:
         u_raw = _adam_step(self.m, self.v, t, group)
         return _readings(g, u, u_raw, state["exp_avg_sq"], self.v, self.U)
 
-# %% ../../nbs/routing/06_probes.ipynb #65cb9321
+# %% ../../nbs/routing/06_probes.ipynb #91ea1439
 def _places(
     params: Mapping[str, nn.Parameter], optimizer: Optimizer
 ) -> Iterator[tuple[str, nn.Parameter, dict, dict]]:
@@ -212,7 +212,7 @@ def _first_shadow(
     )
     return _Shadow(U, _decays_weights(optimizer, group), m, v)
 
-# %% ../../nbs/routing/06_probes.ipynb #985f01cf
+# %% ../../nbs/routing/06_probes.ipynb #da7b5385
 class _Watched:
     "The weights that are watched, and what is protected in each."
 
@@ -240,7 +240,7 @@ class _Watched:
         self._bases = {n: U.detach().to(named[n]) for n, U in bases.items()}
         self._shadows: dict[str, _Shadow] = {}
 
-# %% ../../nbs/routing/06_probes.ipynb #f67c94fe
+# %% ../../nbs/routing/06_probes.ipynb #8aa1fbac
 #: Quantities of the table -> the label of their axis.
 _LABELS = {
     "inflation": "inflation R",
@@ -262,7 +262,7 @@ def _needed(module: str, by: str) -> Any:
             f"{by} needs {module}: pip install 'moment-routing[experiments]'"
         ) from error
 
-# %% ../../nbs/routing/06_probes.ipynb #618f187a
+# %% ../../nbs/routing/06_probes.ipynb #05e721f5
 def _lines(table: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:
     "One quantity over the steps, a line a tensor."
     if table.empty:
@@ -279,7 +279,7 @@ def _lines(table: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:
     ax.set(xlabel="steps probed", ylabel=_LABELS[quantity])
     return ax
 
-# %% ../../nbs/routing/06_probes.ipynb #375a363c
+# %% ../../nbs/routing/06_probes.ipynb #b14fe180
 class _Answers(_Watched):
     "What has been recorded, as a table, a plot and the moments themselves."
 
@@ -311,7 +311,7 @@ class _Answers(_Watched):
         """
         return _lines(self.table(), quantity, ax)
 
-# %% ../../nbs/routing/06_probes.ipynb #ba95e884
+# %% ../../nbs/routing/06_probes.ipynb #08ebf786
 class Probe(_Answers):
     """Read inflation, damping, energy, overlap and step size of an Adam around
     `optimizer.step()`; change nothing.
@@ -339,7 +339,6 @@ class Probe(_Answers):
             return
         self.steps += 1
         for name, p, state, group in _places(self._params, self.optimizer):
-            shadow = self._shadows.get(name)
-            read = shadow.leave(p, state, group) if shadow else {}
-            if read:
-                self.rows.append({"step": self.steps, "name": name, **read})
+            if shadow := self._shadows.get(name):
+                if read := shadow.leave(p, state, group):
+                    self.rows.append({"step": self.steps, "name": name, **read})
