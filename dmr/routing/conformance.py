@@ -36,7 +36,7 @@ def _drawn(seed: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
         ]
     return model, domains
 
-# %% ../../nbs/routing/07_conformance.ipynb #e431e541
+# %% ../../nbs/routing/07_conformance.ipynb #c1deeb0e
 class Problem:
     """A small network and three domains, the same for each seed, whatever the
     state of torch's global generator.
@@ -66,11 +66,11 @@ class Problem:
         "The logits of the true labels, summed over the batch."
         return self.model(batch[0]).gather(1, batch[1][:, None]).sum()
 
-
+# %% ../../nbs/routing/07_conformance.ipynb #92d38171
 #: Makes the modification under test for a problem.
 Make = Callable[[Problem], Modification]
 
-# %% ../../nbs/routing/07_conformance.ipynb #1c1cdec2
+
 class Run(NamedTuple):
     "What is trained, by what, and who routes it."
 
@@ -94,7 +94,7 @@ def trainer(
     router = MomentRouter(model, optimizer, edit, routing, strength, **options)
     return Run(problem, optimizer, router)
 
-# %% ../../nbs/routing/07_conformance.ipynb #690d82a7
+# %% ../../nbs/routing/07_conformance.ipynb #024bc720
 def train(
     problem: Problem,
     optimizer: Optimizer,
@@ -114,13 +114,13 @@ def train(
                 p.grad = None
         optimizer.step()
 
-# %% ../../nbs/routing/07_conformance.ipynb #9022fea4
+# %% ../../nbs/routing/07_conformance.ipynb #4a4aeaa1
 def weights(problem: Problem) -> dict[str, Tensor]:
     "A copy of the parameters."
     named = problem.model.named_parameters()
     return {name: p.detach().clone() for name, p in named}
 
-# %% ../../nbs/routing/07_conformance.ipynb #7898de7b
+# %% ../../nbs/routing/07_conformance.ipynb #c52e25ff
 def same(a: Any, b: Any) -> bool:
     "Are two nested structures of tensors and numbers equal, bit for bit?"
     if isinstance(a, Tensor):
@@ -143,7 +143,7 @@ def require(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
 
-# %% ../../nbs/routing/07_conformance.ipynb #c9cb21ce
+# %% ../../nbs/routing/07_conformance.ipynb #f276940e
 def meaningful(modification: Modification) -> tuple[str, ...]:
     "The routings that this modification allows."
     acts = modification.acts_on_steps
@@ -184,7 +184,7 @@ def identity(make: Make) -> None:
             f"{routing}: at strength 0 steps differ from the plain optimizer's",
         )
 
-# %% ../../nbs/routing/07_conformance.ipynb #56d94116
+# %% ../../nbs/routing/07_conformance.ipynb #3a54084c
 def _snapshot(run: Run) -> dict[str, dict[str, Tensor]]:
     "Copies of both moments and of the weights, by parameter name."
     state = run.optimizer.state
@@ -215,7 +215,7 @@ def _first_edited_step(make: Make, seed: int) -> dict[str, dict] | None:
             return states
     return None
 
-# %% ../../nbs/routing/07_conformance.ipynb #1e38d4ed
+# %% ../../nbs/routing/07_conformance.ipynb #736bf9a1
 #: (routing, moment, the run whose moment it must equal, that moment)
 _EQUAL = [
     ("shared", "exp_avg", "decoupled", "exp_avg"),
@@ -294,7 +294,7 @@ def gradients(make: Make) -> None:
                     " after the step",
                 )
 
-# %% ../../nbs/routing/07_conformance.ipynb #a9394b64
+# %% ../../nbs/routing/07_conformance.ipynb #d55923a5
 def _reloaded(make: Make, run: Run) -> Run:
     "The run in new objects, through a file in memory."
     parts = lambda run: (run.problem.model, run.optimizer, run.router)
@@ -332,7 +332,7 @@ def resumption(make: Make) -> None:
             train(*first, domain, range(3, 6))
             _compare_runs(cut, whole, first)
 
-# %% ../../nbs/routing/07_conformance.ipynb #4bdcf898
+# %% ../../nbs/routing/07_conformance.ipynb #f20e3c1f
 def foreign_state(make: Make) -> None:
     "The state of another method or model is refused."
     router = trainer(make).router
@@ -427,7 +427,7 @@ def reports(make: Make) -> None:
         f"{type(modification).__name__} has no readable repr",
     )
 
-# %% ../../nbs/routing/07_conformance.ipynb #9601c40a
+# %% ../../nbs/routing/07_conformance.ipynb #bfd5f514
 def overlap(make: Make) -> None:
     "The overlap signal lies in [0, 1]."
     for routing in meaningful(make(Problem())):
@@ -477,7 +477,7 @@ def errors(make: Make) -> None:
         "after the refused consolidate() a proper one did not count",
     )
 
-# %% ../../nbs/routing/07_conformance.ipynb #9fb28ba0
+# %% ../../nbs/routing/07_conformance.ipynb #4f5811a6
 CHECKS: tuple[Callable[[Make], None], ...] = (
     identity,
     routings,
