@@ -1,4 +1,4 @@
-"""The training loops on a GPU: the losses of the CPU, and a fine-tuned model."""
+"""The training loops on a GPU: the losses of the CPU, and fine-tuning."""
 
 import json
 
