@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 __all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation', 'rate_match', 'step_norms', 'step_bound', 'overlap_strength', 'tradeoff_strength', 'budget_strength', 'conflict_strength']
 
 # %% ../nbs/why/01_cancellation.ipynb #f5d566f1
+def _array(x: ArrayLike) -> NDArray[np.float64]:
+    "As an array of double precision."
+    return np.asarray(x, dtype=np.float64)
+
+
 class AdamPath(NamedTuple):
     "What Adam did: one entry a step, each with the shape of the gradients."
 
@@ -38,8 +43,8 @@ def adam_steps(
     Raises ValueError for shapes that do not broadcast, betas outside [0, 1)
     or a negative eps.
     """
-    x = np.asarray(first, dtype=np.float64)
-    y = x if second is None else np.asarray(second, dtype=np.float64)
+    x = _array(first)
+    y = x if second is None else _array(second)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(
             "first and second need the same number of steps on axis 0, got"
@@ -55,17 +60,15 @@ def adam_steps(
     for t in range(len(x)):
         m = beta1 * m + (1 - beta1) * x[t]
         v = beta2 * v + (1 - beta2) * y[t] ** 2
-        m_hat[t], v_hat[t] = (
-            m / (1 - beta1 ** (t + 1)),
-            v / (1 - beta2 ** (t + 1)),
-        )
+        m_hat[t] = m / (1 - beta1 ** (t + 1))
+        v_hat[t] = v / (1 - beta2 ** (t + 1))
     with np.errstate(divide="ignore", invalid="ignore"):
         u = m_hat / (np.sqrt(v_hat) + eps)
     return AdamPath(u, m_hat, v_hat)
 
 # %% ../nbs/why/02_inflation.ipynb #f69dcfb9
 def _strength(alpha: ArrayLike) -> NDArray[np.float64]:
-    a = np.asarray(alpha, dtype=np.float64)
+    a = _array(alpha)
     if not np.all((a >= 0) & (a <= 1)):
         raise ValueError(f"alpha={alpha!r}: a strength must lie in [0, 1]")
     return a
@@ -75,7 +78,7 @@ def _radicand(
     alpha: ArrayLike, kappa: ArrayLike, b: ArrayLike | None
 ) -> NDArray[np.float64]:
     "q = E[g̃²]/E[g²] = 1 − 2αb + α²κ, checked."
-    a, k = _strength(alpha), np.asarray(kappa, dtype=np.float64)
+    a, k = _strength(alpha), _array(kappa)
     if not np.all((k >= 0) & np.isfinite(k)):
         raise ValueError(
             f"kappa={kappa!r}: E[(Pg)²]/E[g²] cannot be negative, infinite"
@@ -86,7 +89,7 @@ def _radicand(
             f"kappa={kappa!r} exceeds 1: a single coordinate may do that, a row"
             " or a matrix cannot; pass its b=E[g·Pg]/E[g²]"
         )
-    c = np.minimum(k, 1.0) if b is None else np.asarray(b, dtype=np.float64)
+    c = np.minimum(k, 1.0) if b is None else _array(b)
     if not np.all(np.isfinite(c)):
         raise ValueError(f"b={b!r}: must be finite")
     # squares in place of differences keep α, κ → 1 exact: (1−αb)² + α²(κ−b²)
@@ -109,8 +112,8 @@ def inflation(
     *,
     eps: ArrayLike = 0.0,  # Adam's eps
     rms: ArrayLike = 1.0,  # √v of the raw gradient, in the units of eps
-    # R ≥ 0, broadcast over the arguments; inf where the edit leaves nothing and eps
-    # is 0
+    # R ≥ 0, broadcast over the arguments; inf where the edit leaves nothing
+    # and eps is 0
 ) -> NDArray[np.float64]:
     """Predict the inflation of the effective learning rate under shared
     routing, R = (1 − 2αb + α²κ)^(−1/2).
@@ -119,7 +122,7 @@ def inflation(
     b, a negative radicand, eps < 0, rms ≤ 0.
     """
     q = _radicand(alpha, kappa, b)
-    e, s = np.asarray(eps, dtype=np.float64), np.asarray(rms, dtype=np.float64)
+    e, s = _array(eps), _array(rms)
     if not np.all(e >= 0):
         raise ValueError(f"eps={eps!r}: must not be negative")
     if not np.all(s > 0):
@@ -144,20 +147,13 @@ def edit_moments(
     Raises ValueError for shapes that differ, weights of another length, or a
     gradient that is zero at every step.
     """
-    x, d = (
-        np.asarray(g, dtype=np.float64),
-        np.asarray(removed, dtype=np.float64),
-    )
+    x, d = _array(g), _array(removed)
     if x.shape != d.shape or x.ndim == 0:
         raise ValueError(
             f"g and removed must have one shape (steps, ...), got {x.shape} and"
             f" {d.shape}"
         )
-    w = (
-        np.ones(len(x))
-        if weights is None
-        else np.asarray(weights, dtype=np.float64)
-    )
+    w = np.ones(len(x)) if weights is None else _array(weights)
     if w.shape != (len(x),):
         raise ValueError(
             f"weights has shape {w.shape}, expected one weight for each of the"
@@ -191,10 +187,7 @@ def basis_moments(
     Raises ValueError for shapes that do not fit, a basis that is not
     orthonormal, importance outside [0, 1], or a dead coordinate.
     """
-    C, U = (
-        np.asarray(cov, dtype=np.float64),
-        np.asarray(basis, dtype=np.float64),
-    )
+    C, U = _array(cov), _array(basis)
     C = np.diag(C) if C.ndim == 1 else C
     if U.ndim != 2 or C.shape != (len(U), len(U)):
         raise ValueError(
@@ -205,11 +198,7 @@ def basis_moments(
         raise ValueError(
             "basis is not orthonormal: pass np.linalg.qr(basis)[0]"
         )
-    lam = (
-        np.ones(U.shape[1])
-        if importance is None
-        else np.asarray(importance, dtype=np.float64)
-    )
+    lam = np.ones(U.shape[1]) if importance is None else _array(importance)
     if lam.shape != (U.shape[1],) or not np.all((lam >= 0) & (lam <= 1)):
         raise ValueError(
             f"importance={importance!r}: need {U.shape[1]} values in [0, 1]"
@@ -223,11 +212,9 @@ def basis_moments(
             " coordinates: κ and b are not defined there; leave dead inputs"
             " out, or pass whole=True"
         )
-    return (
-        (kappa.sum() / raw.sum(), b.sum() / raw.sum())
-        if whole
-        else (kappa / raw, b / raw)
-    )
+    if whole:
+        kappa, b, raw = kappa.sum(), b.sum(), raw.sum()
+    return kappa / raw, b / raw
 
 # %% ../nbs/why/03_time.ipynb #ccfaf338
 def horizon(
@@ -236,11 +223,9 @@ def horizon(
 ) -> NDArray[np.float64]:  # H
     """Count steps in memories of the second moment, H = n(1−β2).
 
-    Raises ValueError for negative steps or beta2 outside [0, 1)."""
-    n, beta = (
-        np.asarray(steps, dtype=np.float64),
-        np.asarray(beta2, dtype=np.float64),
-    )
+    Raises ValueError for negative steps or beta2 outside [0, 1).
+    """
+    n, beta = _array(steps), _array(beta2)
     if not np.all(n >= 0):
         raise ValueError(f"steps={steps!r}: must not be negative")
     if not np.all((beta >= 0) & (beta < 1)):
@@ -270,14 +255,14 @@ def transient_inflation(
     horizon(steps, beta2)
     if state not in ("kept", "reset"):
         raise ValueError(f"state={state!r}: 'kept' or 'reset'")
-    n0, e0, r0 = (np.asarray(x, dtype=np.float64) for x in (before, old, start))
+    n0, e0, r0 = (_array(x) for x in (before, old, start))
     if not (np.all(n0 >= 0) and np.all(e0 >= 0) and np.all(r0 > 0)):
         raise ValueError(
             f"before={before!r} and old={old!r} must not be negative,"
             f" start={start!r} must be positive"
         )
-    beta = np.asarray(beta2, dtype=np.float64)
-    memory = beta ** np.asarray(steps, dtype=np.float64)  # β2ⁿ
+    beta = _array(beta2)
+    memory = beta ** _array(steps)  # β2ⁿ
     v0 = e0 * (1 - beta**n0) if state == "kept" else np.zeros(())
     raw = memory * v0 + (1 - memory)
     edited = memory * v0 / r0**2 + (1 - memory) * q
@@ -296,7 +281,7 @@ def protection_left(
 
     Raises ValueError for alpha outside (0, 1] or a negative inflation.
     """
-    a, r = _strength(alpha), np.asarray(inflation, dtype=np.float64)
+    a, r = _strength(alpha), _array(inflation)
     if np.any(a == 0):
         raise ValueError(
             f"alpha={alpha!r}: without an edit there is no protection to lose"
@@ -320,11 +305,7 @@ def horizon_until(
     Raises ValueError as `inflation` does, and for alpha or left outside (0,
     1).
     """
-    a, p, q = (
-        _strength(alpha),
-        np.asarray(left, dtype=np.float64),
-        _radicand(alpha, kappa, b),
-    )
+    a, p, q = _strength(alpha), _array(left), _radicand(alpha, kappa, b)
     if not np.all((a > 0) & (a < 1)):
         raise ValueError(f"alpha={alpha!r}: must lie in (0, 1)")
     if not np.all((p > 0) & (p < 1)):
@@ -359,16 +340,12 @@ def protected_displacement(
     if routing not in ("shared", "decoupled"):
         raise ValueError(f"routing={routing!r}: 'shared' or 'decoupled'")
     t = np.arange(1, int(steps) + 1, dtype=np.float64)
-    R = (
-        transient_inflation(t, beta2, alpha, state=state, before=before)
-        if routing == "shared"
-        else np.ones(len(t))
-    )
+    R = np.ones(len(t))
+    if routing == "shared":
+        R = transient_inflation(t, beta2, alpha, state=state, before=before)
     n0 = before if state == "kept" else 0.0
-    m = (beta1**t * (1 - beta1**n0) + (1 - alpha) * (1 - beta1**t)) / (
-        1 - beta1 ** (n0 + t)
-    )
-    return float(np.mean(m * R))
+    old, new = beta1**t * (1 - beta1**n0), (1 - alpha) * (1 - beta1**t)
+    return float(np.mean((old + new) / (1 - beta1 ** (n0 + t)) * R))
 
 # %% ../nbs/why/04_families.ipynb #39c57358
 def rescaling_inflation(
@@ -380,7 +357,7 @@ def rescaling_inflation(
 
     Raises ValueError for a strength or importance outside [0, 1].
     """
-    omega = np.asarray(importance, dtype=np.float64)
+    omega = _array(importance)
     if not np.all((omega >= 0) & (omega <= 1)):
         raise ValueError(
             f"importance={importance!r}: clip Ω to [0, 1] and state its"
@@ -397,10 +374,8 @@ def _second_moments(
     correlation: ArrayLike,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     "E[x²], E[xy], E[y²] of two random gradients."
-    m, s, m_o, s_o, c = (
-        np.asarray(x, dtype=np.float64)
-        for x in (mean, sd, mean_other, sd_other, correlation)
-    )
+    m, s, m_o, s_o = map(_array, (mean, sd, mean_other, sd_other))
+    c = _array(correlation)
     if not (np.all(s >= 0) and np.all(s_o >= 0)):
         raise ValueError(
             f"standard deviations must not be negative, got {sd!r} and"
@@ -452,10 +427,8 @@ def replay_inflation(
     Raises ValueError for rho outside [0, 1], a negative sd, a correlation
     outside [-1, 1], or mean = sd = 0.
     """
-    mean_r, sd_r = (
-        mean if mean_replay is None else mean_replay,
-        (sd if sd_replay is None else sd_replay),
-    )
+    mean_r = mean if mean_replay is None else mean_replay
+    sd_r = sd if sd_replay is None else sd_replay
     gg, gr, rr = _second_moments(mean, sd, mean_r, sd_r, correlation)
     return inflation(rho, (gg - 2 * gr + rr) / gg, (gg - gr) / gg)
 

@@ -97,8 +97,13 @@ def test_a_study_runs_with_other_parameters_and_writes_the_columns_of_its_table(
         )
 
 
-@pytest.mark.parametrize("study,wrong,said", [("monte_carlo", {"violations": ["moonlight"]}, "moonlight"),
-                                              ("live", {"stream": "synthetic:rho=0.5,domains=1"}, "domain")])  # fmt: skip
+@pytest.mark.parametrize(
+    "study,wrong,said",
+    [
+        ("monte_carlo", {"violations": ["moonlight"]}, "moonlight"),
+        ("live", {"stream": "synthetic:rho=0.5,domains=1"}, "domain"),
+    ],
+)
 def test_a_study_refuses_what_it_cannot_run(run, study, wrong, said):
     with pytest.raises(papermill.PapermillExecutionError, match=said):
         run(study, **wrong)

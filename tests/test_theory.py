@@ -67,7 +67,6 @@ def brute_force_v(g: np.ndarray, beta2: float) -> np.ndarray:
 
 
 # -- the law -------------------------------------------------------------------
-# ----------------------------------------
 
 
 @given(strengths, kappas)
@@ -164,12 +163,18 @@ def test_inflation_is_vectorised_and_broadcasts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": -0.1}, "alpha"), ({"alpha": 1.1}, "alpha"), ({"alpha": [0.5, np.nan]}, "alpha"),
-        ({"alpha": 0.5, "kappa": -1e-3}, "kappa"), ({"alpha": 0.5, "kappa": 1.01}, "pass its b"),
-        ({"alpha": 0.5, "kappa": np.nan}, "kappa"), ({"alpha": 0.5, "kappa": 0.5, "b": np.inf}, "b="),
-        ({"alpha": 1.0, "kappa": 0.1, "b": 0.9}, "negative"), ({"alpha": 0.5, "eps": -1.0}, "eps"), ({"alpha": 0.5, "rms": 0.0}, "rms"),
+        ({"alpha": -0.1}, "alpha"),
+        ({"alpha": 1.1}, "alpha"),
+        ({"alpha": [0.5, np.nan]}, "alpha"),
+        ({"alpha": 0.5, "kappa": -1e-3}, "kappa"),
+        ({"alpha": 0.5, "kappa": 1.01}, "pass its b"),
+        ({"alpha": 0.5, "kappa": np.nan}, "kappa"),
+        ({"alpha": 0.5, "kappa": 0.5, "b": np.inf}, "b="),
+        ({"alpha": 1.0, "kappa": 0.1, "b": 0.9}, "negative"),
+        ({"alpha": 0.5, "eps": -1.0}, "eps"),
+        ({"alpha": 0.5, "rms": 0.0}, "rms"),
     ],
-)  # fmt: skip
+)
 def test_inflation_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         inflation(**arguments)
@@ -180,7 +185,6 @@ def test_kappa_above_one_is_fine_with_b():
 
 
 # -- time ----------------------------------------------------------------------
-# ----------------------------------------
 
 
 @given(seeds, inner, betas2, st.integers(1, 25), st.integers(0, 25))
@@ -308,7 +312,6 @@ def test_protection_left_ends():
 
 
 # -- families ------------------------------------------------------------------
-# ----------------------------------------
 
 
 @given(strengths, kappas)
@@ -374,7 +377,6 @@ def test_families_are_one_law_symbolically():
 
 
 # -- steps ---------------------------------------------------------------------
-# ----------------------------------------
 
 
 @given(seeds, inner, betas2)
@@ -483,7 +485,6 @@ def test_rate_match_is_least_squares(seed):
 
 
 # -- strengths -----------------------------------------------------------------
-# ----------------------------------------
 
 
 @given(kappas, strengths)
@@ -517,7 +518,6 @@ def test_conflict_strength_is_the_smallest_safe_one(total, inside):
 
 
 # -- errors --------------------------------------------------------------------
-# ----------------------------------------
 
 
 @pytest.mark.parametrize(

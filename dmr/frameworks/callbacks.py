@@ -5,8 +5,10 @@
 # %% ../../nbs/frameworks/02_callbacks.ipynb #0b5347ff
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
+
+from torch import Tensor
 
 from .lora import lora_include, lora_layers
 from ..routing.modification import Modification
@@ -18,13 +20,8 @@ from ..routing.strength import Strength
 __all__ = ['DomainCallback']
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #5a0336be
-class DomainCallback:
-    """Keeps one router for all domains, over as many optimizers as a framework
-    makes.
-
-    A framework's callback inherits from it, calls `attach` where the
-    optimizer is known, and `consolidate` where a domain ends.
-    """
+class _Settings:
+    "How each router is made, and where domains end."
 
     def __init__(
         self,
@@ -44,19 +41,18 @@ class DomainCallback:
     ):
         if protect is not None:
             options["include"] = lora_include(protect)
-        self.modification, self.routing, self.strength, self.protect = (
-            modification,
-            routing,
-            strength,
-            protect,
-        )
-        self.boundaries, self.interpolate, self.options = (
-            None if boundaries is None else set(boundaries),
-            interpolate,
-            options,
-        )
+        self.modification, self.routing = modification, routing
+        self.strength, self.protect, self.options = strength, protect, options
+        self.boundaries = None if boundaries is None else set(boundaries)
+        self.interpolate = interpolate
         self.router: MomentRouter | None = None
         self.reports: list[dict] = []  # one for each domain
+
+# %% ../../nbs/frameworks/02_callbacks.ipynb #4a409ab2
+class DomainCallback(_Settings):
+    """Keeps one router for all domains, over as many optimizers as a framework
+    makes.
+    """
 
     def attach(
         self,
@@ -70,23 +66,16 @@ class DomainCallback:
         Raises ValueError where an adapter is to be protected and the model
         has none.
         """
-        if self.router is not None and self.router.optimizer is unwrap(
-            optimizer
-        ):
-            return self.router
-        state = None if self.router is None else self.router.state_dict()
-        if self.router is not None:
-            self.router.close()
+        old = self.router
+        if old is not None and old.optimizer is unwrap(optimizer):
+            return old
+        state = None if old is None else old.state_dict()
+        if old is not None:
+            old.close()
         if self.protect is not None:
             lora_layers(model)
-        self.router = MomentRouter(
-            model,
-            optimizer,
-            self.modification,
-            self.routing,
-            self.strength,
-            **self.options,
-        )
+        how = (self.modification, self.routing, self.strength)
+        self.router = MomentRouter(model, optimizer, *how, **self.options)
         if state is not None:
             self.router.load_state_dict(state)
         return self.router
@@ -100,7 +89,19 @@ class DomainCallback:
                 "nothing is routed yet; begin training first, or call"
                 " attach(model, optimizer)"
             )
-        self.reports.append(
-            self.router.consolidate(interpolate=self.interpolate)
-        )
-        return self.reports[-1]
+        report = self.router.consolidate(interpolate=self.interpolate)
+        self.reports.append(report)
+        return report
+
+    def observe(
+        self,
+        batch: Any,  # of a framework's loop
+        data: Any,  # the set of examples that it comes from
+    ) -> None:
+        "Offer a batch to methods that keep examples; only its tensors count."
+        if isinstance(batch, Mapping):
+            tensors = {k: x for k, x in batch.items() if isinstance(x, Tensor)}
+            batch = {k: x.detach() for k, x in tensors.items()}
+        if self.router is not None:
+            total = len(data) if isinstance(data, Sized) else None
+            self.router.observe(batch, total)

@@ -5,11 +5,9 @@
 # %% ../../nbs/guides/05_lightning.ipynb #ff08b7b1
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 from lightning.pytorch import Callback
-from torch import Tensor
 
 from .callbacks import DomainCallback
 
@@ -22,12 +20,11 @@ class LightningRouter(DomainCallback, Callback):
     DomainCallback.
 
     Each `fit` is one domain, which ends with a `consolidate()`; or name as
-    `boundaries` the global steps at which domains end inside one `fit`,
-    which keeps the optimizer's state across them (each `fit` makes a new
-    optimizer). Keep one callback for all domains. The router's state is
-    saved in Lightning's checkpoints and comes back with
-    `fit(ckpt_path=...)`. Raises ValueError for several optimizers, and where
-    a checkpoint was written without this callback.
+    `boundaries` the global steps at which domains end inside one `fit`.
+    Keep one callback for all domains. The router's state is saved in
+    Lightning's checkpoints and comes back with `fit(ckpt_path=...)`. Raises
+    ValueError for several optimizers, and where a checkpoint was written
+    without this callback.
     """
 
     ended = 0  # global step of the last boundary
@@ -53,26 +50,13 @@ class LightningRouter(DomainCallback, Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        data = getattr(trainer.train_dataloader, "dataset", None)
-        if isinstance(batch, dict):
-            batch = {
-                k: v.detach() for k, v in batch.items() if isinstance(v, Tensor)
-            }
-        assert self.router is not None
-        self.router.observe(
-            batch, len(data) if isinstance(data, Sized) else None
-        )
+        self.observe(batch, getattr(trainer.train_dataloader, "dataset", None))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, *args: Any, **more: Any
     ) -> None:
-        step = trainer.global_step
-        # once, also where batches are accumulated
-        if (
-            self.boundaries is not None
-            and step in self.boundaries
-            and step != self.ended
-        ):
+        step, ends = trainer.global_step, self.boundaries or ()
+        if step in ends and step != self.ended:  # once, also if accumulated
             self.ended = step
             self.consolidate()
 
@@ -81,14 +65,10 @@ class LightningRouter(DomainCallback, Callback):
             self.consolidate()
 
     def state_dict(self) -> dict[str, Any]:
-        return (
-            {}
-            if self.router is None
-            else {"router": self.router.state_dict(), "ended": self.ended}
-        )
+        if self.router is None:
+            return {}
+        return {"router": self.router.state_dict(), "ended": self.ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._read, self.ended = (
-            state_dict.get("router"),
-            state_dict.get("ended", 0),
-        )
+        self._read = state_dict.get("router")
+        self.ended = state_dict.get("ended", 0)

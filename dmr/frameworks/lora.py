@@ -53,7 +53,7 @@ def lora_include(
         )
     return list(PROTECT[protect])
 
-
+# %% ../../nbs/frameworks/01_lora.ipynb #c21cfde3
 def lora_layers(
     model: nn.Module,  # with adapters of peft
     # name -> the adapted linear layer, which has lora_A and lora_B
@@ -61,11 +61,11 @@ def lora_layers(
     """The linear layers that carry an adapter. Raises ValueError where there is
     none.
     """
+    has = lambda module, factor: len(getattr(module, factor, None) or ())
     found = {
-        name: m
-        for name, m in model.named_modules()
-        if len(getattr(m, "lora_A", None) or ())
-        and len(getattr(m, "lora_B", None) or ())
+        name: module
+        for name, module in model.named_modules()
+        if has(module, "lora_A") and has(module, "lora_B")
     }
     if not found:
         raise ValueError(
@@ -76,7 +76,7 @@ def lora_layers(
         )
     return found
 
-
+# %% ../../nbs/frameworks/01_lora.ipynb #967c14a7
 def route_lora(
     model: nn.Module,  # with adapters of peft
     optimizer: Optimizer,  # over the adapters
@@ -91,17 +91,46 @@ def route_lora(
     cost nothing. Raises ValueError without adapters.
     """
     lora_layers(model)
+    options["include"] = lora_include(protect)
     return MomentRouter(
-        model,
-        optimizer,
-        modification,
-        routing,
-        strength,
-        include=lora_include(protect),
-        **options,
+        model, optimizer, modification, routing, strength, **options
     )
 
-# %% ../../nbs/frameworks/01_lora.ipynb #8501e834
+# %% ../../nbs/frameworks/01_lora.ipynb #ccbf06cb
+def _fresh_A(
+    A: Tensor,  # (r, fan_in), the old one
+    U: Tensor | None,  # (fan_in, k), the protected inputs
+    generator: torch.Generator | None,
+) -> Tensor:  # (r, fan_in), float32
+    "A new A, drawn as peft draws it, that is zero on the protected inputs."
+    bound = A.shape[1] ** -0.5
+    drawn = torch.empty(A.shape, dtype=torch.float32)
+    drawn.uniform_(-bound, bound, generator=generator)
+    if U is not None:
+        U = U.to("cpu", torch.float32)
+        drawn -= (drawn @ U) @ U.mT
+    return drawn
+
+# %% ../../nbs/frameworks/01_lora.ipynb #866dab76
+def _bases(router: MomentRouter | None) -> dict[str, Tensor]:
+    "What a router protects, by parameter name; nothing without directions."
+    return getattr(router and router.modification, "bases", {})
+
+
+def _check_mergeable(name: str, base: Any) -> None:
+    "ValueError where the weight of this layer is quantized."
+    weight = base.weight
+    if (
+        not weight.is_floating_point()
+        or weight.numel() != base.in_features * base.out_features
+    ):
+        raise ValueError(
+            f"the weight of {name!r} is quantized ({weight.dtype}), and"
+            " merging would round the adapter away; keep the adapter"
+            " across domains instead"
+        )
+
+# %% ../../nbs/frameworks/01_lora.ipynb #c67aefc0
 @torch.no_grad()
 def restart_lora(
     model: nn.Module,  # with adapters of peft
@@ -116,40 +145,17 @@ def restart_lora(
     Raises ValueError for a quantized base, whose weights cannot take up a
     merge: leave its adapter as it is.
     """
-    layers = lora_layers(model)
-    bases = (
-        getattr(router.modification, "bases", {}) if router is not None else {}
-    )
+    layers: dict[str, Any] = lora_layers(model)
+    bases = _bases(router)
     names = {id(p): n for n, p in model.named_parameters()}
     for name, layer in layers.items():
-        base: Any = layer.base_layer
-        weight = base.weight
-        if (
-            not weight.is_floating_point()
-            or weight.numel() != base.in_features * base.out_features
-        ):
-            raise ValueError(
-                f"the weight of {name!r} is quantized ({weight.dtype}), and"
-                " merging would round the adapter away; keep the adapter"
-                " across domains instead"
-            )
+        _check_mergeable(name, layer.base_layer)
     for layer in layers.values():
-        each: Any = layer
-        for adapter in each.lora_A:
-            each.base_layer.weight += each.get_delta_weight(adapter).to(
-                each.base_layer.weight
-            )
-            A, B = each.lora_A[adapter].weight, each.lora_B[adapter].weight
-            bound = A.shape[1] ** -0.5
-            drawn = torch.empty(A.shape, dtype=torch.float32).uniform_(
-                -bound, bound, generator=generator
-            )
-            U = bases.get(names[id(A)])
-            if U is not None:
-                drawn -= (drawn @ U.to("cpu", torch.float32)) @ U.to(
-                    "cpu", torch.float32
-                ).mT
-            A.copy_(drawn)
+        weight = layer.base_layer.weight
+        for adapter in layer.lora_A:
+            weight += layer.get_delta_weight(adapter).to(weight)
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            A.copy_(_fresh_A(A, bases.get(names[id(A)]), generator))
             B.zero_()
             for factor in (A, B):
                 optimizer.state.pop(factor, None)
@@ -164,25 +170,16 @@ def lora_memory(
     """What the router keeps, beside the optimizer's state of the trained
     parameters and the model's weights.
     """
-    moments = [
-        x
-        for kept in optimizer.state.values()
-        for x in kept.values()
-        if isinstance(x, Tensor) and x.ndim
-    ]
-    state = sum(x.numel() * x.element_size() for x in moments)
-    bases = sum(
-        U.numel() * U.element_size()
-        for U in getattr(router.modification, "bases", {}).values()
-    )
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = lambda xs: sum(x.numel() * x.element_size() for x in xs)
+    kept = [x for s in optimizer.state.values() for x in s.values()]
+    state = size(x for x in kept if isinstance(x, Tensor) and x.ndim)
+    bases, weights = size(_bases(router).values()), size(model.parameters())
+    beyond = (router.memory() - bases) / max(state, 1)
     return {
         "optimizer_state": state,
         "bases": bases,
         "router": router.memory(),
         "weights": weights,
-        "router_beyond_bases_over_state": (
-            (router.memory() - bases) / max(state, 1)
-        ),
+        "router_beyond_bases_over_state": beyond,
         "router_over_weights": router.memory() / weights,
     }

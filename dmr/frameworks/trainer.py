@@ -5,15 +5,13 @@
 # %% ../../nbs/guides/04_trainer.ipynb #8d844529
 from __future__ import annotations
 
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
-from .callbacks import DomainCallback
 from ..files import read_checkpoint, write_checkpoint
+from .callbacks import DomainCallback
 
 # %% auto #0
 __all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']
@@ -22,6 +20,28 @@ __all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']
 ROUTER_FILE = "router.pt"  # in a checkpoint's folder, beside optimizer.pt
 
 
+def _folder(args: Any, state: Any) -> Path:
+    "The folder of the checkpoint of this step."
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _saved_router(args: Any, state: Any) -> dict:
+    "The router's state in the checkpoint that is resumed."
+    folders, given = [_folder(args, state)], args.resume_from_checkpoint
+    if isinstance(given, str):
+        folders.insert(0, Path(given))
+    for folder in folders:
+        found = read_checkpoint(folder / ROUTER_FILE)
+        if found is not None:
+            return found
+    raise FileNotFoundError(
+        f"no {ROUTER_FILE} in {folders[-1]}: the checkpoint was"
+        " written without this callback, so what was protected is"
+        " not known; resume where it was saved, set"
+        " args.resume_from_checkpoint, or begin anew"
+    )
+
+# %% ../../nbs/guides/04_trainer.ipynb #4f61717d
 class RouterCallback(DomainCallback, TrainerCallback):
     """Route the optimizer of a transformers Trainer; arguments as for
     DomainCallback.
@@ -45,42 +65,13 @@ class RouterCallback(DomainCallback, TrainerCallback):
     ) -> None:
         router = self.attach(model, optimizer)
         if state.global_step:  # resumed
-            given = (
-                [Path(args.resume_from_checkpoint)]
-                if isinstance(args.resume_from_checkpoint, str)
-                else []
-            )
-            folders = [
-                *given,
-                Path(args.output_dir) / f"checkpoint-{state.global_step}",
-            ]
-            found = next(
-                (
-                    read_checkpoint(f / ROUTER_FILE)
-                    for f in folders
-                    if (f / ROUTER_FILE).is_file()
-                ),
-                None,
-            )
-            if found is None:
-                raise FileNotFoundError(
-                    f"no {ROUTER_FILE} in {folders[-1]}: the checkpoint was"
-                    " written without this callback, so what was protected is"
-                    " not known; resume where it was saved, set"
-                    " args.resume_from_checkpoint, or begin anew"
-                )
-            router.load_state_dict(found)
+            router.load_state_dict(_saved_router(args, state))
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self.router is not None:
-            kept = self.router.state_dict()  # every process takes part
+            kept = self.router.state_dict()
             if state.is_world_process_zero:
-                write_checkpoint(
-                    Path(args.output_dir)
-                    / f"checkpoint-{state.global_step}"
-                    / ROUTER_FILE,
-                    kept,
-                )
+                write_checkpoint(_folder(args, state) / ROUTER_FILE, kept)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, **more: Any
@@ -98,12 +89,10 @@ class RouterCallback(DomainCallback, TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
     ) -> None:
         if self.router is not None and logs is not None and "loss" in logs:
-            logs |= {
-                f"router_{key}": value
-                for key, value in self.router.last.items()
-            }
+            last = self.router.last
+            logs |= {f"router_{key}": value for key, value in last.items()}
 
-
+# %% ../../nbs/guides/04_trainer.ipynb #92c6c0ae
 class RoutedTrainer(Trainer):
     """A Trainer whose callback meets the optimizer where it is made, and offers
     every batch to methods that keep examples.
@@ -127,18 +116,5 @@ class RoutedTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, *args: Any, **options: Any
     ) -> Any:
-        if self.routed.router is not None:
-            total = (
-                len(self.train_dataset)
-                if isinstance(self.train_dataset, Sized)
-                else None
-            )
-            self.routed.router.observe(
-                {
-                    k: v.detach()
-                    for k, v in inputs.items()
-                    if isinstance(v, torch.Tensor)
-                },
-                total,
-            )
+        self.routed.observe(inputs, self.train_dataset)
         return super().training_step(model, inputs, *args, **options)

@@ -17,7 +17,6 @@ from dmr.routing.modification import (
     LowRank,
     Modification,
     Target,
-    accumulator,
     square_norms,
     stacks,
 )

@@ -8,12 +8,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .modification import Modification
 from .router import MomentRouter
@@ -21,11 +21,23 @@ from .step import ROUTINGS
 from .strength import OverlapAware, Strength
 
 # %% auto #0
-__all__ = ['Make', 'CHECKS', 'Problem', 'trainer', 'train', 'weights', 'same', 'meaningful', 'require', 'identity', 'routings',
-           'gradients', 'resumption', 'foreign_state', 'types_and_devices', 'missing_gradients', 'reports', 'overlap',
-           'errors', 'check']
+__all__ = ['Make', 'CHECKS', 'Problem', 'Run', 'trainer', 'train', 'weights', 'same', 'require', 'meaningful', 'identity',
+           'routings', 'gradients', 'resumption', 'foreign_state', 'types_and_devices', 'missing_gradients', 'reports',
+           'overlap', 'errors', 'check']
 
 # %% ../../nbs/routing/10_conformance.ipynb #6eaa5526
+def _drawn(seed: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    "A network and three domains of 24 examples, of one seed."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+        domains = [
+            (torch.randn(24, 6) + shift, torch.randint(4, (24,)))
+            for shift in (-1.0, 0.0, 1.0)
+        ]
+    return model, domains
+
+# %% ../../nbs/routing/10_conformance.ipynb #c1deeb0e
 class Problem:
     """A small network and three domains, the same for each seed, whatever the
     state of torch's global generator.
@@ -37,30 +49,9 @@ class Problem:
         device: str = "cpu",
         seed: int = 0,
     ):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            layers = nn.Sequential(
-                nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)
-            )
-            self.domains = [
-                (torch.randn(24, 6) + shift, torch.randint(4, (24,)))
-                for shift in (-1.0, 0.0, 1.0)
-            ]
-        self.model = layers.to(device=device, dtype=dtype)
-        self.domains = [
-            (x.to(device=device, dtype=dtype), y.to(device))
-            for x, y in self.domains
-        ]
-
-    def loss_fn(self, batch: Any) -> Tensor:
-        "Mean cross-entropy on a batch (inputs, labels)."
-        x, y = batch
-        return F.cross_entropy(self.model(x), y)
-
-    def logit_fn(self, batch: Any) -> Tensor:
-        "The logits of the true labels, summed over the batch."
-        x, y = batch
-        return self.model(x).gather(1, y[:, None]).sum()
+        model, drawn = _drawn(seed)
+        self.model: Any = model.to(device=device, dtype=dtype)
+        self.domains = [(x.to(device, dtype), y.to(device)) for x, y in drawn]
 
     def batch(self, domain: int, step: int) -> tuple[Tensor, Tensor]:
         "Eight examples of a domain, in turn."
@@ -68,9 +59,25 @@ class Problem:
         rows = slice(8 * (step % 3), 8 * (step % 3) + 8)
         return x[rows], y[rows]
 
+    def loss_fn(self, batch: Any) -> Tensor:
+        "Mean cross-entropy on a batch (inputs, labels)."
+        return F.cross_entropy(self.model(batch[0]), batch[1])
 
+    def logit_fn(self, batch: Any) -> Tensor:
+        "The logits of the true labels, summed over the batch."
+        return self.model(batch[0]).gather(1, batch[1][:, None]).sum()
+
+# %% ../../nbs/routing/10_conformance.ipynb #92d38171
 #: Makes the modification under test for a problem.
 Make = Callable[[Problem], Modification]
+
+
+class Run(NamedTuple):
+    "What is trained, by what, and who routes it."
+
+    problem: Problem
+    optimizer: Optimizer
+    router: MomentRouter
 
 
 def trainer(
@@ -79,22 +86,16 @@ def trainer(
     strength: Strength | float = 0.7,
     problem: Problem | None = None,  # None: a fresh one
     **options: Any,  # further arguments of the router
-) -> tuple[Problem, Optimizer, MomentRouter]:
+) -> Run:
     "A problem with AdamW and a router."
     problem = problem or Problem()
-    optimizer = torch.optim.AdamW(
-        problem.model.parameters(), lr=1e-2, betas=(0.9, 0.95)
-    )
-    modification = None if make is None else make(problem)
-    return (
-        problem,
-        optimizer,
-        MomentRouter(
-            problem.model, optimizer, modification, routing, strength, **options
-        ),
-    )
+    model = problem.model
+    optimizer = AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    edit = None if make is None else make(problem)
+    router = MomentRouter(model, optimizer, edit, routing, strength, **options)
+    return Run(problem, optimizer, router)
 
-
+# %% ../../nbs/routing/10_conformance.ipynb #024bc720
 def train(
     problem: Problem,
     optimizer: Optimizer,
@@ -114,49 +115,47 @@ def train(
                 p.grad = None
         optimizer.step()
 
-
+# %% ../../nbs/routing/10_conformance.ipynb #4a4aeaa1
 def weights(problem: Problem) -> dict[str, Tensor]:
     "A copy of the parameters."
-    return {
-        name: p.detach().clone() for name, p in problem.model.named_parameters()
-    }
+    named = problem.model.named_parameters()
+    return {name: p.detach().clone() for name, p in named}
 
-
+# %% ../../nbs/routing/10_conformance.ipynb #c52e25ff
 def same(a: Any, b: Any) -> bool:
     "Are two nested structures of tensors and numbers equal, bit for bit?"
     if isinstance(a, Tensor):
-        return (
-            isinstance(b, Tensor)
-            and a.dtype == b.dtype
-            and a.shape == b.shape
-            and bool((a == b).all())
-        )
+        if not isinstance(b, Tensor) or a.dtype != b.dtype:
+            return False
+        return a.shape == b.shape and bool((a == b).all())
     if isinstance(a, dict):
-        return (
-            isinstance(b, dict)
-            and a.keys() == b.keys()
-            and all(same(a[k], b[k]) for k in a)
-        )
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            return False
+        return all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
-        return (
-            isinstance(b, (list, tuple))
-            and len(a) == len(b)
-            and all(same(x, y) for x, y in zip(a, b))
-        )
+        if not isinstance(b, (list, tuple)) or len(a) != len(b):
+            return False
+        return all(same(x, y) for x, y in zip(a, b))
     return a == b
-
-
-def meaningful(modification: Modification) -> tuple[str, ...]:
-    "The routings that this modification allows."
-    return tuple(
-        r for r in ROUTINGS if modification.acts_on_steps or r != "displacement"
-    )
 
 
 def require(condition: bool, message: str) -> None:
     "AssertionError with `message` unless the condition holds."
     if not condition:
         raise AssertionError(message)
+
+# %% ../../nbs/routing/10_conformance.ipynb #f276940e
+def meaningful(modification: Modification) -> tuple[str, ...]:
+    "The routings that this modification allows."
+    acts = modification.acts_on_steps
+    return tuple(r for r in ROUTINGS if acts or r != "displacement")
+
+
+def _waits(run: Run) -> bool:
+    "Does its method do nothing before the first boundary?"
+    modification = run.router.modification
+    assert modification is not None
+    return modification.needs_consolidate
 
 # %% ../../nbs/routing/10_conformance.ipynb #f0d4d65f
 def identity(make: Make) -> None:
@@ -165,101 +164,111 @@ def identity(make: Make) -> None:
     """
     plain = trainer(None)
     train(*plain, 0, range(5))
-    once = weights(plain[0])
+    once = weights(plain.problem)
     train(*plain, 1, range(5))
-    twice = weights(plain[0])
+    twice = weights(plain.problem)
     for routing in meaningful(make(Problem())):
         early = trainer(make, routing)
-        if early[2].modification.needs_consolidate:  # type: ignore[union-attr]
+        if _waits(early):
             train(*early, 0, range(5))
             require(
-                same(weights(early[0]), once),
+                same(weights(early.problem), once),
                 f"{routing}: steps before the first consolidate() differ from"
                 " the plain optimizer's",
             )
         idle = trainer(make, routing, strength=0.0)
         train(*idle, 0, range(5))
-        idle[2].consolidate()
+        idle.router.consolidate()
         train(*idle, 1, range(5))
         require(
-            same(weights(idle[0]), twice),
+            same(weights(idle.problem), twice),
             f"{routing}: at strength 0 steps differ from the plain optimizer's",
         )
 
-# %% ../../nbs/routing/10_conformance.ipynb #ec485617
-def routings(make: Make) -> None:
-    """Each routing feeds the moments that it names; a routing without a meaning
-    is refused.
-    """
-    for seed in range(3):
-        states = _first_edited_step(make, seed)
-        if states is not None:
-            break
-    else:
-        raise AssertionError(
-            "in three problems of 20 steps the modification never changed"
-            " anything at strength 0.7"
-        )
-    m, v = "exp_avg", "exp_avg_sq"
-    equal = [
-        ("shared", m, "decoupled", m),
-        ("decoupled", v, "plain", v),
-        ("denominator", m, "plain", m),
-        ("denominator", v, "shared", v),
-    ]
-    if "displacement" in states:
-        equal += [
-            ("displacement", m, "plain", m),
-            ("displacement", v, "plain", v),
-        ]
-    for a, moment, b, other in equal:
-        for name in states["plain"]["weights"]:
-            x, y = states[a][moment][name], states[b][other][name]
-            close = torch.allclose(
-                x, y, rtol=1e-6, atol=1e-8 * float(y.abs().max())
-            )
-            require(close, f"{a}'s {moment} of {name!r} differs from {b}'s")
-    if "displacement" in states:
-        moved = not same(
-            states["displacement"]["weights"], states["plain"]["weights"]
-        )
-        require(moved, "displacement takes the plain optimizer's step")
-    else:
-        try:
-            trainer(make, "displacement")
-        except ValueError:
-            return
-        raise AssertionError(
-            "acts_on_steps is False, but routing='displacement' was not refused"
-        )
+# %% ../../nbs/routing/10_conformance.ipynb #3a54084c
+def _snapshot(run: Run) -> dict[str, dict[str, Tensor]]:
+    "Copies of both moments and of the weights, by parameter name."
+    state = run.optimizer.state
+    named = dict(run.problem.model.named_parameters())
+    kept: dict[str, dict[str, Tensor]] = {"weights": weights(run.problem)}
+    for key in ("exp_avg", "exp_avg_sq"):
+        kept[key] = {name: state[p][key].clone() for name, p in named.items()}
+    return kept
 
 
 def _first_edited_step(make: Make, seed: int) -> dict[str, dict] | None:
     """Moments and weights under each routing after the first step that the
     method changes: up to then all runs are one.
     """
-    runs = {"plain": trainer(None, problem=Problem(torch.float64, seed=seed))}
-    for routing in meaningful(make(Problem(torch.float64, seed=seed))):
-        runs[routing] = trainer(
-            make, routing, problem=Problem(torch.float64, seed=seed)
-        )
-    if runs["shared"][2].modification.needs_consolidate:  # type: ignore[union-attr]
-        for problem, optimizer, router in runs.values():
-            train(problem, optimizer, router, 0, range(9))
-            router.consolidate()
+    fresh = lambda: Problem(torch.float64, seed=seed)
+    runs = {"plain": trainer(None, problem=fresh())}
+    for routing in meaningful(make(fresh())):
+        runs[routing] = trainer(make, routing, problem=fresh())
+    if _waits(runs["shared"]):
+        for run in runs.values():
+            train(*run, 0, range(9))
+            run.router.consolidate()
     for step in range(20):
-        states = {}
-        for key, (problem, optimizer, router) in runs.items():
-            train(problem, optimizer, router, 1, range(step, step + 1))
-            params = dict(problem.model.named_parameters())
-            moments = {
-                k: {n: optimizer.state[p][k].clone() for n, p in params.items()}
-                for k in ("exp_avg", "exp_avg_sq")
-            }
-            states[key] = moments | {"weights": weights(problem)}
-        if any(not same(states[key], states["plain"]) for key in states):
+        for run in runs.values():
+            train(*run, 1, range(step, step + 1))
+        states = {key: _snapshot(run) for key, run in runs.items()}
+        if not all(same(kept, states["plain"]) for kept in states.values()):
             return states
     return None
+
+# %% ../../nbs/routing/10_conformance.ipynb #736bf9a1
+#: (routing, moment, the run whose moment it must equal, that moment)
+_EQUAL = [
+    ("shared", "exp_avg", "decoupled", "exp_avg"),
+    ("decoupled", "exp_avg_sq", "plain", "exp_avg_sq"),
+    ("denominator", "exp_avg", "plain", "exp_avg"),
+    ("denominator", "exp_avg_sq", "shared", "exp_avg_sq"),
+    ("displacement", "exp_avg", "plain", "exp_avg"),
+    ("displacement", "exp_avg_sq", "plain", "exp_avg_sq"),
+]
+
+
+def _compare_moments(states: dict[str, dict]) -> None:
+    "AssertionError where a routing fed a moment with something else."
+    for routing, moment, other, its in _EQUAL:
+        for name in states["plain"]["weights"] if routing in states else ():
+            x, y = states[routing][moment][name], states[other][its][name]
+            atol = 1e-8 * float(y.abs().max())
+            require(
+                torch.allclose(x, y, rtol=1e-6, atol=atol),
+                f"{routing}'s {moment} of {name!r} differs from {other}'s",
+            )
+
+# %% ../../nbs/routing/10_conformance.ipynb #ec485617
+def _check_displacement(make: Make, states: dict[str, dict]) -> None:
+    "It takes another step, or is refused."
+    if "displacement" in states:
+        moved = not same(
+            states["displacement"]["weights"], states["plain"]["weights"]
+        )
+        require(moved, "displacement takes the plain optimizer's step")
+        return
+    try:
+        trainer(make, "displacement")
+    except ValueError:
+        return
+    raise AssertionError(
+        "acts_on_steps is False, but routing='displacement' was not refused"
+    )
+
+
+def routings(make: Make) -> None:
+    """Each routing feeds the moments that it names; a routing without a meaning
+    is refused.
+    """
+    for seed in range(3):
+        if states := _first_edited_step(make, seed):
+            _compare_moments(states)
+            return _check_displacement(make, states)
+    raise AssertionError(
+        "in three problems of 20 steps the modification never changed"
+        " anything at strength 0.7"
+    )
 
 # %% ../../nbs/routing/10_conformance.ipynb #ce35ff28
 def gradients(make: Make) -> None:
@@ -273,21 +282,41 @@ def gradients(make: Make) -> None:
             router.observe(batch, total=24)
             optimizer.zero_grad()
             problem.loss_fn(batch).backward()
-            raw = {
-                name: p.grad.clone()
-                for name, p in problem.model.named_parameters()
-                if p.grad is not None
-            }
+            named = dict(problem.model.named_parameters())
+            raw = {n: p.grad.clone() for n, p in named.items()}  # type: ignore
             optimizer.step()
-            for name, p in problem.model.named_parameters():
-                close = p.grad is not None and torch.allclose(
+            for name, p in named.items():
+                kept = p.grad is not None and torch.allclose(
                     p.grad, raw[name], rtol=1e-5, atol=1e-6
                 )
                 require(
-                    close,
+                    kept,
                     f"{routing}: the gradient of {name!r} was not given back"
                     " after the step",
                 )
+
+# %% ../../nbs/routing/10_conformance.ipynb #d55923a5
+def _reloaded(make: Make, run: Run) -> Run:
+    "The run in new objects, through a file in memory."
+    parts = lambda run: (run.problem.model, run.optimizer, run.router)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts(run)], file)
+    file.seek(0)
+    new = trainer(make)
+    for part, state in zip(parts(new), torch.load(file, weights_only=True)):
+        part.load_state_dict(state)
+    return new
+
+
+def _compare_runs(domain: int, whole: Run, cut: Run) -> None:
+    "AssertionError unless weights and the boundary's reports are equal."
+    where = f"continued from a state saved in domain {domain}"
+    require(
+        same(weights(cut.problem), weights(whole.problem)),
+        f"{where}, the weights differ",
+    )
+    reports = [json.dumps(run.router.consolidate()) for run in (whole, cut)]
+    require(reports[0] == reports[1], f"{where}, the reports differ")
 
 # %% ../../nbs/routing/10_conformance.ipynb #222038a8
 def resumption(make: Make) -> None:
@@ -295,50 +324,19 @@ def resumption(make: Make) -> None:
     domain, equals one that was not.
     """
     for cut in (0, 1, 2):
-        whole = trainer(make)
-        first = trainer(make)
+        whole, first = trainer(make), trainer(make)
         for domain in range(3):
             train(*whole, domain, range(6))
+            train(*first, domain, range(3))
             if domain == cut:
-                train(*first, domain, range(3))
                 first = _reloaded(make, first)
-                train(*first, domain, range(3, 6))
-            else:
-                train(*first, domain, range(6))
-            require(
-                same(weights(first[0]), weights(whole[0])),
-                f"continued from a state saved in domain {cut}, the weights"
-                " differ",
-            )
-            reports = [run[2].consolidate() for run in (whole, first)]
-            require(
-                json.dumps(reports[0]) == json.dumps(reports[1]),
-                f"continued from a state saved in domain {cut}, the reports"
-                " differ",
-            )
+            train(*first, domain, range(3, 6))
+            _compare_runs(cut, whole, first)
 
-
-def _reloaded(
-    make: Make, run: tuple[Problem, Optimizer, MomentRouter]
-) -> tuple[Problem, Optimizer, MomentRouter]:
-    "The run in new objects, through a file in memory."
-    file = io.BytesIO()
-    torch.save(
-        [run[0].model.state_dict(), run[1].state_dict(), run[2].state_dict()],
-        file,
-    )
-    file.seek(0)
-    model, optimizer, router = torch.load(file, weights_only=True)
-    new = trainer(make)
-    new[0].model.load_state_dict(model)
-    new[1].load_state_dict(optimizer)
-    new[2].load_state_dict(router)
-    return new
-
-
+# %% ../../nbs/routing/10_conformance.ipynb #f20e3c1f
 def foreign_state(make: Make) -> None:
     "The state of another method or model is refused."
-    _, _, router = trainer(make)
+    router = trainer(make).router
     state = router.state_dict()
     for change in (
         {"modification": "Another"},
@@ -356,26 +354,27 @@ def types_and_devices(make: Make) -> None:
     """Two domains in float64, float32 and bfloat16, on the CPU and on an
     accelerator if there is one.
     """
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            for routing in meaningful(make(Problem())):
-                problem, optimizer, router = trainer(
-                    make, routing, problem=Problem(dtype, device)
+    kinds = [
+        (device, dtype)
+        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ]
+    for device, dtype in kinds:
+        for routing in meaningful(make(Problem())):
+            run = trainer(make, routing, problem=Problem(dtype, device))
+            for domain in (0, 1):
+                train(*run, domain, range(4))
+                run.router.consolidate()
+            for name, p in run.problem.model.named_parameters():
+                where = f"{dtype} on {device}, {routing}"
+                require(
+                    p.dtype == dtype and p.device.type == device,
+                    f"{where}: {name!r} changed its type or device",
                 )
-                for domain in (0, 1):
-                    train(problem, optimizer, router, domain, range(4))
-                    router.consolidate()
-                for name, p in problem.model.named_parameters():
-                    where = f"{dtype} on {device}, {routing}"
-                    require(
-                        p.dtype == dtype and p.device.type == device,
-                        f"{where}: {name!r} changed its type or device",
-                    )
-                    require(
-                        bool(p.isfinite().all()),
-                        f"{where}: {name!r} is not finite",
-                    )
+                require(
+                    bool(p.isfinite().all()),
+                    f"{where}: {name!r} is not finite",
+                )
 
 # %% ../../nbs/routing/10_conformance.ipynb #d6cf4b65
 def missing_gradients(make: Make) -> None:
@@ -392,7 +391,7 @@ def missing_gradients(make: Make) -> None:
             train(*run, domain, range(2))
             train(*run, domain, range(2, 4), without=("2.bias", "0.weight"))
             train(*run, domain, range(4, 6))
-            run[2].consolidate()
+            run.router.consolidate()
         after = weights(problem)
         for name in ("0.bias", "spare"):
             require(
@@ -409,9 +408,10 @@ def reports(make: Make) -> None:
     """The report of a boundary can be written as JSON; the memory is a whole
     number of bytes; the method has a readable name.
     """
-    problem, optimizer, router = trainer(make)
+    run = trainer(make)
+    router, modification = run.router, run.router.modification
     for domain in (0, 1):
-        train(problem, optimizer, router, domain, range(4))
+        train(*run, domain, range(4))
         report = router.consolidate()
         require(
             isinstance(report, dict),
@@ -424,23 +424,23 @@ def reports(make: Make) -> None:
             f"memory() is {memory!r}, not a number of bytes",
         )
     require(
-        not repr(router.modification).startswith("<"),
-        f"{type(router.modification).__name__} has no readable repr",
+        not repr(modification).startswith("<"),
+        f"{type(modification).__name__} has no readable repr",
     )
 
-
+# %% ../../nbs/routing/10_conformance.ipynb #bfd5f514
 def overlap(make: Make) -> None:
     "The overlap signal lies in [0, 1]."
     for routing in meaningful(make(Problem())):
-        problem, optimizer, router = trainer(
-            make, routing, strength=OverlapAware(0.9, beta=0.5)
-        )
-        train(problem, optimizer, router, 0, range(4))
-        router.consolidate()
+        adaptive = OverlapAware(0.9, beta=0.5)
+        run = trainer(make, routing, strength=adaptive)
+        train(*run, 0, range(4))
+        run.router.consolidate()
         seen = []
         for step in range(6):
-            train(problem, optimizer, router, 1, range(step, step + 1))
-            seen += [router.last["overlap"]] if "overlap" in router.last else []
+            train(*run, 1, range(step, step + 1))
+            last = run.router.last
+            seen += [last["overlap"]] if "overlap" in last else []
         require(
             bool(seen), f"{routing}: no overlap signal was given in six steps"
         )
@@ -454,12 +454,12 @@ def errors(make: Make) -> None:
     """A boundary before any step is refused with a ValueError, changes nothing,
     and does no harm.
     """
-    problem, optimizer, router = trainer(make)
-    if not router.modification.needs_consolidate:  # type: ignore[union-attr]
+    run = trainer(make)
+    if not _waits(run):
         return
-    before = router.state_dict()
+    before = run.router.state_dict()
     try:
-        router.consolidate()
+        run.router.consolidate()
     except ValueError:
         pass
     else:
@@ -468,20 +468,29 @@ def errors(make: Make) -> None:
             " ValueError"
         )
     require(
-        same(before, router.state_dict()),
+        same(before, run.router.state_dict()),
         "the refused consolidate() changed the state",
     )
-    train(problem, optimizer, router, 0, range(3))
-    router.consolidate()
+    train(*run, 0, range(3))
+    run.router.consolidate()
     require(
-        router.domains == 1,
+        run.router.domains == 1,
         "after the refused consolidate() a proper one did not count",
     )
 
-
+# %% ../../nbs/routing/10_conformance.ipynb #4f5811a6
 CHECKS: tuple[Callable[[Make], None], ...] = (
-    identity, routings, gradients, resumption, foreign_state, types_and_devices, missing_gradients, reports, overlap, errors,
-)  # fmt: skip
+    identity,
+    routings,
+    gradients,
+    resumption,
+    foreign_state,
+    types_and_devices,
+    missing_gradients,
+    reports,
+    overlap,
+    errors,
+)
 
 
 def check(

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 # %% auto #0
-__all__ = ['ADAM', 'SUPPORTED', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator', 'sgd_denominator',
-           'Moments', 'unwrap', 'moments_of', 'check_group']
+__all__ = ['SUPPORTED', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator', 'sgd_denominator', 'Moments',
+           'unwrap', 'moments_of', 'check_group']
 
 # %% ../../nbs/routing/03_moments.ipynb #977a5f7e
 def _number(x: float | Tensor) -> float | Tensor:
@@ -29,17 +30,12 @@ def _affine(
 ) -> Tensor:
     "a·√v + b with one temporary, in two passes."
     root = v.sqrt()
-    # counters on the device: no transfer to the host
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return root.mul_(a).add_(b)
-    return torch.add(
-        torch.full((), b, dtype=v.dtype, device=v.device),
-        root,
-        alpha=a,
-        out=root,
-    )
+    added = torch.full((), b, dtype=v.dtype, device=v.device)
+    return torch.add(added, root, alpha=a, out=root)
 
-
+# %% ../../nbs/routing/03_moments.ipynb #15741cb3
 def adam_denominator(state: dict, group: dict) -> Tensor:
     """(1 - β1ᵗ)(√(v / (1 - β2ᵗ)) + ε), after the step; v is its running maximum
     under amsgrad.
@@ -49,7 +45,7 @@ def adam_denominator(state: dict, group: dict) -> Tensor:
     first = 1 - beta1**t
     return _affine(v, first / (1 - beta2**t) ** 0.5, first * group["eps"])
 
-
+# %% ../../nbs/routing/03_moments.ipynb #63b53dc5
 def radam_denominator(state: dict, group: dict) -> Tensor | float:
     """Rectified Adam: no denominator while the variance of the adaptive rate is
     intractable (ρ_t <= 5).
@@ -65,7 +61,7 @@ def radam_denominator(state: dict, group: dict) -> Tensor | float:
     a = float((1 - beta1**t) / (rectified * (1 - beta2**t) ** 0.5))
     return _affine(state["exp_avg_sq"], a, a * group["eps"])
 
-
+# %% ../../nbs/routing/03_moments.ipynb #132dc023
 def adamax_denominator(state: dict, group: dict) -> Tensor:
     "(1 - β1ᵗ) n, with n the decaying maximum of |g|."
     return state["exp_inf"] * (1 - group["betas"][0] ** _number(state["step"]))
@@ -76,44 +72,31 @@ def sgd_denominator(state: dict, group: dict) -> float:
     return 1.0
 
 # %% ../../nbs/routing/03_moments.ipynb #3ec87629
-def _scalar_dtype(fused: bool = False) -> torch.dtype:
-    "The dtype torch gives a step counter."
-    if fused:
-        return torch.float32
-    return (
-        torch.float64
-        if torch.get_default_dtype() == torch.float64
-        else torch.float32
-    )
+def _counter(p: Tensor, group: dict, fused: bool) -> Tensor:
+    "A step counter as torch makes it; `fused`: does this class know the word?"
+    double = torch.get_default_dtype() == torch.float64
+    if fused and group.get("fused"):
+        return torch.zeros((), dtype=torch.float32, device=p.device)
+    dtype = torch.float64 if double else torch.float32
+    if group.get("capturable"):
+        return torch.zeros((), dtype=dtype, device=p.device)
+    return torch.tensor(0.0, dtype=dtype)
 
 
-def _prepare(
-    *moments: str, maximum: str | None = None, fused: bool = False
-) -> Callable[[Tensor, dict], dict]:
-    def prepare(p: Tensor, group: dict) -> dict:
-        on_device = group.get("capturable", False) or (
-            fused and group.get("fused", False)
-        )
-        step = (
-            torch.zeros(
-                (),
-                dtype=_scalar_dtype(bool(fused and group.get("fused"))),
-                device=p.device,
-            )
-            if on_device
-            else torch.tensor(0.0, dtype=_scalar_dtype())
-        )
-        state = {"step": step} | {
-            name: torch.zeros_like(p, memory_format=torch.preserve_format)
-            for name in moments
-        }
-        if maximum and group["amsgrad"]:
-            state[maximum] = torch.zeros_like(
-                p, memory_format=torch.preserve_format
-            )
-        return state
-
-    return prepare
+def _fresh_state(
+    p: Tensor,
+    group: dict,
+    moments: tuple[str, ...],  # the keys of what is kept
+    maximum: str | None = None,  # kept too, under amsgrad
+    fused: bool = False,  # can the class be fused?
+) -> dict:
+    "What torch would keep of a parameter before its first step."
+    like = partial(torch.zeros_like, p, memory_format=torch.preserve_format)
+    state = {"step": _counter(p, group, fused)}
+    state |= {name: like() for name in moments}
+    if maximum and group["amsgrad"]:
+        state[maximum] = like()
+    return state
 
 # %% ../../nbs/routing/03_moments.ipynb #706eb940
 @dataclass(frozen=True)
@@ -139,35 +122,27 @@ class Moments:
         return torch.full_like(state[self.first], 1 / denominator)
 
     def step(self, state: dict, group: dict) -> Tensor:
-        """u = a ⊙ m: the step just taken, in units of the learning rate,
-        without weight decay. One temporary.
-        """
+        "u = a ⊙ m: the step just taken, in units of lr, without weight decay."
         denominator = self.denominator(state, group)
         if isinstance(denominator, Tensor):
             return torch.div(state[self.first], denominator, out=denominator)
         return state[self.first] / denominator
 
-
-#: Where Adam and AdamW keep their moments, and how they divide.
-ADAM = Moments(
-    "exp_avg",
-    "exp_avg_sq",
-    adam_denominator,
-    _prepare("exp_avg", "exp_avg_sq", maximum="max_exp_avg_sq", fused=True),
+# %% ../../nbs/routing/03_moments.ipynb #485ec352
+_ADAM = ("exp_avg", "exp_avg_sq")
+_ADAMAX = ("exp_avg", "exp_inf")
+_adam_state = partial(
+    _fresh_state, moments=_ADAM, maximum="max_exp_avg_sq", fused=True
 )
+_radam_state = partial(_fresh_state, moments=_ADAM)
+_adamax_state = partial(_fresh_state, moments=_ADAMAX)
+
 #: Optimizers that can be routed -> where each keeps its moments.
 SUPPORTED: dict[type[Optimizer], Moments] = {
-    torch.optim.Adam: ADAM,
-    torch.optim.AdamW: ADAM,
-    torch.optim.RAdam: Moments(
-        "exp_avg",
-        "exp_avg_sq",
-        radam_denominator,
-        _prepare("exp_avg", "exp_avg_sq"),
-    ),
-    torch.optim.Adamax: Moments(
-        "exp_avg", "exp_inf", adamax_denominator, _prepare("exp_avg", "exp_inf")
-    ),
+    torch.optim.Adam: Moments(*_ADAM, adam_denominator, _adam_state),
+    torch.optim.AdamW: Moments(*_ADAM, adam_denominator, _adam_state),
+    torch.optim.RAdam: Moments(*_ADAM, radam_denominator, _radam_state),
+    torch.optim.Adamax: Moments(*_ADAMAX, adamax_denominator, _adamax_state),
     torch.optim.SGD: Moments("momentum_buffer", None, sgd_denominator, None),
 }
 
@@ -194,14 +169,35 @@ REFUSED = {
     "SOAP": "its moments are kept in a rotated basis",
 }
 
-
+# %% ../../nbs/routing/03_moments.ipynb #61051645
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose `step` runs: inside Accelerate's wrapper, if it is
-    one.
-    """
+    "The optimizer whose `step` runs: inside Accelerate's wrapper, if any."
     while type(optimizer).__name__ == "AcceleratedOptimizer":
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
+
+
+def _reason_against(cls: type) -> str:
+    "Why optimizers of this class cannot be routed."
+    name, package = cls.__name__, cls.__module__
+    if "deepspeed" in package:
+        return ": " + REFUSED["DeepSpeedZeroOptimizer"]
+    quantized = any(part in name for part in ("8bit", "4bit", "Fp8"))
+    if quantized or package.startswith(("bitsandbytes", "torchao")):
+        return ": its moments are quantized"
+    if name in REFUSED:
+        return ": " + REFUSED[name]
+    return ", which this version of dmr has not been taught"
+
+# %% ../../nbs/routing/03_moments.ipynb #75d7e215
+def _supported(cls: type) -> type[Optimizer] | None:
+    "The class of the table whose step this class takes; None: it has its own."
+    for known in SUPPORTED:
+        if issubclass(cls, known):
+            between = cls.__mro__[: cls.__mro__.index(known)]
+            if not any({"step", "_init_group"} & set(vars(c)) for c in between):
+                return known
+    return None
 
 
 def moments_of(optimizer: Optimizer) -> Moments:
@@ -211,51 +207,18 @@ def moments_of(optimizer: Optimizer) -> Moments:
     cannot be routed.
     """
     cls = type(optimizer)
-    known = next(
-        (
-            k
-            for k in SUPPORTED
-            if cls is k
-            or (isinstance(optimizer, k) and not _overridden(cls, k))
-        ),
-        None,
-    )
+    known = _supported(cls)
     if known is None:
-        why = REFUSED.get(cls.__name__)
-        if any(
-            part in cls.__name__ for part in ("8bit", "4bit", "Fp8")
-        ) or cls.__module__.startswith(("bitsandbytes", "torchao")):
-            why = "its moments are quantized"
-        if "deepspeed" in cls.__module__:
-            why = REFUSED["DeepSpeedZeroOptimizer"]
-        reason = (
-            f": {why}"
-            if why
-            else ", which this version of dmr has not been taught"
-        )
-        instead = (
-            "torch.optim.AdamW, Adam (with or without amsgrad), RAdam, Adamax,"
-            " or SGD with momentum"
-        )
         raise TypeError(
-            f"{cls.__name__} cannot be routed{reason}; use {instead}"
+            f"{cls.__name__} cannot be routed{_reason_against(cls)}; use"
+            " torch.optim.AdamW, Adam (with or without amsgrad), RAdam, Adamax,"
+            " or SGD with momentum"
         )
     for group in optimizer.param_groups:
         check_group(known.__name__, group)
     return SUPPORTED[known]
 
-
-def _overridden(cls: type, base: type) -> set[str]:
-    "Methods of the step that a class between `cls` and `base` defines anew."
-    between = cls.__mro__[: cls.__mro__.index(base)]
-    return {
-        name
-        for c in between
-        for name in vars(c)
-        if name in ("step", "_init_group")
-    }
-
-
+# %% ../../nbs/routing/03_moments.ipynb #b9672843
 def check_group(cls: str, group: dict) -> None:
     """Raise ValueError for settings of a parameter group under which routing
     has no meaning.

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,31 +45,176 @@ def measured_inflation(
     # (fan_in, r): inflation along these directions; None: of the whole matrix
     U: Tensor | None = None,
 ) -> float:
-    """Measure the inflation of the effective rate, sqrt(Σ v_raw / Σ v).
+    """Inflation of the effective rate, sqrt(Σ v_raw / Σ v).
 
-    Raises ValueError for shapes that do not fit."""
+    Raises ValueError for shapes that do not fit.
+    """
     if v_raw.shape != v.shape:
         raise ValueError(
             f"v_raw {tuple(v_raw.shape)} and v {tuple(v.shape)} must have one"
             " shape"
         )
-    raw, used = (
-        (v_raw.sum(), v.sum())
-        if U is None
-        else (subspace_energy(v_raw, U), subspace_energy(v, U))
+    if U is None:
+        return float((v_raw.sum() / v.sum()).sqrt())
+    ratio = subspace_energy(v_raw, U) / subspace_energy(v, U)
+    return float(ratio.sqrt())
+
+# %% ../../nbs/routing/09_probes.ipynb #73bbff77
+def _readings(
+    g: Tensor,  # (out, fan_in), the raw gradient
+    u: Tensor,  # the step made, in units of lr
+    u_raw: Tensor,  # the step plain Adam would have made of the same gradients
+    v: Tensor,  # the second moment used
+    v_raw: Tensor,  # the second moment of the raw gradient
+    U: Tensor,  # (fan_in, r), what is protected
+) -> dict[str, float]:
+    "All quantities of one weight in one step."
+    tiny = torch.finfo(g.dtype).tiny
+    share = (g @ U).square().sum() / g.square().sum().clamp_min(tiny)
+    return {
+        "inflation": measured_inflation(v_raw, v),
+        "inflation_protected": measured_inflation(v_raw, v, U),
+        "energy": float(subspace_energy(v, U)),
+        "overlap": float(share),
+        "damping": float((u @ U).norm() / (u_raw @ U).norm()),
+        "step_ratio": float(u.norm() / u_raw.norm()),
+        "step_rms": float(u.square().mean().sqrt()),
+    }
+
+# %% ../../nbs/routing/09_probes.ipynb #66409f91
+def _decays_weights(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    "Does decay shrink the weights (AdamW), or is it part of the gradient?"
+    flag = bool(group.get("decoupled_weight_decay"))
+    return flag or isinstance(optimizer, torch.optim.AdamW)
+
+
+def _raw_gradient(
+    p: nn.Parameter, group: dict[str, Any], decays_weights: bool
+) -> Tensor:
+    "A copy of the gradient that torch's moments would take in."
+    assert p.grad is not None
+    decay = group["weight_decay"]
+    if not decay or decays_weights:
+        return p.grad.detach().clone()
+    return p.grad.detach().add(p, alpha=-decay if group["maximize"] else decay)
+
+
+def _follow(m: Tensor, v: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+    "m ← β1 m + (1 - β1) g and v ← β2 v + (1 - β2) g², in place."
+    beta1, beta2 = (float(b) for b in group["betas"])
+    m.lerp_(-g if group["maximize"] else g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+
+# %% ../../nbs/routing/09_probes.ipynb #886d724f
+def _adam_step(m: Tensor, v: Tensor, t: float, group: dict[str, Any]) -> Tensor:
+    "Adam's step number t, in units of lr."
+    beta1, beta2 = (float(b) for b in group["betas"])
+    return m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+
+
+def _step_made(
+    before: Tensor, after: Tensor, group: dict[str, Any], decays_weights: bool
+) -> Tensor:
+    "The step between two weights, in units of lr, without weight decay."
+    lr = float(group["lr"])
+    if decays_weights:
+        before = before * (1 - lr * group["weight_decay"])
+    return (before - after) / lr
+
+# %% ../../nbs/routing/09_probes.ipynb #e1c33e5d
+def _check_optimizer(optimizer: Optimizer) -> None:
+    "ValueError unless it keeps exp_avg and exp_avg_sq and divides by them."
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(
+            f"{type(optimizer).__name__} is not Adam or AdamW: the probe"
+            " would not know its moments"
+        )
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError(
+            "amsgrad=True divides by a maximum; the probe compares"
+            " exp_avg_sq only, so pass amsgrad=False"
+        )
+
+# %% ../../nbs/routing/09_probes.ipynb #4fc1269a
+def _check_bases(
+    bases: Mapping[str, Tensor], named: Mapping[str, Tensor]
+) -> None:
+    "ValueError for no basis, an unknown name, or a shape that does not fit."
+    if not bases:
+        raise ValueError(
+            "bases is empty: name at least one parameter, such as"
+            " {'fc.weight': U}"
+        )
+    for name, U in bases.items():
+        if name not in named:
+            raise ValueError(
+                f"{name!r} is no parameter of the model; it has"
+                f" {', '.join(list(named)[:6])} …"
+            )
+        W = named[name]
+        if W.ndim != 2 or U.ndim != 2 or U.shape[0] != W.shape[1]:
+            raise ValueError(
+                f"basis {tuple(U.shape)} of {name!r} must be (fan_in, r)"
+                f" for a weight {tuple(W.shape)}"
+            )
+
+# %% ../../nbs/routing/09_probes.ipynb #516a7312
+@dataclass
+class _Shadow:
+    "The raw gradient's moments of one weight, and the step under way."
+
+    U: Tensor  # (fan_in, r), what is protected
+    decays_weights: bool  # as in AdamW
+    m: Tensor  # (out, fan_in), first moment of the raw gradient
+    v: Tensor  # (out, fan_in), second moment
+    g: Tensor | None = None  # the raw gradient; None: no step is under way
+    before: Tensor | None = None  # the weight, where a row is due
+    count: float = 0.0  # the optimizer's steps before this one
+
+    def enter(self, p: Any, state: dict, group: dict, due: bool) -> None:
+        self.g = _raw_gradient(p, group, self.decays_weights)
+        self.before = p.detach().clone() if due else None
+        self.count = float(state.get("step", 0.0))
+
+    def leave(self, p: Any, state: dict, group: dict) -> dict[str, float]:
+        (g, self.g), t = (self.g, None), float(state.get("step", 0.0))
+        if g is None or t == self.count:
+            return {}  # no gradient, or a step that a GradScaler skipped
+        _follow(self.m, self.v, g, group)
+        if self.before is None:
+            return {}
+        u = _step_made(self.before, p.detach(), group, self.decays_weights)
+        u_raw = _adam_step(self.m, self.v, t, group)
+        return _readings(g, u, u_raw, state["exp_avg_sq"], self.v, self.U)
+
+# %% ../../nbs/routing/09_probes.ipynb #91ea1439
+def _places(
+    params: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> Iterator[tuple[str, nn.Parameter, dict, dict]]:
+    "Name, parameter, its state and its group, for each."
+    groups = optimizer.param_groups
+    owner = {id(p): group for group in groups for p in group["params"]}
+    for name, p in params.items():
+        if id(p) not in owner:
+            raise ValueError(
+                f"{name!r} is not among the optimizer's parameters"
+            )
+        yield name, p, optimizer.state.get(p) or {}, owner[id(p)]
+
+
+def _first_shadow(
+    p: nn.Parameter, U: Tensor, state: dict, optimizer: Optimizer, group: dict
+) -> _Shadow:
+    "A shadow that starts where the optimizer stands."
+    m, v = (
+        state[key].clone() if key in state else torch.zeros_like(p)
+        for key in ("exp_avg", "exp_avg_sq")
     )
-    return float((raw / used).sqrt())
+    return _Shadow(U, _decays_weights(optimizer, group), m, v)
 
-# %% ../../nbs/routing/09_probes.ipynb #f6f3e93d
-class Probe:
-    """Read inflation, damping, energy, overlap and step size of an Adam around
-    `optimizer.step()`; change nothing.
-
-    `with probe: optimizer.step()`. Gradients must be unscaled when it is
-    entered (GradScaler.unscale_). Needs two copies of each probed weight,
-    and a third during the step; `probe.enabled = False` switches it off at
-    no cost.
-    """
+# %% ../../nbs/routing/09_probes.ipynb #da7b5385
+class _Watched:
+    "The weights that are watched, and what is protected in each."
 
     def __init__(
         self,
@@ -81,233 +228,117 @@ class Probe:
         """Raises ValueError for an optimizer without these moments, an unknown
         name or a basis that does not fit.
         """
-        if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-            raise ValueError(
-                f"{type(optimizer).__name__} is not Adam or AdamW: the probe"
-                " would not know its moments"
-            )
-        if any(group.get("amsgrad") for group in optimizer.param_groups):
-            raise ValueError(
-                "amsgrad=True divides by a maximum; the probe compares"
-                " exp_avg_sq only, so pass amsgrad=False"
-            )
+        _check_optimizer(optimizer)
         if every < 1:
             raise ValueError(f"every={every}: must be at least 1")
-        if not bases:
-            raise ValueError(
-                "bases is empty: name at least one parameter, such as"
-                " {'fc.weight': U}"
-            )
         named = dict(model.named_parameters())
-        for name, U in bases.items():
-            if name not in named:
-                raise ValueError(
-                    f"{name!r} is no parameter of the model; it has"
-                    f" {', '.join(list(named)[:6])} …"
-                )
-            if (
-                named[name].ndim != 2
-                or U.ndim != 2
-                or U.shape[0] != named[name].shape[1]
-            ):
-                raise ValueError(
-                    f"basis {tuple(U.shape)} of {name!r} must be (fan_in, r)"
-                    f" for a weight {tuple(named[name].shape)}"
-                )
-        self.optimizer, self.every, self.enabled, self.steps = (
-            optimizer,
-            every,
-            True,
-            0,
-        )
+        _check_bases(bases, named)
+        self.optimizer, self.every = optimizer, every
+        self.enabled, self.steps = True, 0
         self.rows: list[dict[str, float | str]] = []
         self._params = {name: named[name] for name in bases}
-        self._bases = {
-            name: U.detach().to(named[name]) for name, U in bases.items()
-        }
-        self._shadow: dict[str, tuple[Tensor, Tensor]] = {}
-        self._count: dict[str, float] = {}
-        # raw gradient; the weight, where a row is due
-        self._before: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._bases = {n: U.detach().to(named[n]) for n, U in bases.items()}
+        self._shadows: dict[str, _Shadow] = {}
 
-    def _groups(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
-        owner = {
-            id(p): group
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-        }
-        for name, p in self._params.items():
-            if id(p) not in owner:
-                raise ValueError(
-                    f"{name!r} is not among the optimizer's parameters"
-                )
-            yield name, p, owner[id(p)]
+# %% ../../nbs/routing/09_probes.ipynb #8aa1fbac
+#: Quantities of the table -> the label of their axis.
+_LABELS = {
+    "inflation": "inflation R",
+    "inflation_protected": "inflation R_U",
+    "energy": "energy of v in the subspace",
+    "overlap": "‖gU‖²/‖g‖²",
+    "damping": "‖uU‖ over plain Adam's",
+    "step_ratio": "‖u‖ over plain Adam's",
+    "step_rms": "RMS of the step, in lr",
+}
 
-    def _decoupled(self, group: dict[str, Any]) -> bool:
-        return isinstance(self.optimizer, torch.optim.AdamW) or bool(
-            group.get("decoupled_weight_decay")
+
+def _needed(module: str, by: str) -> Any:
+    "An optional module, or an error that says what to install."
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{by} needs {module}: pip install 'moment-routing[experiments]'"
+        ) from error
+
+# %% ../../nbs/routing/09_probes.ipynb #05e721f5
+def _lines(table: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:
+    "One quantity over the steps, a line a tensor."
+    if table.empty:
+        raise ValueError(
+            "nothing recorded yet: run `with probe: optimizer.step()` first"
         )
+    if quantity not in _LABELS:
+        raise ValueError(f"quantity={quantity!r}: one of {', '.join(_LABELS)}")
+    if ax is None:
+        ax = _needed("matplotlib.pyplot", "Probe.plot").subplots()[1]
+    _needed("seaborn", "Probe.plot").lineplot(
+        table, x="step", y=quantity, hue="name", palette="crest", ax=ax
+    )
+    ax.set(xlabel="steps probed", ylabel=_LABELS[quantity])
+    return ax
 
-    def _step(self, p: nn.Parameter) -> float:
-        return float((self.optimizer.state.get(p) or {}).get("step", 0.0))
-
-    @torch.no_grad()
-    def __enter__(self) -> Probe:
-        "Read the raw gradients."
-        if not self.enabled:
-            return self
-        self._before = {}
-        for name, p, group in self._groups():
-            if p.grad is None:
-                continue
-            g = p.grad.detach()
-            if group["weight_decay"] and not self._decoupled(group):
-                g = g.add(
-                    p,
-                    alpha=(
-                        -group["weight_decay"]
-                        if group["maximize"]
-                        else group["weight_decay"]
-                    ),
-                )
-            if name not in self._shadow:
-                state = self.optimizer.state.get(p) or {}
-                m, v = (
-                    state[k].clone() if k in state else torch.zeros_like(p)
-                    for k in ("exp_avg", "exp_avg_sq")
-                )
-                self._shadow[name] = (m, v)
-            due = (self.steps + 1) % self.every == 0
-            self._before[name] = (
-                g.clone(),
-                p.detach().clone() if due else None,
-            )
-            self._count[name] = self._step(p)
-        return self
-
-    @torch.no_grad()
-    def __exit__(self, *error: object) -> None:
-        "Read the optimizer's state and what the step did to the weights."
-        if not self.enabled or error[0] is not None:
-            return
-        self.steps += 1
-        for name, p, group in self._groups():
-            if name not in self._before or self._step(p) == self._count[name]:
-                continue  # no gradient, or a step that a GradScaler skipped
-            (g, before), (m_raw, v_raw) = self._before[name], self._shadow[name]
-            beta1, beta2 = (float(b) for b in group["betas"])
-            m_raw.lerp_(-g if group["maximize"] else g, 1 - beta1)
-            v_raw.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            if before is None:
-                continue
-            U, v, t, lr = (
-                self._bases[name],
-                self.optimizer.state[p]["exp_avg_sq"],
-                self._step(p),
-                float(group["lr"]),
-            )
-            share = (g @ U).square().sum() / g.square().sum().clamp_min(
-                torch.finfo(g.dtype).tiny
-            )
-            kept = (
-                before * (1 - lr * group["weight_decay"])
-                if self._decoupled(group)
-                else before
-            )
-            u = (kept - p.detach()) / lr
-            u_raw = (
-                m_raw
-                / (1 - beta1**t)
-                / ((v_raw / (1 - beta2**t)).sqrt() + group["eps"])
-            )
-            inside, inside_raw = (u @ U).norm(), (u_raw @ U).norm()
-            self.rows.append(
-                {
-                    "step": self.steps,
-                    "name": name,
-                    "inflation": measured_inflation(v_raw, v),
-                    "inflation_protected": measured_inflation(v_raw, v, U),
-                    "energy": float(subspace_energy(v, U)),
-                    "overlap": float(share),
-                    "damping": float(inside / inside_raw),
-                    "step_ratio": float(u.norm() / u_raw.norm()),
-                    "step_rms": float(u.square().mean().sqrt()),
-                }
-            )
+# %% ../../nbs/routing/09_probes.ipynb #b14fe180
+class _Answers(_Watched):
+    "What has been recorded, as a table, a plot and the moments themselves."
 
     def second_moments(
         self,
         name: str,  # of a probed parameter
     ) -> tuple[Tensor, Tensor]:  # raw and used, both (out, fan_in)
-        """Second moments of the raw gradient and of the optimizer, for
-        inflation coordinate by coordinate.
-        """
-        if name not in self._shadow:
+        "The raw gradient's and the optimizer's, coordinate by coordinate."
+        if name not in self._shadows:
             raise ValueError(
                 f"{name!r} has not been probed yet: run `with probe:"
                 " optimizer.step()` first"
             )
-        return (
-            self._shadow[name][1],
-            self.optimizer.state[self._params[name]]["exp_avg_sq"],
-        )
+        state = self.optimizer.state[self._params[name]]
+        return self._shadows[name].v, state["exp_avg_sq"]
 
     def table(self) -> pd.DataFrame:  # one row a recorded step and tensor
-        """Everything recorded so far; needs pandas (pip install
-        'moment-routing[experiments]').
-        """
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Probe.table needs pandas: pip install"
-                " 'moment-routing[experiments]'"
-            ) from error
-        return pd.DataFrame(self.rows)
+        "Everything recorded so far; needs the extra `experiments`."
+        return _needed("pandas", "Probe.table").DataFrame(self.rows)
 
     def plot(
         self,
         quantity: str = "inflation",  # a column of `table`
         ax: Axes | None = None,
     ) -> Axes:
-        """Plot one quantity over the steps, a line a tensor; needs the extra
-        `experiments`.
+        """Plot one quantity over the steps; needs the extra `experiments`.
 
         Raises ValueError for an unknown quantity or an empty table.
         """
-        if not self.rows:
-            raise ValueError(
-                "nothing recorded yet: run `with probe: optimizer.step()` first"
-            )
-        if quantity not in self.rows[0] or quantity in ("step", "name"):
-            raise ValueError(
-                f"quantity={quantity!r}: one of"
-                f" {', '.join(k for k in self.rows[0] if k not in ('step', 'name'))}"
-            )
-        try:
-            import matplotlib.pyplot as plt
-            import seaborn as sns
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Probe.plot needs pip install 'moment-routing[experiments]'"
-            ) from error
-        ax = plt.subplots()[1] if ax is None else ax
-        sns.lineplot(
-            self.table(),
-            x="step",
-            y=quantity,
-            hue="name",
-            palette="crest",
-            ax=ax,
-        )
-        label = {
-            "inflation": "inflation R",
-            "inflation_protected": "inflation R_U",
-            "overlap": "‖gU‖²/‖g‖²",
-            "energy": "energy of v in the subspace",
-            "damping": "‖uU‖ over vanilla's",
-            "step_ratio": "‖u‖ over vanilla's",
-            "step_rms": "RMS of the step, in lr",
-        }
-        ax.set(xlabel="steps probed", ylabel=label[quantity])
-        return ax
+        return _lines(self.table(), quantity, ax)
+
+# %% ../../nbs/routing/09_probes.ipynb #08ebf786
+class Probe(_Answers):
+    """Read inflation, damping, energy, overlap and step size of an Adam around
+    `optimizer.step()`; change nothing.
+
+    Use it as `with probe: optimizer.step()`, with unscaled gradients
+    (GradScaler.unscale_). `probe.enabled = False` switches it off at no cost.
+    """
+
+    @torch.no_grad()
+    def __enter__(self) -> Probe:
+        due = (self.steps + 1) % self.every == 0
+        watched = self._params if self.enabled else {}
+        for name, p, state, group in _places(watched, self.optimizer):
+            if p.grad is not None:
+                if name not in self._shadows:
+                    self._shadows[name] = _first_shadow(
+                        p, self._bases[name], state, self.optimizer, group
+                    )
+                self._shadows[name].enter(p, state, group, due)
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *error: object) -> None:
+        if not self.enabled or error[0] is not None:
+            return
+        self.steps += 1
+        for name, p, state, group in _places(self._params, self.optimizer):
+            if shadow := self._shadows.get(name):
+                if read := shadow.leave(p, state, group):
+                    self.rows.append({"step": self.steps, "name": name, **read})

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['local', 'data_groups', 'shard_groups', 'sum_over', 'total', 'placed_like', 'Packed', 'replicas', 'unwrapped',
-           'same_everywhere']
+__all__ = ['local', 'shard_groups', 'data_groups', 'sum_over', 'total', 'same_everywhere', 'placed_like', 'Packed', 'replicas',
+           'unwrapped']
 
 # %% ../../nbs/routing/04_sharding.ipynb #61a19abc
 def local(x: Any) -> Tensor:
@@ -24,23 +24,7 @@ def local(x: Any) -> Tensor:
     """
     return x.to_local() if hasattr(x, "to_local") else x
 
-
-def data_groups(
-    p: Tensor,  # a parameter
-    group: Any = None,  # processes with whole copies of it; None: none
-) -> tuple[Any, ...]:  # process groups that together see all data
-    """Where other examples of a batch are: on every axis of a parameter's
-    device mesh, and with the other replicas.
-    """
-    mesh = getattr(p, "device_mesh", None)
-    axes = (
-        ()
-        if mesh is None
-        else tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
-    )
-    return axes + (() if group is None else (group,))
-
-
+# %% ../../nbs/routing/04_sharding.ipynb #7a106c29
 def shard_groups(
     name: str,  # the parameter's name, for the error
     p: Tensor,  # a parameter
@@ -50,10 +34,8 @@ def shard_groups(
     """Where the rows of a parameter are. Raises ValueError if it is split in
     any other way.
     """
-    if not hasattr(p, "device_mesh"):
-        return ()
     groups = []
-    for axis, placement in enumerate(p.placements):  # type: ignore[attr-defined]
+    for axis, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_replicate():
             continue
         if transposed or not placement.is_shard(0):
@@ -65,6 +47,19 @@ def shard_groups(
         groups.append(p.device_mesh.get_group(axis))  # type: ignore[attr-defined]
     return tuple(groups)
 
+# %% ../../nbs/routing/04_sharding.ipynb #06112ec0
+def data_groups(
+    p: Tensor,  # a parameter
+    group: Any = None,  # processes with whole copies of it; None: none
+) -> tuple[Any, ...]:  # process groups that together see all data
+    """Where other examples of a batch are: on every axis of a parameter's
+    device mesh, and with the other replicas.
+    """
+    mesh, more = getattr(p, "device_mesh", None), ()
+    if mesh is not None:
+        more = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
+    return more + (() if group is None else (group,))
+
 # %% ../../nbs/routing/04_sharding.ipynb #86c9060d
 def sum_over(
     values: Tensor,  # changed in place
@@ -75,7 +70,7 @@ def sum_over(
         dist.all_reduce(values, group=group)
     return values
 
-
+# %% ../../nbs/routing/04_sharding.ipynb #3d8004ea
 def total(
     # 0-dim, by parameter name: this process's share
     parts: Mapping[str, Tensor],
@@ -90,12 +85,26 @@ def total(
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for name, part in parts.items():
         kinds.setdefault(groups.get(name, ()), []).append(part)
-    return torch.stack(
-        [
-            sum_over(torch.stack(some).sum(), over)
-            for over, some in kinds.items()
-        ]
-    ).sum()
+    sums = [
+        sum_over(torch.stack(some).sum(), over) for over, some in kinds.items()
+    ]
+    return torch.stack(sums).sum()
+
+# %% ../../nbs/routing/04_sharding.ipynb #8895f89a
+def same_everywhere(
+    # by name; shapes may differ between processes
+    tensors: Mapping[str, Tensor],
+    group: Any,  # processes
+) -> dict[str, Tensor]:
+    "The first process's tensors, in all processes of the group."
+    source, first = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
+    shapes = [{name: tuple(x.shape) for name, x in tensors.items()}]
+    dist.broadcast_object_list(shapes, src=source, group=group)
+    out = {}
+    for name, x in tensors.items():
+        out[name] = x.contiguous() if first else x.new_empty(shapes[0][name])
+        dist.broadcast(out[name], src=source, group=group)
+    return out
 
 # %% ../../nbs/routing/04_sharding.ipynb #b093a183
 def placed_like(
@@ -107,15 +116,13 @@ def placed_like(
         return x.to(p.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return distribute_tensor(x.to(p.device), mesh, placements)
 
-
+# %% ../../nbs/routing/04_sharding.ipynb #7004048d
 class Packed:
     """An object with state_dict and load_state_dict as one item of a
     `torch.distributed.checkpoint`.
-
-    Such checkpoints fill tensors in place, so they must know every shape
-    before they load; a router's bases grow.
     """
 
     def __init__(
@@ -132,79 +139,50 @@ class Packed:
 
     def load_state_dict(self, state: dict) -> None:
         "Take over a state written by `state_dict`."
-        self.item.load_state_dict(
-            torch.load(io.BytesIO(state["packed"]), weights_only=True)
-        )
+        file = io.BytesIO(state["packed"])
+        self.item.load_state_dict(torch.load(file, weights_only=True))
 
 # %% ../../nbs/routing/04_sharding.ipynb #f60a5547
 def replicas(
     model: nn.Module,  # as the router was given it
     process_group: Any = None,  # named by the user
-    # the group of processes that hold copies of this model; None: it is the only
-    # one
-) -> Any:
+) -> Any:  # the group that holds copies of this model; None: it is the only one
     "The processes whose gradients `DistributedDataParallel` averages."
-    group = (
-        process_group
-        if process_group is not None
-        else getattr(model, "process_group", None)
-    )
-    return (
-        group
-        if group is not None
-        and dist.is_initialized()
-        and dist.get_world_size(group) > 1
-        else None
-    )
+    group = process_group
+    if group is None:
+        group = getattr(model, "process_group", None)
+    if group is None or not dist.is_initialized():
+        return None
+    return group if dist.get_world_size(group) > 1 else None
+
+# %% ../../nbs/routing/04_sharding.ipynb #4919bc29
+#: Wrappers that hide the input side of a weight -> why, and what to use.
+_FLAT = {
+    "FullyShardedDataParallel": (
+        "FullyShardedDataParallel keeps flat parameters, in which no"
+        " weight has an input side; use fully_shard (FSDP2)"
+    ),
+    "DeepSpeedEngine": (
+        "DeepSpeed steps flat shards of its own, which cannot be"
+        " routed; use fully_shard (FSDP2) and a torch optimizer"
+    ),
+}
 
 
 def unwrapped(
-    # a model, perhaps inside DistributedDataParallel or torch.compile
-    model: nn.Module,
+    model: nn.Module,  # perhaps in DistributedDataParallel or torch.compile
 ) -> nn.Module:
     """The model itself, so that parameters keep their names whatever it is
-    wrapped in.
-
-    Raises TypeError for wrappers that hide parameters: FSDP1's flat
-    parameters, DeepSpeed's engine.
+    wrapped in. Raises TypeError for wrappers that hide parameters.
     """
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+    inside: Any = model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inside = model.module
+    elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        inside = model._orig_mod
+    if inside is not model:
+        return unwrapped(inside)
     for module in model.modules():
-        kind = type(module).__name__
-        if kind == "FullyShardedDataParallel":
-            raise TypeError(
-                "FullyShardedDataParallel keeps flat parameters, in which no"
-                " weight has an input side; use fully_shard (FSDP2)"
-            )
-        if kind == "DeepSpeedEngine":
-            raise TypeError(
-                "DeepSpeed steps flat shards of its own, which cannot be"
-                " routed; use fully_shard (FSDP2) and a torch optimizer"
-            )
+        if (kind := type(module).__name__) in _FLAT:
+            raise TypeError(_FLAT[kind])
     return model
-
-# %% ../../nbs/routing/04_sharding.ipynb #8895f89a
-def same_everywhere(
-    # by name; shapes may differ between processes
-    tensors: Mapping[str, Tensor],
-    group: Any,  # processes
-) -> dict[str, Tensor]:
-    "The first process's tensors, in all processes of the group."
-    source = dist.get_global_rank(group, 0)
-    shapes = [{name: tuple(x.shape) for name, x in tensors.items()}]
-    dist.broadcast_object_list(shapes, src=source, group=group)
-    out = {}
-    for name, x in tensors.items():
-        out[name] = (
-            x.contiguous()
-            if dist.get_rank(group) == 0
-            else x.new_empty(shapes[0][name])
-        )
-        dist.broadcast(out[name], src=source, group=group)
-    return out

@@ -20,14 +20,9 @@ def check_fraction(
     low: float = 0.0,  # smallest allowed value
     high: float = 1.0,  # largest allowed value
 ) -> float:
-    """Return `value` as a float, or raise a ValueError that names it if it lies
-    outside [`low`, `high`].
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-    ):
+    "`value` as a float. Raises ValueError, naming it, outside [`low`, `high`]."
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
         raise ValueError(
             f"{name}={value!r} is not a number; pass a number in [{low:g},"
             f" {high:g}]"
@@ -68,7 +63,7 @@ class Strength:
                 f" {sorted(state)}"
             )
 
-
+# %% ../../nbs/routing/02_strength.ipynb #48c49985
 class Fixed(Strength):
     "The same strength at every step."
 
@@ -85,15 +80,61 @@ class Fixed(Strength):
         return f"Fixed(alpha={self.alpha:g})"
 
 # %% ../../nbs/routing/02_strength.ipynb #7d8e1baa
-class OverlapAware(Strength):
-    """Strength alpha_max * (1 - EMA of the overlap signal), clipped to [0,
-    alpha_max].
+def _follow_overlap(
+    average: Tensor,  # s̄, 0-dim; changed in place
+    overlap: Tensor,  # s, 0-dim, in [0, 1]
+    alpha_max: float,
+    beta: float,
+) -> Tensor:  # 0-dim
+    "α = α_max (1 - s̄), after s̄ has taken in s."
+    average.lerp_(overlap, 1 - beta)
+    return (alpha_max * (1.0 - average)).clamp(0.0, alpha_max)
+
+# %% ../../nbs/routing/02_strength.ipynb #c833866d
+class _Averaging(Strength):
+    "A strength that keeps a running average of the overlap signal."
+
+    needs_overlap = True
+    initial: float | None = None  # the average's first value; None: the signal
+    average: Tensor | None = None  # 0-dim, on the signal's device
+
+    def _average_for(self, overlap: Tensor) -> Tensor:
+        "The average, where the signal is; a new one at the first signal."
+        if self.average is not None:
+            return self.average.to(overlap)  # itself, unless loaded
+        if self.initial is None:
+            return overlap.clone()
+        return torch.full_like(overlap, self.initial)
+
+    def state_dict(self) -> dict:
+        kept = self.average
+        return {"average": None if kept is None else kept.cpu().clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if set(state) != {"average"}:
+            raise ValueError(
+                f"{type(self).__name__}'s state has the key 'average', but was"
+                f" given {sorted(state)}"
+            )
+        kept = state["average"]
+        self.average = None if kept is None else kept.clone()
+
+# %% ../../nbs/routing/02_strength.ipynb #e5a46322
+def _check_decay(beta: float) -> float:
+    "`beta` as a float; ValueError outside [0, 1)."
+    if check_fraction("beta", beta) == 1.0:
+        raise ValueError(
+            "beta=1 never takes in the signal; pass beta < 1, for example 0.98"
+        )
+    return float(beta)
+
+# %% ../../nbs/routing/02_strength.ipynb #ccf0295f
+class OverlapAware(_Averaging):
+    """Strength alpha_max * (1 - EMA of the overlap), in [0, alpha_max].
 
     Source: arXiv:2604.22407 (schedule); the initial value is ours, because
     the source states none.
     """
-
-    needs_overlap = True
 
     def __init__(
         self,
@@ -103,61 +144,17 @@ class OverlapAware(Strength):
         initial: float | None = None,
     ):
         self.alpha_max = check_fraction("alpha_max", alpha_max)
-        self.beta = check_fraction("beta", beta)
-        if self.beta == 1.0:
-            raise ValueError(
-                "beta=1 never takes in the signal; pass beta < 1, for example"
-                " 0.98"
-            )
-        self.initial = (
-            None if initial is None else check_fraction("initial", initial)
-        )
-        # 0-dim, on the signal's device: no transfer to the host
-        self.average: Tensor | None = None
+        self.beta = _check_decay(beta)
+        if initial is not None:
+            self.initial = check_fraction("initial", initial)
 
     def update(self, overlap: Tensor | None) -> Tensor | float:
         if overlap is None:
             return 0.0
         overlap = overlap.detach().clamp(0.0, 1.0)
-        if self.average is None:
-            self.average = (
-                overlap.clone()
-                if self.initial is None
-                else torch.full_like(overlap, self.initial)
-            )
-        # loaded from a file
-        elif (
-            self.average.device != overlap.device
-            or self.average.dtype != overlap.dtype
-        ):
-            self.average = self.average.to(overlap)
-        # in place, as a recorded CUDA graph needs it
-        self.average.lerp_(overlap, 1 - self.beta)
-        return (self.alpha_max * (1.0 - self.average)).clamp(
-            0.0, self.alpha_max
-        )
-
-    def state_dict(self) -> dict:
-        return {
-            "average": (
-                None
-                if self.average is None
-                else self.average.detach().cpu().clone()
-            )
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        if set(state) != {"average"}:
-            raise ValueError(
-                "OverlapAware's state has the key 'average', but was given"
-                f" {sorted(state)}"
-            )
-        self.average = (
-            None if state["average"] is None else state["average"].clone()
-        )
+        self.average = self._average_for(overlap)
+        return _follow_overlap(self.average, overlap, self.alpha_max, self.beta)
 
     def __repr__(self) -> str:
-        return (
-            f"OverlapAware(alpha_max={self.alpha_max:g}, beta={self.beta:g},"
-            f" initial={self.initial})"
-        )
+        numbers = f"alpha_max={self.alpha_max:g}, beta={self.beta:g}"
+        return f"OverlapAware({numbers}, initial={self.initial})"

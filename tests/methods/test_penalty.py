@@ -10,7 +10,8 @@ from torch import nn
 
 from dmr.methods.penalty import EWC, SI
 from dmr.routing.conformance import Problem, train
-from dmr.routing.router import ROUTINGS, MomentRouter
+from dmr.routing.router import MomentRouter
+from dmr.routing.step import ROUTINGS
 
 torch.set_num_threads(1)
 

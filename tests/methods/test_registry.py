@@ -11,7 +11,8 @@ from torch import nn
 
 from dmr.methods.registry import FAMILIES, make
 from dmr.routing.conformance import Problem, same, train, weights
-from dmr.routing.router import ROUTINGS, MomentRouter
+from dmr.routing.router import MomentRouter
+from dmr.routing.step import ROUTINGS
 
 torch.set_num_threads(1)
 

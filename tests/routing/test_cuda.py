@@ -3,18 +3,15 @@ device, CUDA graphs, checkpoints that change places.
 """
 
 import io
-import json
 
 import pytest
 import torch
 from test_conformance import MODIFICATIONS as CONFORMING
-from test_training import BASE, STREAM
 from torch import nn
 
 import dmr
 from dmr.methods.controls import CurrentBasis
 from dmr.routing.conformance import Problem, meaningful, train, trainer, weights
-from dmr.training.loop import Config, train_stream
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that torch can use"
@@ -24,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 MODIFICATIONS = CONFORMING | {
     "current": lambda p: CurrentBasis(rank=1, every=1, refresh=3)
 }
-ROUTINGS = ["shared", "decoupled", "denominator", "displacement"]
 # float64; products are summed in another order, and Adam's root magnifies it
 # where gradients are tiny
 TOLERANCE = 1e-7
@@ -68,7 +64,7 @@ def test_every_method_goes_where_it_goes_on_the_cpu(name, overlap):
 
 
 @pytest.mark.parametrize("optimizer", ["foreach", "fused", "for-loop"])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", dmr.ROUTINGS)
 def test_every_form_of_adamw_in_single_precision(optimizer, routing):
     """Layers above and below the size from which products are taken one by one,
     against the CPU in double precision.
@@ -117,7 +113,7 @@ def test_every_form_of_adamw_in_single_precision(optimizer, routing):
         assert (a - b).norm() <= 1e-3 * b.norm()
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", dmr.ROUTINGS)
 @pytest.mark.parametrize("form", ["foreach", "fused"])
 def test_a_step_waits_for_nothing(routing, form):
     """With the finite check off, the host never waits for the device: torch
@@ -159,7 +155,7 @@ def test_a_step_waits_for_nothing(routing, form):
     )
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", dmr.ROUTINGS)
 def test_a_recorded_graph_takes_the_steps_of_plain_ones(routing):
     "A whole training step in a CUDA graph, the strength following the overlap."
 
@@ -284,37 +280,3 @@ def test_mixed_precision_with_a_scaler():
         report["layers"]["0.weight"]["rank"] == 8
         and router.modification.bases["0.weight"].device.type == "cuda"
     )
-
-
-@pytest.mark.parametrize("modification", ["none", "projection", "replay"])
-@pytest.mark.filterwarnings("ignore:the basis of")
-def test_the_loop_gives_the_losses_of_the_cpu(modification):
-    "Two short domains of bytes through `train_stream`, in float64."
-    own = {"none": {}, "replay": {"fraction": 0.1},
-           "projection": {"rank": 4, "options": {"every": 2}, "strength": "overlap", "alpha": 0.9}}[modification]  # fmt: skip
-    results = [train_stream(Config(**BASE, **own, modification=modification, dtype="float64", device=device), STREAM, progress=False)
-               for device in ("cuda", "cpu")]  # fmt: skip
-    for a, b in zip(*(r["records"] for r in results)):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    assert torch.cuda.get_device_name() in json.dumps(results[0]["environment"])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lora_rank", [4, None])
-def test_fine_tuning(dtype, lora_rank):
-    "A small Llama through three domains."
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from test_finetuning import STREAM as SENTENCES
-
-    from dmr.training.finetuning import FinetuneConfig, finetune_stream
-
-    config = FinetuneConfig(model="small", prior=None, context=16, batch=2, steps=6, lr=1e-2, eval_windows=4, eval_bytes=48, track_step=2,
-                            modification="projection", rank=2, alpha=0.9, options={"every": 2}, routing="decoupled", strength="overlap",
-                            dtype=dtype, lora_rank=lora_rank, device="cuda")  # fmt: skip
-    result = finetune_stream(config, SENTENCES, progress=False)
-    before, after = (
-        sum(r["loss"] for r in result["records"] if r["stage"] == s)
-        for s in (-1, 2)
-    )
-    assert after < before and result["metrics"]["router_bytes"] > 0

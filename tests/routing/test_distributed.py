@@ -55,10 +55,8 @@ def guide(programs):
 
 
 def outcome(program, processes, *arguments):
-    out = (
-        program.parent
-        / f"{program.stem}-{'-'.join(Path(a).name for a in arguments)}-{processes}.pt"
-    )
+    words = [program.stem, *(Path(a).name for a in arguments), str(processes)]
+    out = program.parent / f"{'-'.join(words)}.pt"
     torchrun(program, processes, *arguments, "--out", str(out))
     return torch.load(out)
 
@@ -138,21 +136,32 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 mesh = dist.init_device_mesh("cpu", (world,))
 
+
 def make(shard, width=10):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, width), nn.Tanh(), nn.Linear(width, 4)).double()
+    model = nn.Sequential(
+        nn.Linear(12, width), nn.Tanh(), nn.Linear(width, 4)
+    ).double()
     if shard:
         fully_shard(model, mesh=mesh)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
+
 def data(step, share=True):
-    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    x = torch.randn(
+        8,
+        12,
+        generator=torch.Generator().manual_seed(step),
+        dtype=torch.float64,
+    )
     return x[rank::world] if share else x
+
 
 def everywhere(x):
     parts = [torch.empty_like(x) for _ in range(world)]
     dist.all_gather(parts, x.contiguous())
     return parts
+
 
 def raises(kind, text, call):
     try:
@@ -162,10 +171,16 @@ def raises(kind, text, call):
     else:
         raise AssertionError(f"no {kind.__name__}")
 
+
 def non_finite_on_one_process_stops_all():
     for active in (False, True):
         model, optimizer = make(True)
-        router = dmr.MomentRouter(model, optimizer, dmr.Projection(rank=2, every=1), strength=dmr.OverlapAware(0.5))
+        router = dmr.MomentRouter(
+            model,
+            optimizer,
+            dmr.Projection(rank=2, every=1),
+            strength=dmr.OverlapAware(0.5),
+        )
         model(data(0)).square().mean().backward()
         if active:
             optimizer.step()
@@ -173,15 +188,24 @@ def non_finite_on_one_process_stops_all():
         before = [local(p).clone() for p in model.parameters()]
         if rank == world - 1:
             local(model[0].weight.grad)[0, 0] = float("nan")
-        raises(ValueError, "'0.weight'" if rank == world - 1 else "another process", optimizer.step)
-        assert all(torch.equal(local(p), b) for p, b in zip(model.parameters(), before)) and router.steps == int(active)
+        raises(
+            ValueError,
+            "'0.weight'" if rank == world - 1 else "another process",
+            optimizer.step,
+        )
+        assert all(
+            torch.equal(local(p), b) for p, b in zip(model.parameters(), before)
+        ) and router.steps == int(active)
+
 
 def replay_is_the_mean_over_replicas():
     inner, _ = make(False)
     model = DistributedDataParallel(inner)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loss = lambda x: inner(x).square().mean()
-    mix = dmr.ReplayMix(dmr.ReplayBuffer(seed=rank, capacity=3), loss, fraction=None)
+    mix = dmr.ReplayMix(
+        dmr.ReplayBuffer(seed=rank, capacity=3), loss, fraction=None
+    )
     router = dmr.MomentRouter(model, optimizer, mix, "decoupled", 0.5)
     for step in range(6):
         x = data(step)
@@ -201,20 +225,33 @@ def replay_is_the_mean_over_replicas():
     a, b = everywhere(mine)[:2]
     assert torch.equal(a, b)
 
+
 def input_sketches_merge():
     bases = {}
     for how in ("one", "ddp", "shard", "hybrid"):
         model, optimizer = make(how == "shard")
         if how == "hybrid":  # every process holds all rows, and sees other data
-            fully_shard(model, mesh=dist.init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))
+            fully_shard(
+                model,
+                mesh=dist.init_device_mesh(
+                    "cpu", (world, 1), mesh_dim_names=("replicate", "shard")
+                ),
+            )
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         wrapped = DistributedDataParallel(model) if how == "ddp" else model
-        router = dmr.MomentRouter(wrapped, optimizer, dmr.Projection(rank=3, every=1, source="inputs"), strength=0.0)
+        router = dmr.MomentRouter(
+            wrapped,
+            optimizer,
+            dmr.Projection(rank=3, every=1, source="inputs"),
+            strength=0.0,
+        )
         for step in range(4):
             optimizer.zero_grad()
             wrapped(data(step, how != "one")).square().mean().backward()
             optimizer.step()
-            if step == 1:  # saved in the middle of a domain: what the others have seen is in it, once
+            if step == 1:
+                # saved in the middle of a domain: what the others have seen is
+                # in it, once
                 state = router.state_dict()
                 router.load_state_dict(state)
                 sums = state["edit"]["sketches"]["0.weight"]["sums"]
@@ -228,31 +265,47 @@ def input_sketches_merge():
         a, b = everywhere(bases[how])[:2]
         assert torch.equal(a, b)
 
+
 def interpolation_and_its_state():
     results = {}
     for shard in (False, True):
         model, optimizer = make(shard)
-        router = dmr.MomentRouter(model, optimizer, dmr.Projection(rank=2, every=1))
+        router = dmr.MomentRouter(
+            model, optimizer, dmr.Projection(rank=2, every=1)
+        )
         for step in range(4):
             optimizer.zero_grad()
             model(data(step, False)).square().mean().backward()
             optimizer.step()
             if step % 2:
                 router.consolidate(interpolate=0.5)
-        results[shard] = [p.full_tensor() if shard else p.detach() for p in model.parameters()]
+        results[shard] = [
+            p.full_tensor() if shard else p.detach() for p in model.parameters()
+        ]
         state = router.state_dict()
         router.load_state_dict(state)
         again = router.state_dict()
         for name, x in state["anchor"].items():
-            assert torch.equal(x, again["anchor"][name]) and x.shape == dict(model.named_parameters())[name].shape
+            assert (
+                torch.equal(x, again["anchor"][name])
+                and x.shape == dict(model.named_parameters())[name].shape
+            )
     for a, b in zip(results[False], results[True]):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
 
 def inflation_is_measured_over_all_rows():
     seen = {}
     for shard in (False, True):
         model, optimizer = make(shard)
-        router = dmr.MomentRouter(model, optimizer, dmr.Projection(rank=2, every=1), "shared", 0.7, track_inflation=True)
+        router = dmr.MomentRouter(
+            model,
+            optimizer,
+            dmr.Projection(rank=2, every=1),
+            "shared",
+            0.7,
+            track_inflation=True,
+        )
         for step in range(6):
             optimizer.zero_grad()
             model(data(step, False)).square().mean().backward()
@@ -264,15 +317,33 @@ def inflation_is_measured_over_all_rows():
     for key, value in seen[False].items():
         assert abs(seen[True][key] - value) < 1e-9 * abs(value), (key, seen)
 
+
 def refusals():
     model, optimizer = make(True)
     loss = lambda batch: model(batch).square().mean()
-    raises(ValueError, "needs whole weights", lambda: dmr.MomentRouter(model, optimizer, dmr.ReplayMix(dmr.ReplayBuffer(), loss)))
-    raises(ValueError, "needs whole weights", lambda: dmr.MomentRouter(model, optimizer, GPM(loss)))
+    raises(
+        ValueError,
+        "needs whole weights",
+        lambda: dmr.MomentRouter(
+            model, optimizer, dmr.ReplayMix(dmr.ReplayBuffer(), loss)
+        ),
+    )
+    raises(
+        ValueError,
+        "needs whole weights",
+        lambda: dmr.MomentRouter(model, optimizer, GPM(loss)),
+    )
     layer = nn.Linear(12, 4).double()
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
+    layer.weight = nn.Parameter(
+        distribute_tensor(layer.weight.detach(), mesh, [Shard(1)])
+    )
     optimizer = torch.optim.AdamW(layer.parameters())
-    raises(ValueError, "splits its input side", lambda: dmr.MomentRouter(layer, optimizer, dmr.Projection(rank=2)))
+    raises(
+        ValueError,
+        "splits its input side",
+        lambda: dmr.MomentRouter(layer, optimizer, dmr.Projection(rank=2)),
+    )
+
 
 for name in sys.argv[1:]:
     globals()[name]()

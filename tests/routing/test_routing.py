@@ -1756,7 +1756,7 @@ def test_gradients_need_not_be_given_back(routing):
 
 def test_the_clamp_guard_keeps_every_coordinate_between_zero_and_the_gradient():
     from dmr.routing.modification import LowRank
-    from dmr.routing.router import clamped
+    from dmr.routing.step import clamped
 
     g, U = gradients((7, 12), 1)[0], basis()
     edited = g - clamped(LowRank(g @ U, U), g, 0.9).d

@@ -16,7 +16,6 @@ settings.register_profile(
 )
 settings.load_profile("strength")
 fractions = st.floats(0.0, 1.0)
-ROUTINGS = ["shared", "decoupled", "denominator", "displacement"]
 
 
 def schedule(signals, alpha_max, beta, initial=None):
@@ -35,8 +34,12 @@ def run(strength, signals, dtype=torch.float64):
     ]
 
 
-@given(signals=st.lists(fractions, min_size=1, max_size=12), alpha_max=fractions, beta=st.floats(0.0, 0.99),
-       initial=st.none() | fractions)  # fmt: skip
+@given(
+    signals=st.lists(fractions, min_size=1, max_size=12),
+    alpha_max=fractions,
+    beta=st.floats(0.0, 0.99),
+    initial=st.none() | fractions,
+)
 def test_the_overlap_schedule_is_its_formula(signals, alpha_max, beta, initial):
     expected = list(schedule(signals, alpha_max, beta, initial))
     assert run(
@@ -120,7 +123,6 @@ def test_the_average_is_the_state():
 
 
 # -- in a router ---------------------------------------------------------------
-# -------------------------------------------
 
 
 def two_layers(seed=0):
@@ -157,7 +159,7 @@ def set_gradients(model, step):
         )
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", dmr.ROUTINGS)
 @pytest.mark.parametrize("importance", [None, 2.0])
 def test_a_router_carries_out_the_schedule_on_the_share_of_energy(
     routing, importance
