@@ -37,7 +37,7 @@ from dmr.studies.run import (
     WAITING,
     Run,
     now,
-    prepare,
+    prepare_run,
     read_json,
     write_atomic,
     write_json,
@@ -303,7 +303,7 @@ def prepare_planned(p: Planned, plan: Plan) -> Run:
     "Write down a planned run, ready to be launched."
     t, s, c = plan.study.template, plan.study, p.cell
     folder = run_folder(s, c, p.identity, plan.project)
-    return prepare(
+    return prepare_run(
         folder,
         t.path,
         p.identity.parameters,
