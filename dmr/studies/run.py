@@ -37,10 +37,10 @@ from .identity import Identity, code_of, differences
 from .template import read_template
 
 # %% auto #0
-__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'RESULT_TYPE', 'DISK_FULL',
-           'POLL_S', 'KERNEL_GONE_S', 'ANSI', 'EXIT_BUSY', 'THREAD_VARIABLES', 'Run', 'Limits', 'prepare_run',
-           'scratch_folder', 'kernel_manager', 'began', 'kill_tree', 'read_result', 'state_of_exception', 'now',
-           'Supervisor', 'MemoryMeter', 'check', 'finish', 'succeed', 'watch', 'clear_leftovers', 'code_changed',
+__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE',
+           'DISK_FULL', 'POLL_S', 'KERNEL_GONE_S', 'ANSI', 'EXIT_BUSY', 'THREAD_VARIABLES', 'Run', 'Limits',
+           'prepare_run', 'scratch_folder', 'kernel_manager', 'began', 'kill_tree', 'read_result', 'state_of_exception',
+           'now', 'Supervisor', 'MemoryMeter', 'check', 'finish', 'succeed', 'watch', 'clear_leftovers', 'code_changed',
            'execute_run', 'supervise', 'start', 'launch']
 
 # %% ../../nbs/studies/04_run.ipynb #9f55fa2c
@@ -54,6 +54,8 @@ OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = (
 RUNNING, WAITING = "running", "waiting"
 # tried again only when asked: the same would happen again
 FINAL = (FAILED, TIMEOUT, OUT_OF_MEMORY)
+# without a result yet: a batch goes on from here
+PENDING = (WAITING, RUNNING, KILLED)
 #: MIME type under which a notebook displays a run's result.
 RESULT_TYPE = "application/vnd.dmr.result+json"
 
