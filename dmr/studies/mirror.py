@@ -8,18 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .plan import Plan, prepare_planned
 from ..files import write_atomic
+from .plan import Plan, prepare_planned
 from .run import OK
 
 # %% auto #0
 __all__ = ['COPIED', 'file_system', 'push', 'pull']
 
-# %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
-# in this order: the marker last
-COPIED = ("run.json", "output.ipynb", "result.json", "done.json")
-
-
+# %% ../../nbs/studies/09_mirror.ipynb #d83501ad
 def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     "The file system behind an fsspec URL."
     try:
@@ -30,6 +26,10 @@ def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
             " 'moment-routing[cluster]'"
         ) from e
     return url_to_fs(url)
+
+# %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
+# in this order: the marker last
+COPIED = ("run.json", "output.ipynb", "result.json", "done.json")
 
 
 def push(
@@ -46,7 +46,7 @@ def push(
             fs.pipe_file(part, (folder / name).read_bytes())
             fs.mv(part, f"{target}/{name}")
 
-
+# %% ../../nbs/studies/09_mirror.ipynb #60e0c20e
 def pull(
     plan: Plan,
     url: str,
@@ -54,23 +54,17 @@ def pull(
     "Fetch the runs of a plan that are done at the URL and not here."
     fs, base = file_system(url)
     study = f"{base.rstrip('/')}/{plan.study.name}"
-    there = (
-        {Path(p).name for p in fs.ls(study, detail=False)}
-        if fs.exists(study)
-        else set()
-    )
+    names = fs.ls(study, detail=False) if fs.exists(study) else []
+    there = {Path(p).name for p in names}
     n = 0
     for p in plan.runs:
-        if (
-            p.state["state"] == OK
-            or p.name not in there
-            or not fs.exists(f"{study}/{p.name}/done.json")
-        ):
+        copy = f"{study}/{p.name}"
+        if p.state["state"] == OK or p.name not in there:
+            continue
+        if not fs.exists(f"{copy}/done.json"):
             continue
         run = prepare_planned(p, plan)
         for name in COPIED[1:]:
-            write_atomic(
-                run.folder / name, fs.cat_file(f"{study}/{p.name}/{name}")
-            )
+            write_atomic(run.folder / name, fs.cat_file(f"{copy}/{name}"))
         n += run.done is not None
     return n
