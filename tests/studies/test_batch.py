@@ -16,7 +16,7 @@ import pytest
 from tiny import dmr, processes, project, wait_for
 
 from dmr.studies.batch import (
-    Batch,
+    BatchResult,
     Refused,
     bring_back,
     clock,
@@ -124,7 +124,7 @@ def test_exit_codes_of_a_batch(tmp_path):
     a, b = (p.name for p in plan.runs)
 
     def code(first, second, interrupted=""):
-        return Batch(
+        return BatchResult(
             plan, {a: dict(state=first), b: dict(state=second)}, interrupted
         ).exit_code
 
@@ -134,9 +134,9 @@ def test_exit_codes_of_a_batch(tmp_path):
         code(OK, KILLED),
         code(OK, KILLED, "stopped"),
     ) == (0, 1, 1, 3)
-    assert Batch(plan, {a: dict(state=OK)}).exit_code == 3
+    assert BatchResult(plan, {a: dict(state=OK)}).exit_code == 3
     # a failure does not hide that runs are left
-    assert Batch(plan, {a: dict(state=FAILED)}).exit_code == 3
+    assert BatchResult(plan, {a: dict(state=FAILED)}).exit_code == 3
     assert code(FAILED, KILLED, "stopped") == 3
 
 

@@ -12,17 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import BODY, EMIT, PARAMETERS, notebook, project
 
-from dmr.studies.identity import (
-    changed_parts,
-    code_digest,
-    module_hashes,
-    package_folder,
-)
+from dmr.reporting.results import load_results, results_of
+from dmr.studies.identity import changed_parts, package_folder
 from dmr.studies.plan import (
     accept,
     make_plan,
     prepare_planned,
-    results_of,
     table_rows,
     why,
 )
@@ -32,7 +27,6 @@ from dmr.studies.study import (
     combinations,
     find_project,
     list_studies,
-    load_results,
     read_study,
 )
 from dmr.studies.table import (
@@ -156,48 +150,6 @@ def test_a_grid_is_the_whole_product_without_repeats(grid, n):
         size *= len(values)
     assert len(found) == len(set(found)) == size
     assert all(dict(c).get("y") == dict(c).get("z") for c in found)
-
-
-SOURCES = [
-    "x = f(1, b=2)",
-    "def f(a, *b, c=1, **d):\n    return [i for i in a if i]",
-    "async def g():\n    await h()\n",
-    "x: int = 3\nx += 1",
-    "with a as b, c: pass",
-    "f'{x!r:>{w}} {y}'",
-    "lambda *, a: a",
-    "try:\n    pass\nexcept (A, B) as e:\n    raise C from e",
-    "match x:\n    case {'a': [1, *r]} if r: pass\n    case _: pass",
-    "a[1:2, ::3] = b @ c ** -d",
-    "x = 1; y = None; z = ...; w = 1j; v = b'a'",
-]
-
-
-def test_code_in_normal_form_tells_code_from_layout():
-    import ast
-
-    digests = [code_digest(s) for s in SOURCES]
-    assert len(set(digests)) == len(SOURCES)
-    for source, digest in zip(SOURCES, digests):
-        assert code_digest(ast.unparse(ast.parse(source))) == digest
-        assert code_digest(f"# note\n\n{source}\n\n'prose'  # more") == digest
-
-
-def test_identity_follows_the_imports_of_the_real_package():
-    found = module_hashes(["from dmr.training.loop import train_stream"])
-    assert {
-        "dmr.training.loop",
-        "dmr.routing.router",
-        "dmr.text.load",
-        "dmr.training.model",
-    } <= set(found)
-    assert not {
-        "dmr.reporting.report",
-        "dmr.reporting.figures",
-        "dmr.cli",
-        "dmr.studies.batch",
-        "dmr.book.site",
-    } & set(found)
 
 
 def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
