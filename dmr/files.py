@@ -74,7 +74,7 @@ def _lock_file(path: str | Path) -> Path:
 # %% ../nbs/studies/01_files.ipynb #fcd6555a
 @contextmanager
 def locked(
-    path: str | Path,  # a folder, or a file for the lock alone (made if missing)
+    path: str | Path,  # a folder, or a file for the lock alone
     wait: float = 0.0,  # seconds to wait for the holder; inf: for ever
 ) -> Iterator[None]:
     "Hold the lock of a path; raises Busy if another keeps it beyond `wait`."

@@ -41,11 +41,8 @@ from .study import Project, Study
 from .table import row_key, row_of
 
 # %% auto #0
-__all__ = ['CARRIED', 'DISK_FLOOR', 'RUN_DISK', 'RUN_MEMORY', 'ATTEMPTS', 'DONE', 'SOME_FAILED', 'REFUSED', 'UNFINISHED', 'cores',
-           'LocalExecutor', 'launch_there', 'bring_back', 'DaskExecutor', 'Refused', 'measured', 'run_memory',
-           'preflight', 'need_devices', 'need_streams', 'run_seconds', 'clock', 'describe', 'ended_line', 'Voice',
-           'BatchResult', 'runs_to_make', 'stoppable', 'Work', 'room', 'in_budget', 'hand_out', 'book', 'collect',
-           'drive', 'book_earlier', 'run_batch']
+__all__ = ['RUN_MEMORY', 'cores', 'bring_back', 'Refused', 'preflight', 'need_devices', 'clock', 'describe', 'BatchResult',
+           'runs_to_make', 'run_batch']
 
 # %% ../../nbs/studies/08_batch.ipynb #42b26d15
 def cores() -> int:
@@ -55,7 +52,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-class LocalExecutor(ThreadPoolExecutor):
+class _LocalExecutor(ThreadPoolExecutor):
     "Runs in process groups of this machine; `stop` ends them, resumable."
 
     def __init__(self, workers: int):
@@ -73,7 +70,7 @@ class LocalExecutor(ThreadPoolExecutor):
 
 # %% ../../nbs/studies/08_batch.ipynb #b49967a0
 #: Files that a run brings back from another machine, in this order.
-CARRIED = (
+_CARRIED = (
     "output.ipynb",
     "failed.ipynb",
     "result.json",
@@ -83,7 +80,7 @@ CARRIED = (
 )
 
 
-def launch_there(
+def _launch_there(
     folder: str,
     spec: Mapping[str, Any],  # run.json
 ) -> tuple[dict[str, Any], dict[str, bytes]]:  # outcome, compressed files
@@ -103,19 +100,19 @@ def launch_there(
     outcome = launch(path)
     return outcome, {
         n: zlib.compress((path / n).read_bytes())
-        for n in CARRIED
+        for n in _CARRIED
         if (path / n).is_file()
     }
 
 
 def bring_back(folder: Path, files: Mapping[str, bytes]) -> None:
     "Write files that came from another machine, unless they are here already."
-    for name in CARRIED:
+    for name in _CARRIED:
         if name in files and not (folder / name).exists():
             write_atomic(folder / name, zlib.decompress(files[name]))
 
 # %% ../../nbs/studies/08_batch.ipynb #faab8ef3
-class DaskExecutor:
+class _DaskExecutor:
     "Runs on the workers of a dask.distributed cluster."
 
     def __init__(self, address: str):
@@ -138,7 +135,7 @@ class DaskExecutor:
         return max(1, sum(w["nthreads"] for w in workers.values()))
 
     def start_run(self, folder: Path) -> Future:
-        inner = self.pool.submit(launch_there, str(folder), Run(folder).spec)
+        inner = self.pool.submit(_launch_there, str(folder), Run(folder).spec)
         outer: Future = Future()
 
         def hand_on(done: Future) -> None:
@@ -162,8 +159,8 @@ class DaskExecutor:
         self.client.close()
 
 # %% ../../nbs/studies/08_batch.ipynb #7f83deb7
-DISK_FLOOR = 200e6  # bytes that stay free
-RUN_DISK = 5e6  # bytes of one run, until one has been measured
+_DISK_FLOOR = 200e6  # bytes that stay free
+_RUN_DISK = 5e6  # bytes of one run, until one has been measured
 RUN_MEMORY = 800e6  # bytes of one run, until one has been measured
 
 
@@ -171,7 +168,7 @@ class Refused(Exception):
     "The batch cannot start; says why and how to mend it."
 
 
-def measured(plan: Plan, what: str) -> list[float]:  # newest last
+def _measured(plan: Plan, what: str) -> list[float]:  # newest last
     "The `wall_s` or `peak_memory` of a study's finished runs."
     values = []
     for p in plan.runs:
@@ -181,9 +178,9 @@ def measured(plan: Plan, what: str) -> list[float]:  # newest last
     return [float(v) for v in values if v]
 
 
-def run_memory(plan: Plan) -> float:  # bytes
+def _run_memory(plan: Plan) -> float:  # bytes
     "Memory to set aside for one run: measured, else its limit, else a guess."
-    most = max(measured(plan, "peak_memory"), default=0.0)
+    most = max(_measured(plan, "peak_memory"), default=0.0)
     return most or plan.study.limits.memory_bytes or RUN_MEMORY
 
 # %% ../../nbs/studies/08_batch.ipynb #c950adab
@@ -205,7 +202,7 @@ def _need_disk(project: Project, todo: int) -> None:
         raise Refused(
             f"{where} cannot be written to; give another folder by --runs"
         )
-    free, need = shutil.disk_usage(where).free, DISK_FLOOR + RUN_DISK * todo
+    free, need = shutil.disk_usage(where).free, _DISK_FLOOR + _RUN_DISK * todo
     if free < need:
         raise Refused(
             f"{todo} runs need about {need / 1e6:.0f} MB in {where},"
@@ -220,7 +217,7 @@ def preflight(plan: Plan, todo: int, local: bool = True) -> None:
     _need_disk(plan.project, todo)
     import psutil
 
-    memory, one = psutil.virtual_memory().available, run_memory(plan)
+    memory, one = psutil.virtual_memory().available, _run_memory(plan)
     if local and memory < one:
         raise Refused(
             f"one run needs about {one / 1e9:.1f} GB of memory,"
@@ -250,7 +247,7 @@ def need_devices(todo: list[Planned]) -> None:
         )
 
 # %% ../../nbs/studies/08_batch.ipynb #47d220e2
-def need_streams(plan: Plan, todo: list[Planned]) -> None:
+def _need_streams(plan: Plan, todo: list[Planned]) -> None:
     "Refuse if a stream is not to be had, or is another text; raises Refused."
     each = {}
     for p in todo:
@@ -273,9 +270,9 @@ def need_streams(plan: Plan, todo: list[Planned]) -> None:
             )
 
 # %% ../../nbs/studies/08_batch.ipynb #33417c4c
-def run_seconds(plan: Plan) -> float | None:
+def _run_seconds(plan: Plan) -> float | None:
     "Time of one run, measured or the study's estimate; None: not known."
-    walls = measured(plan, "wall_s")
+    walls = _measured(plan, "wall_s")
     return statistics.median(walls) if walls else plan.study.estimate_s
 
 
@@ -301,7 +298,7 @@ def describe(plan: Plan, todo: list[Planned], slots: int) -> list[str]:
             f"  {len(redo)} of them were made by other code or on other text:"
             f" dmr why {redo[0].stale[0].run_id}"
         )
-    one = run_seconds(plan)
+    one = _run_seconds(plan)
     if todo and one:
         rounds = -(-len(todo) // slots)
         out.append(
@@ -316,7 +313,7 @@ def describe(plan: Plan, todo: list[Planned], slots: int) -> list[str]:
     return out
 
 # %% ../../nbs/studies/08_batch.ipynb #0b1e68e7
-def ended_line(label: str, outcome: Mapping[str, Any], count: str) -> str:
+def _ended_line(label: str, outcome: Mapping[str, Any], count: str) -> str:
     "One line on a run that ended; `count` is '[3/8] ', or empty: tried again."
     state, again = outcome["state"], "" if count else " (tried again)"
     first = (outcome.get("error") or "").splitlines()[:1]
@@ -343,7 +340,7 @@ def _bar(n: int, out: Any) -> Any:
     )
 
 # %% ../../nbs/studies/08_batch.ipynb #62a8cce9
-class Voice:
+class _Voice:
     "Says what a batch does: 'bar', 'quiet' or 'json'."
 
     def __init__(
@@ -391,11 +388,11 @@ class Voice:
                 self.bar.update(1)
         if self.how == "bar" or (self.how == "quiet" and state != OK):
             count = "" if again else f"[{self.done}/{self.total}] "
-            self.say(ended_line(label, outcome, count))
+            self.say(_ended_line(label, outcome, count))
 
 # %% ../../nbs/studies/08_batch.ipynb #e094456e
-ATTEMPTS = 3  # for runs that were killed
-DONE, SOME_FAILED, REFUSED, UNFINISHED = 0, 1, 2, 3  # exit codes
+_ATTEMPTS = 3  # for runs that were killed
+_DONE, _SOME_FAILED, _UNFINISHED = 0, 1, 3  # exit codes; 2: refused
 
 
 @dataclass
@@ -430,8 +427,8 @@ class BatchResult:
         "0 all done, 3 not finished, 1 all ended and some failed."
         broken = sum(s["state"] in PENDING for _, s in self.failed)
         if self.interrupted or self.left > broken:
-            return UNFINISHED
-        return SOME_FAILED if self.failed or self.table_error else DONE
+            return _UNFINISHED
+        return _SOME_FAILED if self.failed or self.table_error else _DONE
 
     def summary(self) -> str:
         "What a person reads at the end."
@@ -458,7 +455,7 @@ def runs_to_make(plan: Plan, retry_failed: bool = False) -> list[Planned]:
 
 # %% ../../nbs/studies/08_batch.ipynb #c59f367e
 @contextmanager
-def stoppable(act: Callable[[str], None]) -> Iterator[None]:
+def _stoppable(act: Callable[[str], None]) -> Iterator[None]:
     "Call `act` with the signal's name on SIGTERM, SIGINT and SIGHUP."
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -477,12 +474,12 @@ def stoppable(act: Callable[[str], None]) -> Iterator[None]:
 
 # %% ../../nbs/studies/08_batch.ipynb #dcce2367
 @dataclass
-class Work:
+class _Work:
     "A batch at work."
 
     plan: Plan
     executor: Any
-    voice: Voice
+    voice: _Voice
     batch: BatchResult
     waiting: list[tuple[float, Planned]]  # (not before, run)
     deadline: float = float("inf")
@@ -502,23 +499,23 @@ class Work:
             self.executor.stop()
 
 # %% ../../nbs/studies/08_batch.ipynb #e31b05d3
-def room(w: Work) -> bool:
+def _room(w: _Work) -> bool:
     "Whether another run may begin now: a free slot, and memory for it."
     if len(w.running) >= w.executor.slots():
         return False
-    if not isinstance(w.executor, LocalExecutor) or not w.running:
+    if not isinstance(w.executor, _LocalExecutor) or not w.running:
         return True
     import psutil
 
     recent = time.monotonic() - 10
     growing = sum(w.begun[p.name] > recent for p in w.running.values())
-    need = run_memory(w.plan) * (1 + growing)
+    need = _run_memory(w.plan) * (1 + growing)
     return psutil.virtual_memory().available > need
 
 
-def in_budget(w: Work) -> bool:
+def _in_budget(w: _Work) -> bool:
     "Whether a run that begins now is likely to end in time."
-    one = statistics.median(w.walls) if w.walls else run_seconds(w.plan) or 0.0
+    one = statistics.median(w.walls) if w.walls else _run_seconds(w.plan) or 0.0
     return time.monotonic() + one <= w.deadline
 
 # %% ../../nbs/studies/08_batch.ipynb #088743df
@@ -528,11 +525,11 @@ def _made_elsewhere(p: Planned, state: Mapping[str, Any]) -> bool:
     return state["state"] == OK or final
 
 
-def hand_out(w: Work) -> None:
+def _hand_out(w: _Work) -> None:
     "Begin the runs that may begin now."
     for entry in list(w.waiting):
         at, p = entry
-        if w.stopping or not room(w) or not in_budget(w):
+        if w.stopping or not _room(w) or not _in_budget(w):
             return
         if at > time.monotonic():
             continue
@@ -548,14 +545,14 @@ def hand_out(w: Work) -> None:
         if state["state"] == RUNNING and is_locked(run.folder / "lock"):
             w.waiting.append((time.monotonic() + 1.0, p))
         elif _made_elsewhere(p, state):
-            book(w, p, {**state, "run": p.name})
+            _book(w, p, {**state, "run": p.name})
         else:
             w.begun[p.name] = time.monotonic()
             w.running[w.executor.start_run(run.folder)] = p
             w.voice.started(p.name, len(w.running))
 
 # %% ../../nbs/studies/08_batch.ipynb #6a1271a6
-def _record(w: Work, p: Planned, outcome: dict[str, Any]) -> None:
+def _record(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
     "Add a run's row to the table, and its files to the copy elsewhere."
     run = Run(w.plan.project.runs / w.plan.study.name / p.name)
     result, ok = run.result, outcome["state"] == OK
@@ -567,7 +564,7 @@ def _record(w: Work, p: Planned, outcome: dict[str, Any]) -> None:
         push(run.folder, w.mirror)
 
 
-def book(w: Work, p: Planned, outcome: dict[str, Any]) -> None:
+def _book(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
     "Write down how a run ended: in the table, for the caller, for the reader."
     w.batch.outcomes[p.name] = outcome
     if outcome["state"] == OK and outcome.get("wall_s"):
@@ -591,7 +588,7 @@ def _outcome_of(future: Future, p: Planned) -> dict[str, Any]:
     return dict(run=p.name, state=KILLED, error=repr(error))
 
 
-def collect(w: Work) -> None:
+def _collect(w: _Work) -> None:
     "Wait a moment for runs to end, and decide what follows."
     if not w.running:
         time.sleep(0.1)
@@ -609,37 +606,37 @@ def collect(w: Work) -> None:
                 " code"
             )
         killed = outcome["state"] == KILLED
-        if killed and not w.stopping and w.tries[p.name] < ATTEMPTS:
+        if killed and not w.stopping and w.tries[p.name] < _ATTEMPTS:
             w.waiting.append((time.monotonic() + 0.5, p))
             w.voice.ended(p.name, outcome, again=True)
         else:
-            book(w, p, outcome)
+            _book(w, p, outcome)
 
 # %% ../../nbs/studies/08_batch.ipynb #50c35732
-def drive(w: Work) -> BatchResult:
+def _drive(w: _Work) -> BatchResult:
     "The loop of a batch, until nothing is left or it is told to stop."
     begin, go_on = time.monotonic(), "start it again to go on"
-    with stoppable(lambda name: w.stop(f"stopped by {name}; {go_on}")):
+    with _stoppable(lambda name: w.stop(f"stopped by {name}; {go_on}")):
         while w.running or (w.waiting and not w.stopping):
-            hand_out(w)
+            _hand_out(w)
             left = len(w.waiting) + len(w.running)
             if time.monotonic() > w.deadline:
                 w.stop(
                     f"the time budget is used up, {left} runs are left; {go_on}"
                 )
             idle = not w.running and not w.stopping
-            if idle and w.waiting and not in_budget(w):
+            if idle and w.waiting and not _in_budget(w):
                 w.stop(
                     "no further run fits into the time budget,"
                     f" {len(w.waiting)} are left; {go_on}"
                 )
-            collect(w)
+            _collect(w)
     w.batch.interrupted, w.batch.wall_s = w.stopping, time.monotonic() - begin
     w.voice.close()
     return w.batch
 
 # %% ../../nbs/studies/08_batch.ipynb #5e5d967b
-def book_earlier(plan: Plan) -> None:
+def _book_earlier(plan: Plan) -> None:
     "Add finished runs to the table that are missing from it."
     ledger = plan.ledger
     if ledger.table is None:
@@ -661,12 +658,12 @@ def _prepare_batch(plan: Plan, todo: list[Planned], local: bool) -> None:
             preflight(plan, len(todo), local)
             if local:
                 need_devices(todo)
-            need_streams(plan, todo)
+            _need_streams(plan, todo)
         some = plan.runs[0].cell.parameters
         plan.ledger.remember(Identity(some, None, *plan.code))
         keep_sources(plan)
         write_plan(plan)
-        book_earlier(plan)
+        _book_earlier(plan)
     except OSError as e:
         raise Refused(
             f"cannot write to {plan.project.runs} or {plan.project.results}:"
@@ -696,19 +693,19 @@ def run_batch(
     threads = [int(p.cell.parameters.get("threads") or 1) for p in todo]
     slots = workers or max(1, cores() // max(threads, default=1))
     _prepare_batch(plan, todo, local=scheduler is None)
-    voice = Voice(how, plan, todo, out)
+    voice = _Voice(how, plan, todo, out)
     counts = dict(runs=len(plan.runs), todo=len(todo), states=plan.counts())
     voice.event("plan", study=study.name, **counts)
     if how == "bar":
         said = "\n".join(describe(plan, todo, slots))
         print(said, file=voice.out, flush=True)
     executor: Any
-    executor = DaskExecutor(scheduler) if scheduler else LocalExecutor(slots)
+    executor = _DaskExecutor(scheduler) if scheduler else _LocalExecutor(slots)
     try:
         deadline = time.monotonic() + budget_s if budget_s else float("inf")
         waiting = [(0.0, p) for p in todo]
         result = BatchResult(plan)
-        drive(Work(plan, executor, voice, result, waiting, deadline, mirror))
+        _drive(_Work(plan, executor, voice, result, waiting, deadline, mirror))
     finally:
         executor.stop() if sys.exc_info()[0] else None
         executor.shutdown()

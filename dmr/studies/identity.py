@@ -18,12 +18,11 @@ from typing import Any
 from .template import Template
 
 # %% auto #0
-__all__ = ['is_text', 'tree_text', 'digest', 'code_digest', 'imported_names', 'read_module', 'package_folder', 'module_file',
-           'exports', 'module_hashes', 'Identity', 'code_of', 'code_parts', 'short', 'differences', 'same_code',
-           'changed_parts']
+__all__ = ['digest', 'code_digest', 'imported_names', 'read_module', 'package_folder', 'module_file', 'module_hashes', 'Identity',
+           'code_of', 'code_parts', 'short', 'differences', 'same_code', 'changed_parts']
 
 # %% ../../nbs/studies/03_identity.ipynb #8dc0d599
-def is_text(node: Any) -> bool:
+def _is_text(node: Any) -> bool:
     "A statement that is only a string: a docstring, or prose in the code."
     return (
         isinstance(node, ast.Expr)
@@ -32,10 +31,10 @@ def is_text(node: Any) -> bool:
     )
 
 
-def tree_text(node: Any) -> str:
+def _tree_text(node: Any) -> str:
     "A syntax tree as text: no positions, no docstrings, no empty fields."
     if isinstance(node, list):
-        return f"[{','.join(tree_text(v) for v in node if not is_text(v))}]"
+        return f"[{','.join(_tree_text(v) for v in node if not _is_text(v))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = [
@@ -45,7 +44,7 @@ def tree_text(node: Any) -> str:
     ]
     if isinstance(node, ast.Constant):  # its value counts, None and "" too
         fields = [("value", node.value)]
-    inside = ",".join(f"{k}={tree_text(v)}" for k, v in fields)
+    inside = ",".join(f"{k}={_tree_text(v)}" for k, v in fields)
     return f"{type(node).__name__}({inside})"
 
 # %% ../../nbs/studies/03_identity.ipynb #60a56248
@@ -62,7 +61,7 @@ def digest(
 
 def code_digest(source: str) -> str:
     "Hash of code, blind to layout and docstrings; raises SyntaxError."
-    return digest(tree_text(ast.parse(source)))
+    return digest(_tree_text(ast.parse(source)))
 
 # %% ../../nbs/studies/03_identity.ipynb #13f53b93
 def _import_base(node: ast.ImportFrom, module: str) -> str:
@@ -138,7 +137,7 @@ def _tables(tree: ast.AST) -> Iterator[tuple[str, str]]:
                         yield k.value, v.value
 
 
-def exports(name: str, folder: Path) -> dict[str, str]:
+def _exports(name: str, folder: Path) -> dict[str, str]:
     "Where a package's `__init__` takes its names from: name -> module."
     init = module_file(f"{name}.__init__", folder)
     if init is None:
@@ -173,7 +172,7 @@ def _defines(init: str, name: str) -> bool:
 
 def _taken_from(package: str, name: str | None, folder: Path) -> list[str]:
     "Modules behind a name taken from a package; None: any of its names."
-    known = exports(package, folder)
+    known = _exports(package, folder)
     if name is None and known:
         return list(known.values())
     if name in known:

@@ -13,10 +13,10 @@ from .plan import Plan, prepare_planned
 from .run import OK
 
 # %% auto #0
-__all__ = ['COPIED', 'file_system', 'push', 'pull']
+__all__ = ['push', 'pull']
 
 # %% ../../nbs/studies/09_mirror.ipynb #d83501ad
-def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
+def _file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     "The file system behind an fsspec URL."
     try:
         from fsspec.core import url_to_fs
@@ -29,7 +29,7 @@ def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
 
 # %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
 # in this order: the marker last
-COPIED = ("run.json", "output.ipynb", "result.json", "done.json")
+_COPIED = ("run.json", "output.ipynb", "result.json", "done.json")
 
 
 def push(
@@ -37,10 +37,10 @@ def push(
     url: str,  # the study's runs go to url/<study>/<run>
 ) -> None:
     "Copy a finished run, its marker last; raises OSError."
-    fs, base = file_system(url)
+    fs, base = _file_system(url)
     target = f"{base.rstrip('/')}/{folder.parent.name}/{folder.name}"
     fs.makedirs(target, exist_ok=True)
-    for name in COPIED:
+    for name in _COPIED:
         if (folder / name).exists():
             part = f"{target}/.{name}.part"
             fs.pipe_file(part, (folder / name).read_bytes())
@@ -52,7 +52,7 @@ def pull(
     url: str,
 ) -> int:  # runs that were fetched
     "Fetch the runs of a plan that are done at the URL and not here."
-    fs, base = file_system(url)
+    fs, base = _file_system(url)
     study = f"{base.rstrip('/')}/{plan.study.name}"
     names = fs.ls(study, detail=False) if fs.exists(study) else []
     there = {Path(p).name for p in names}
@@ -64,7 +64,7 @@ def pull(
         if not fs.exists(f"{copy}/done.json"):
             continue
         run = prepare_planned(p, plan)
-        for name in COPIED[1:]:
+        for name in _COPIED[1:]:
             write_atomic(run.folder / name, fs.cat_file(f"{copy}/{name}"))
         n += run.done is not None
     return n

@@ -45,13 +45,12 @@ from .table import Ledger, row_of
 from .template import Template
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'folder_stamp', 'stream_options', 'stream_hash', 'Found', 'ledger_of', 'find_runs', 'Planned', 'Plan',
-           'run_folder', 'rank_of', 'make_plan', 'prepare_planned', 'module_source', 'template_source', 'normal_source',
-           'keep_sources', 'source_diff', 'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found',
-           'shown_state', 'missing_row', 'choose', 'table_rows', 'write_plan', 'status', 'studies_with_runs']
+__all__ = ['UNKNOWN', 'stream_options', 'stream_hash', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
+           'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found', 'shown_state', 'choose', 'table_rows',
+           'write_plan', 'status', 'studies_with_runs']
 
 # %% ../../nbs/studies/07_plan.ipynb #fa6643d9
-def folder_stamp(folder: Path) -> list[Any]:
+def _folder_stamp(folder: Path) -> list[Any]:
     "Names, sizes and times of a folder's files."
     return sorted(
         (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
@@ -68,7 +67,7 @@ def stream_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _stream_key(parameters: Mapping[str, Any]) -> str:
     "Hash of everything that decides a stream's text."
     folder = Path(parameters["stream"])
-    stamp = folder_stamp(folder) if folder.is_dir() else None
+    stamp = _folder_stamp(folder) if folder.is_dir() else None
     reader = module_hashes(["from dmr.text.load import load_stream"])
     options = stream_options(parameters)
     return digest([parameters["stream"], options, stamp, reader])
@@ -120,7 +119,7 @@ class Found:
         return dict(state=self.row["status"], error=self.row["error"] or None)
 
 
-def ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
+def _ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
     "Ledger of a study: in results/ if it is recorded, else with its runs."
     if record:
         results = project.results
@@ -139,7 +138,7 @@ def _found_in_folder(folder: Path) -> Found | None:
     return Found(folder.name, cell, i.stream, code, parts, run=Run(folder))
 
 
-def find_runs(
+def _find_runs(
     study: str, project: Project, record: bool = True
 ) -> Iterator[Found]:
     "Everything that was run for a study, folders first."
@@ -147,7 +146,7 @@ def find_runs(
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if found := _found_in_folder(path):
             yield found
-    ledger = ledger_of(study, project, record)
+    ledger = _ledger_of(study, project, record)
     codes = ledger.versions()["codes"]
     for row in ledger.rows():
         if row.keys() >= {"run_id", "cell", "stream_hash", "code"}:
@@ -189,13 +188,13 @@ class Plan:
 
     @property
     def ledger(self) -> Ledger:
-        return ledger_of(self.study.name, self.project, self.study.record)
+        return _ledger_of(self.study.name, self.project, self.study.record)
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(p.state["state"] for p in self.runs))
 
 # %% ../../nbs/studies/07_plan.ipynb #404ccffd
-def run_folder(
+def _run_folder(
     study: Study, cell: Cell, identity: Identity, project: Project
 ) -> Path:
     "The folder of a run: readable first, then its cell, then its identity."
@@ -218,7 +217,7 @@ def _standing_codes(
     }
 
 # %% ../../nbs/studies/07_plan.ipynb #8bd037b9
-def rank_of(state: str) -> int:
+def _rank_of(state: str) -> int:
     "What counts when a cell has several runs: the smallest rank."
     order = (OK, RUNNING, *FINAL, KILLED, WAITING)
     return order.index(state) if state in order else len(order)
@@ -240,7 +239,7 @@ def _plan_cell(
             stale.append(f)
     best, state = min(
         fits,
-        key=lambda fit: rank_of(fit[1]["state"]),
+        key=lambda fit: _rank_of(fit[1]["state"]),
         default=(None, dict(state=WAITING)),
     )
     run = best.run if best and best.run else Run(folder)
@@ -254,8 +253,8 @@ def make_plan(
 ) -> Plan:
     "Hold every cell of a study against what was run; starts nothing."
     code = code_of(study.template)
-    ledger = ledger_of(study.name, project, study.record)
-    found = list(find_runs(study.name, project, study.record))
+    ledger = _ledger_of(study.name, project, study.record)
+    found = list(_find_runs(study.name, project, study.record))
     by_cell: dict[str, list[Found]] = {}
     for f in found:
         by_cell.setdefault(f.cell, []).append(f)
@@ -270,7 +269,7 @@ def make_plan(
         if text not in streams:
             streams[text] = stream_hash(cell.parameters, project, load)
         identity = Identity(cell.parameters, streams[text], *code)
-        folder = run_folder(study, cell, identity, project)
+        folder = _run_folder(study, cell, identity, project)
         mine = by_cell.get(cell.hash, [])
         planned.append(_plan_cell(cell, identity, mine, standing, folder))
     return Plan(study, project, tuple(planned), code)
@@ -279,7 +278,7 @@ def make_plan(
 def prepare_planned(p: Planned, plan: Plan) -> Run:
     "Write down a planned run, ready to be launched."
     t, s, c = plan.study.template, plan.study, p.cell
-    folder = run_folder(s, c, p.identity, plan.project)
+    folder = _run_folder(s, c, p.identity, plan.project)
     return prepare_run(
         folder,
         t.path,
@@ -299,18 +298,18 @@ def prepare_planned(p: Planned, plan: Plan) -> Run:
     )
 
 # %% ../../nbs/studies/07_plan.ipynb #213afc9f
-def module_source(name: str) -> str:
+def _module_source(name: str) -> str:
     "Source of a module of the package."
     path = module_file(name, package_folder())
     return read_module(path)[0] if path else ""
 
 
-def template_source(template: Template) -> str:
+def _template_source(template: Template) -> str:
     "The code cells of a template that count, one below the other."
     return "\n".join(c.source for c in template.cells if not c.cosmetic)
 
 
-def normal_source(source: str) -> str:
+def _normal_source(source: str) -> str:
     "Source without comments, in one format."
     return ast.unparse(ast.parse(source)) + "\n"
 
@@ -322,13 +321,13 @@ def keep_sources(plan: Plan) -> None:
     for name, h in code_parts(*plan.code).items():
         if not (folder / f"{h}.py").exists():
             if name == "template":
-                source = template_source(plan.study.template)
+                source = _template_source(plan.study.template)
             else:
-                source = module_source(name)
-            write_atomic(folder / f"{h}.py", normal_source(source))
+                source = _module_source(name)
+            write_atomic(folder / f"{h}.py", _normal_source(source))
 
 # %% ../../nbs/studies/07_plan.ipynb #11116160
-def source_diff(
+def _source_diff(
     old: str | None, new: str | None, project: Project, lines: int = 30
 ) -> list[str]:
     "How the code behind two hashes differs, if both are kept."
@@ -364,7 +363,7 @@ def find_run(
         f.run_id: (s, f)
         for s in sorted(studies, reverse=True)
         for record in (True, False)
-        for f in find_runs(s, project, record)
+        for f in _find_runs(s, project, record)
         if f.run_id.startswith(name)
     }
     if name in hits:
@@ -403,7 +402,7 @@ def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
     out = [f"these parts of the code changed since{end}"]
     for c in changed_parts(found.parts, now_parts):
         out.append(f"  {c['part']}: {short(c['old'])} -> {short(c['new'])}")
-        diff = source_diff(c["old"], c["new"], plan.project)
+        diff = _source_diff(c["old"], c["new"], plan.project)
         out += [f"      {line}" for line in diff]
     return out
 
@@ -498,7 +497,7 @@ def shown_state(state: str) -> str:
     return "missing" if state in PENDING else state
 
 
-def missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
+def _missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
     "The row of a cell without a result."
     state = dict(p.state, state=shown_state(p.state["state"]))
     return row_of(about(p, plan), p.identity, state, None)
@@ -543,7 +542,7 @@ def choose(
 def table_rows(plan: Plan, code: str = "current") -> list[dict[str, Any]]:
     "One row for each cell, the missing ones included; see `choose`."
     return [
-        row_of_found(f, p, plan) if f else missing_row(p, plan)
+        row_of_found(f, p, plan) if f else _missing_row(p, plan)
         for p, f in choose(plan, code)
     ]
 

@@ -37,11 +37,8 @@ from .identity import Identity, code_of, differences
 from .template import read_template
 
 # %% auto #0
-__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE',
-           'DISK_FULL', 'POLL_S', 'KERNEL_GONE_S', 'ANSI', 'EXIT_BUSY', 'THREAD_VARIABLES', 'Run', 'Limits',
-           'prepare_run', 'scratch_folder', 'kernel_manager', 'began', 'kill_tree', 'read_result', 'state_of_exception',
-           'now', 'Supervisor', 'MemoryMeter', 'check', 'finish', 'succeed', 'watch', 'clear_leftovers', 'code_changed',
-           'execute_run', 'supervise', 'start', 'launch']
+__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE', 'Run',
+           'Limits', 'prepare_run', 'kernel_manager', 'now', 'clear_leftovers', 'supervise', 'start', 'launch']
 
 # %% ../../nbs/studies/04_run.ipynb #9f55fa2c
 OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = (
@@ -141,7 +138,7 @@ def prepare_run(
     return Run(folder)
 
 # %% ../../nbs/studies/04_run.ipynb #7db3e9eb
-def scratch_folder() -> Path:
+def _scratch_folder() -> Path:
     "A fresh folder whose path leaves room for a socket's name."
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     return Path(tempfile.mkdtemp(prefix="dmr-", dir=short))
@@ -195,7 +192,7 @@ def kernel_manager(
     return SocketKernelManager
 
 # %% ../../nbs/studies/04_run.ipynb #087465f0
-def began(pid: int) -> float | None:
+def _began(pid: int) -> float | None:
     "When a process began; None if it is gone, or a zombie."
     import psutil
 
@@ -208,7 +205,7 @@ def began(pid: int) -> float | None:
         return None
 
 # %% ../../nbs/studies/04_run.ipynb #6ee38ec1
-def kill_tree(
+def _kill_tree(
     pid: int,
     since: float | None,  # when it began; None: whoever has the number
 ) -> None:
@@ -242,7 +239,7 @@ def _ran_cells(notebook: Mapping[str, Any]) -> list[tuple[int, Any]]:
     return cells
 
 
-def read_result(
+def _read_result(
     notebook: Mapping[str, Any],  # an executed notebook
 ) -> dict[str, Any]:
     "The one result that a notebook emitted; raises ValueError if in doubt."
@@ -269,10 +266,10 @@ def read_result(
 
 # %% ../../nbs/studies/04_run.ipynb #140f8a7b
 #: Errors of the system that mean a full disk.
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def state_of_exception(
+def _state_of_exception(
     name: str,  # of the exception's class
     message: str,
 ) -> str:
@@ -282,7 +279,7 @@ def state_of_exception(
         return OUT_OF_MEMORY
     if "can't allocate memory" in text or "out of memory" in text:
         return OUT_OF_MEMORY
-    full = any(f"[errno {n}]" in text for n in DISK_FULL)
+    full = any(f"[errno {n}]" in text for n in _DISK_FULL)
     return KILLED if full and name in ("OSError", "IOError") else FAILED
 
 # %% ../../nbs/studies/04_run.ipynb #cab1f261
@@ -291,7 +288,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-class Supervisor:
+class _Supervisor:
     "Executes the run in a folder and leaves it in a state that can be trusted."
 
     def __init__(
@@ -322,25 +319,25 @@ class Supervisor:
         if self.verdict is None:
             self.verdict, self.verdict_at = (state, error), time.monotonic()
         if self.kernel:
-            kill_tree(*self.kernel)
+            _kill_tree(*self.kernel)
 
     def kernel_stopping(self) -> None:
         self.closes = True
 
     def kernel_started(self, pid: int) -> None:
-        self.kernel = (pid, began(pid))
+        self.kernel = (pid, _began(pid))
         with suppress(OSError):
             Path(f"/proc/{pid}/oom_score_adj").write_text("900")
         self.note(kernel=dict(pid=pid, began=self.kernel[1]))
         if self.verdict:
-            kill_tree(*self.kernel)
+            _kill_tree(*self.kernel)
 
 # %% ../../nbs/studies/04_run.ipynb #8dc31122
 #: Seconds between two looks; seconds until a dead kernel counts as gone.
-POLL_S, KERNEL_GONE_S = 0.5, 8.0
+_POLL_S, _KERNEL_GONE_S = 0.5, 8.0
 
 
-class MemoryMeter:
+class _MemoryMeter:
     "Resident memory of this process and its descendants."
 
     def __init__(self) -> None:
@@ -360,8 +357,8 @@ class MemoryMeter:
         return total
 
 # %% ../../nbs/studies/04_run.ipynb #3707e75d
-def check(
-    s: Supervisor,
+def _check(
+    s: _Supervisor,
     memory: int,  # bytes in use
 ) -> tuple[str, str] | None:  # state and error, if the run must end
     "Hold a run against its limits."
@@ -379,8 +376,8 @@ def check(
     return None
 
 # %% ../../nbs/studies/04_run.ipynb #21b610b3
-def finish(
-    s: Supervisor,
+def _finish(
+    s: _Supervisor,
     state: str,
     error: str,  # first line is the summary
     **more: Any,
@@ -391,7 +388,7 @@ def finish(
         if s.finished.is_set():
             return
         if s.kernel:
-            kill_tree(*s.kernel)
+            _kill_tree(*s.kernel)
         with suppress(OSError):
             os.replace(folder / "running.ipynb", folder / "failed.ipynb")
         with suppress(OSError):
@@ -406,11 +403,11 @@ def finish(
         s.finished.set()
 
 # %% ../../nbs/studies/04_run.ipynb #e6d95463
-def succeed(s: Supervisor) -> None:
+def _succeed(s: _Supervisor) -> None:
     "Leave a finished run: executed notebook, result, and the marker last."
     folder = s.run.folder
     notebook = (folder / "running.ipynb").read_bytes()
-    result = json.dumps(read_result(json.loads(notebook)), indent=1).encode()
+    result = json.dumps(_read_result(json.loads(notebook)), indent=1).encode()
     with s.closing:
         if s.finished.is_set():
             return
@@ -435,19 +432,19 @@ def succeed(s: Supervisor) -> None:
         s.note(state=OK, error=None, ended=now())
 
 # %% ../../nbs/studies/04_run.ipynb #52ffac45
-def watch(s: Supervisor) -> None:
+def _watch(s: _Supervisor) -> None:
     "Look after a run until it is finished, and end it where papermill hangs."
-    meter, gone = MemoryMeter(), 0.0
-    while not s.finished.wait(POLL_S):
+    meter, gone = _MemoryMeter(), 0.0
+    while not s.finished.wait(_POLL_S):
         memory = meter()
         s.peak = max(s.peak, memory)
-        if (reason := check(s, memory)) and not s.verdict:
+        if (reason := _check(s, memory)) and not s.verdict:
             s.end(*reason)
-        if s.kernel and not s.closes and began(s.kernel[0]) is None:
+        if s.kernel and not s.closes and _began(s.kernel[0]) is None:
             gone = gone or time.monotonic()
         since = [t for t in (gone, s.verdict and s.verdict_at) if t]
-        if any(time.monotonic() - t > KERNEL_GONE_S for t in since):
-            finish(s, *(s.verdict or (KILLED, "the kernel died")))
+        if any(time.monotonic() - t > _KERNEL_GONE_S for t in since):
+            _finish(s, *(s.verdict or (KILLED, "the kernel died")))
             os._exit(1)
 
 # %% ../../nbs/studies/04_run.ipynb #138c108a
@@ -459,7 +456,7 @@ def clear_leftovers(run: Run) -> int:  # attempts so far
         and isinstance(old.get("kernel"), dict)
         and old["kernel"].get("began")
     ):
-        kill_tree(old["kernel"]["pid"], old["kernel"]["began"])
+        _kill_tree(old["kernel"]["pid"], old["kernel"]["began"])
     if old.get("scratch") and Path(old["scratch"]).name.startswith("dmr-"):
         shutil.rmtree(old["scratch"], ignore_errors=True)
     for part in run.folder.glob(".*.tmp"):
@@ -468,7 +465,7 @@ def clear_leftovers(run: Run) -> int:  # attempts so far
     return int(old.get("attempts", 0))
 
 # %% ../../nbs/studies/04_run.ipynb #d5c36a29
-def code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
+def _code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
     "Whether the code is still the one in the run's identity."
     identity = spec.get("identity") or {}
     if "cells" not in identity:
@@ -483,25 +480,25 @@ def code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
 
 # %% ../../nbs/studies/04_run.ipynb #98b71b2e
 #: Colours in tracebacks.
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _ending(e: Any) -> tuple[tuple[str, str], dict[str, Any]]:
     "State and error of a run that raised, and further entries of its state."
     name = type(e).__name__
     if name == "PapermillExecutionError":
-        what = state_of_exception(e.ename, e.evalue), f"{e.ename}: {e.evalue}"
-        lines = [ANSI.sub("", t) for t in e.traceback]
+        what = _state_of_exception(e.ename, e.evalue), f"{e.ename}: {e.evalue}"
+        lines = [_ANSI.sub("", t) for t in e.traceback]
         return what, dict(traceback=lines, cell=e.cell_index)
     state = FAILED
     if isinstance(e, OSError):
-        state = KILLED if e.errno in DISK_FULL else FAILED
+        state = KILLED if e.errno in _DISK_FULL else FAILED
     elif name in ("DeadKernelError", "RuntimeError") and "ernel" in str(e):
         return (KILLED, "the kernel died"), {}
     return (state, f"{name}: {e}"), {}
 
 # %% ../../nbs/studies/04_run.ipynb #d9e64500
-def _run_notebook(s: Supervisor, scratch: Path) -> None:
+def _run_notebook(s: _Supervisor, scratch: Path) -> None:
     "Let papermill execute the template into running.ipynb."
     import logging
 
@@ -529,27 +526,27 @@ def _run_notebook(s: Supervisor, scratch: Path) -> None:
     )
 
 
-def execute_run(s: Supervisor, scratch: Path) -> None:
+def _execute_run(s: _Supervisor, scratch: Path) -> None:
     "Execute the template and leave the run finished, one way or the other."
     try:
-        if changed := code_changed(s.spec):
-            return finish(s, KILLED, changed, changed=True)
+        if changed := _code_changed(s.spec):
+            return _finish(s, KILLED, changed, changed=True)
         if s.verdict:
             raise RuntimeError("ended before the kernel started")
         _run_notebook(s, scratch)
-        if changed := code_changed(s.spec):
-            return finish(s, KILLED, changed, changed=True)
-        succeed(s)
+        if changed := _code_changed(s.spec):
+            return _finish(s, KILLED, changed, changed=True)
+        _succeed(s)
     except Exception as e:
         what, more = _ending(e)
-        finish(s, *(s.verdict or what), **more)
+        _finish(s, *(s.verdict or what), **more)
 
 # %% ../../nbs/studies/04_run.ipynb #dbef96fd
 #: Exit code of a supervisor that found another process at its run.
-EXIT_BUSY = 75
+_EXIT_BUSY = 75
 
 
-def _end_on_signals(s: Supervisor) -> None:
+def _end_on_signals(s: _Supervisor) -> None:
     "Let SIGTERM, SIGINT and SIGHUP end the run, resumable."
 
     def stop(number: int, frame: Any) -> None:
@@ -570,31 +567,31 @@ def supervise(
         with locked(run.folder / "lock", wait=3.0):
             if run.done:
                 return 0
-            s = Supervisor(folder, parent)
+            s = _Supervisor(folder, parent)
             attempts = clear_leftovers(run) + 1
-            scratch = scratch_folder()
+            scratch = _scratch_folder()
             _end_on_signals(s)
             try:
                 s.note(
                     state=RUNNING,
                     pid=os.getpid(),
-                    began=began(os.getpid()),
+                    began=_began(os.getpid()),
                     host=platform.node(),
                     started=now(),
                     attempts=attempts,
                     scratch=str(scratch),
                 )
-                threading.Thread(target=watch, args=(s,), daemon=True).start()
-                execute_run(s, scratch)
+                threading.Thread(target=_watch, args=(s,), daemon=True).start()
+                _execute_run(s, scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             return 0 if run.done else 1
     except Busy:
-        return EXIT_BUSY
+        return _EXIT_BUSY
 
 # %% ../../nbs/studies/04_run.ipynb #6c111180
 #: Environment variables that limit the threads of numerical libraries.
-THREAD_VARIABLES = (
+_THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -613,7 +610,7 @@ def start(folder: str | Path) -> subprocess.Popen:
     threads = str(Run(folder).spec.get("threads", 1))
     env = {
         **os.environ,
-        **{name: threads for name in THREAD_VARIABLES},
+        **{name: threads for name in _THREAD_VARIABLES},
         "PYTHONUNBUFFERED": "1",
     }
     with open(folder / "log.txt", "ab") as log:
@@ -646,9 +643,9 @@ def launch(
         if stop is not None and stop.is_set() and not asked:
             process.terminate()
             asked = time.monotonic()
-        if asked and time.monotonic() - asked > 2 * KERNEL_GONE_S:
+        if asked and time.monotonic() - asked > 2 * _KERNEL_GONE_S:
             process.kill()
-    if process.returncode == EXIT_BUSY:
+    if process.returncode == _EXIT_BUSY:
         return dict(run=name, state="busy", error="another batch has this run")
     if process.returncode < 0:
         clear_leftovers(run)

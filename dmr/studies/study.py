@@ -23,10 +23,7 @@ from dmr.studies.template import (
 )
 
 # %% auto #0
-__all__ = ['Where', 'Lines', 'Problem', 'SECONDS', 'BYTES', 'BLOCK', 'KEYS', 'ARM_KEYS', 'NAMES', 'Axes', 'StudyError',
-           'read_yaml', 'quantity', 'read_seeds', 'check_keys', 'Cell', 'combinations', 'matches', 'expand',
-           'check_axes', 'blocks', 'Study', 'read_limits', 'report', 'read_study', 'override', 'Project',
-           'find_project', 'list_studies', 'find_study']
+__all__ = ['StudyError', 'Cell', 'combinations', 'Study', 'read_study', 'Project', 'find_project', 'list_studies', 'find_study']
 
 # %% ../../nbs/studies/05_study.ipynb #0c89d962
 class StudyError(ValueError):
@@ -54,14 +51,14 @@ def _loader(stream: str) -> Any:
 
 # %% ../../nbs/studies/05_study.ipynb #f7435c91
 #: Path of an entry in a study file.
-Where = tuple[Any, ...]
+_Where = tuple[Any, ...]
 #: Path of an entry -> its line.
-Lines = dict[Where, int]
+_Lines = dict[_Where, int]
 #: Path of an entry and what is wrong with it.
-Problem = tuple[Where, str]
+_Problem = tuple[_Where, str]
 
 
-def _find_lines(node: Any, path: Where, lines: Lines, name: str) -> None:
+def _find_lines(node: Any, path: _Where, lines: _Lines, name: str) -> None:
     "Collect the line of every entry below a node; raises StudyError."
     import yaml
 
@@ -80,14 +77,14 @@ def _find_lines(node: Any, path: Where, lines: Lines, name: str) -> None:
             _find_lines(v, (*path, i), lines, name)
 
 
-def read_yaml(
+def _read_yaml(
     text: str,
     name: str = "study",  # shown in errors
-) -> tuple[Any, Lines]:  # the data, and the line of each entry
+) -> tuple[Any, _Lines]:  # the data, and the line of each entry
     "Read YAML as plain data with line numbers; raises StudyError."
     import yaml
 
-    lines: Lines = {}
+    lines: _Lines = {}
     loader = _loader(text)
     try:
         node = loader.get_single_node()
@@ -104,12 +101,12 @@ def read_yaml(
 
 # %% ../../nbs/studies/05_study.ipynb #34248ca4
 #: Units of time in seconds.
-SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 #: Units of memory in bytes.
-BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
-def quantity(
+def _quantity(
     value: Any,  # a number, or text such as "10 min"
     units: Mapping[str, float],  # SECONDS or BYTES
 ) -> float:
@@ -127,7 +124,7 @@ def quantity(
     return float(match[1]) * units[match[2]]
 
 # %% ../../nbs/studies/05_study.ipynb #68e5422e
-def read_seeds(value: Any) -> list[int]:
+def _read_seeds(value: Any) -> list[int]:
     "Seeds from a list of whole numbers or a range; raises ValueError."
     text = value if isinstance(value, str) else ""
     m = re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", text)
@@ -144,7 +141,7 @@ def read_seeds(value: Any) -> list[int]:
 
 # %% ../../nbs/studies/05_study.ipynb #740056a2
 #: Keys of a block of a study file -> types that each takes.
-BLOCK: dict[str, tuple[type, ...]] = {
+_BLOCK: dict[str, tuple[type, ...]] = {
     "defaults": (dict,),
     "arms": (dict, list),
     "grid": (dict,),
@@ -153,7 +150,7 @@ BLOCK: dict[str, tuple[type, ...]] = {
     "seeds": (list, str),
 }
 #: Keys of a study file -> types that each takes.
-KEYS: dict[str, tuple[type, ...]] = {
+_KEYS: dict[str, tuple[type, ...]] = {
     "title": (str,),
     "description": (str,),
     "template": (str,),
@@ -162,12 +159,12 @@ KEYS: dict[str, tuple[type, ...]] = {
     "estimate": (str, int, float),
     "limits": (dict,),
     "parts": (dict,),
-    **BLOCK,
+    **_BLOCK,
 }
 #: Keys of an arm that are no parameters.
-ARM_KEYS = ("grid", "zip", "seeds")
+_ARM_KEYS = ("grid", "zip", "seeds")
 #: Types as error messages call them.
-NAMES: dict[type, str] = {
+_NAMES: dict[type, str] = {
     dict: "'key: value' lines",
     list: "a list",
     str: "text",
@@ -178,8 +175,8 @@ NAMES: dict[type, str] = {
 
 # %% ../../nbs/studies/05_study.ipynb #3d802c85
 def _check_block(
-    entries: Any, path: Where, keys: Mapping[str, tuple[type, ...]]
-) -> Iterator[Problem]:
+    entries: Any, path: _Where, keys: Mapping[str, tuple[type, ...]]
+) -> Iterator[_Problem]:
     "Check the names and types of one block's entries."
     if not isinstance(entries, dict):
         yield path, "expected 'key: value' lines"
@@ -191,16 +188,16 @@ def _check_block(
                 f" {', '.join(keys)}"
             )
         elif not isinstance(v, keys[k]):
-            wanted = " or ".join(NAMES[t] for t in keys[k])
+            wanted = " or ".join(_NAMES[t] for t in keys[k])
             yield (*path, k), f"{k} takes {wanted}, not {v!r}"
 
 
-def check_keys(data: Any) -> Iterator[Problem]:
+def _check_keys(data: Any) -> Iterator[_Problem]:
     "Check names and types of a study file's entries."
-    yield from _check_block(data, (), KEYS)
+    yield from _check_block(data, (), _KEYS)
     parts = data.get("parts", {}) if isinstance(data, dict) else {}
     for name, part in parts.items() if isinstance(parts, dict) else ():
-        yield from _check_block(part, ("parts", name), BLOCK)
+        yield from _check_block(part, ("parts", name), _BLOCK)
 
 # %% ../../nbs/studies/05_study.ipynb #8a5cd695
 @dataclass(frozen=True)
@@ -248,7 +245,7 @@ def combinations(
             yield {**dict(zip(grid, values)), **row}
 
 # %% ../../nbs/studies/05_study.ipynb #be466b90
-def matches(rule: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+def _matches(rule: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     "Whether an exclusion applies; a list means any of its values."
 
     def meets(wanted: Any, value: Any) -> bool:
@@ -260,17 +257,17 @@ def matches(rule: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 
 # %% ../../nbs/studies/05_study.ipynb #3fab6f28
 #: Kind of axis -> parameter -> its values, and where they stand.
-Axes = dict[str, dict[str, tuple[Any, Where]]]
+_Axes = dict[str, dict[str, tuple[Any, _Where]]]
 
 
 def _axes(
-    block: Mapping[str, Any], entry: Mapping[str, Any], path: Where, arm: Any
-) -> Axes:
+    block: Mapping[str, Any], entry: Mapping[str, Any], path: _Where, arm: Any
+) -> _Axes:
     "Grid and zip of an arm: the block's and its own, without what it fixes."
-    axes: Axes = {"grid": {}, "zip": {}}
+    axes: _Axes = {"grid": {}, "zip": {}}
     for kind, found in axes.items():
         for k, v in (block.get(kind) or {}).items():
-            if k not in entry or k in ARM_KEYS:
+            if k not in entry or k in _ARM_KEYS:
                 found[k] = (v, (*path, kind, k))
     for kind in axes:
         for k, v in (entry.get(kind) or {}).items():
@@ -286,22 +283,22 @@ def _seeds(
     "Seeds of an arm, its own or the block's; raises ValueError."
     value = entry["seeds"] if "seeds" in entry else block.get("seeds")
     given = "seeds" in entry or "seeds" in block
-    return list(read_seeds(value)) if given else [None]
+    return list(_read_seeds(value)) if given else [None]
 
 
 def _arm_cells(
     block: Mapping[str, Any],
     arm: Any,
     entry: Mapping[str, Any],
-    path: Where,
+    path: _Where,
     part: str,
     template: Template,
-    wrong: list[Problem],
+    wrong: list[_Problem],
 ) -> Iterator[Cell]:
     "The cells of one arm, before any exclusion."
     where = (*path, "arms", arm)
     axes = _axes(block, entry, path, arm)
-    if not check_axes(axes, wrong):
+    if not _check_axes(axes, wrong):
         return
     try:
         seeds = _seeds(block, entry)
@@ -311,7 +308,7 @@ def _arm_cells(
         return
     named = bool(arm) and "arm" in template.parameters
     defaults = block.get("defaults") or {}
-    own = {k: v for k, v in entry.items() if k not in ARM_KEYS}
+    own = {k: v for k, v in entry.items() if k not in _ARM_KEYS}
     base = {**({"arm": str(arm)} if named else {}), **defaults, **own}
     origin = {k: (*path, "defaults", k) for k in defaults}
     origin |= {k: (*where, k) for k in own}
@@ -331,12 +328,12 @@ def _arm_cells(
                 yield Cell(part, str(arm), seed_of, varied, parameters)
 
 # %% ../../nbs/studies/05_study.ipynb #7fdcf5e0
-def expand(
+def _expand(
     block: Mapping[str, Any],  # keys of BLOCK
-    path: Where,  # where the block stands, for errors
+    path: _Where,  # where the block stands, for errors
     part: str,
     template: Template,
-    wrong: list[Problem],  # problems are added here
+    wrong: list[_Problem],  # problems are added here
 ) -> Iterator[Cell]:
     "The cells of one block of a study file."
     arms, rules = block.get("arms") or {"": {}}, block.get("exclude", [])
@@ -356,7 +353,7 @@ def expand(
             continue
         for c in _arm_cells(block, arm, entry, path, part, template, wrong):
             about = {**c.parameters, "arm": arm, "part": part}
-            hits = [matches(rule, about) for rule in rules]
+            hits = [_matches(rule, about) for rule in rules]
             used = [a or b for a, b in zip(used, hits)]
             if not any(hits):
                 yield c
@@ -366,7 +363,7 @@ def expand(
             wrong.append(((*path, "exclude", i), message))
 
 # %% ../../nbs/studies/05_study.ipynb #88758ef6
-def check_axes(axes: Axes, wrong: list[Problem]) -> bool:
+def _check_axes(axes: _Axes, wrong: list[_Problem]) -> bool:
     "Check that grid and zip hold lists that fit together."
     n = len(wrong)
     for kind, entries in axes.items():
@@ -385,7 +382,7 @@ def check_axes(axes: Axes, wrong: list[Problem]) -> bool:
 
 # %% ../../nbs/studies/05_study.ipynb #facb8280
 def _known_arms(
-    names: list[Any], known: Mapping[str, Any], part: Any, wrong: list[Problem]
+    names: list[Any], known: Mapping[str, Any], part: Any, wrong: list[_Problem]
 ) -> dict[str, Any]:
     "The arms that a part lists by name."
     for a in names:
@@ -395,11 +392,11 @@ def _known_arms(
     return {a: known[a] for a in names if a in known}
 
 
-def blocks(
-    data: Mapping[str, Any], wrong: list[Problem]
-) -> Iterator[tuple[dict[str, Any], Where, str]]:
+def _blocks(
+    data: Mapping[str, Any], wrong: list[_Problem]
+) -> Iterator[tuple[dict[str, Any], _Where, str]]:
     "The parts of a study file, each with what it inherits."
-    top = {k: v for k, v in data.items() if k in BLOCK}
+    top = {k: v for k, v in data.items() if k in _BLOCK}
     if not data.get("parts"):
         yield top, (), ""
     defaults, arms = top.get("defaults") or {}, top.get("arms") or {}
@@ -408,7 +405,7 @@ def blocks(
         block["defaults"] = {**defaults, **(part.get("defaults") or {})}
         if isinstance(part.get("arms"), list):
             block["arms"] = _known_arms(part["arms"], arms, name, wrong)
-        where = ("parts", name) if any(k in part for k in BLOCK) else ()
+        where = ("parts", name) if any(k in part for k in _BLOCK) else ()
         yield block, where, str(name)
 
 # %% ../../nbs/studies/05_study.ipynb #a480de02
@@ -427,12 +424,12 @@ class Study:
     analysis: Path | None = None
 
 
-def read_limits(
-    data: Mapping[str, Any], wrong: list[Problem]
+def _read_limits(
+    data: Mapping[str, Any], wrong: list[_Problem]
 ) -> tuple[Limits, float | None]:
     "Limits and estimated time of one run."
-    known = {"wall": SECONDS, "memory": BYTES}
-    entries: dict[Where, Any] = {}
+    known = {"wall": _SECONDS, "memory": _BYTES}
+    entries: dict[_Where, Any] = {}
     for k, v in (data.get("limits") or {}).items():
         entries["limits", k] = v
     if "estimate" in data:
@@ -440,24 +437,24 @@ def read_limits(
     out: dict[str, float] = {}
     for where, v in entries.items():
         k = where[-1]
-        units = SECONDS if k == "estimate" else known.get(k)
+        units = _SECONDS if k == "estimate" else known.get(k)
         try:
             if units is None:
                 raise ValueError(
                     f"unknown limit {k!r}{nearest(str(k), known)}; known: wall,"
                     " memory"
                 )
-            out[k] = quantity(v, units)
+            out[k] = _quantity(v, units)
         except ValueError as e:
             wrong.append((where, str(e)))
     memory = int(out["memory"]) if "memory" in out else None
     return Limits(out.get("wall"), memory), out.get("estimate")
 
 # %% ../../nbs/studies/05_study.ipynb #5255e718
-def report(wrong: list[Problem], lines: Lines, path: Path) -> None:
+def _report(wrong: list[_Problem], lines: _Lines, path: Path) -> None:
     "Raise StudyError if anything is wrong."
 
-    def line(where: Where) -> int:
+    def line(where: _Where) -> int:
         while where not in lines and where:
             where = where[:-1]
         return lines.get(where, 1)
@@ -476,21 +473,21 @@ def read_study(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
-    data, lines = read_yaml(path.read_text(encoding="utf-8"), path.name)
-    wrong = list(check_keys(data))
+    data, lines = _read_yaml(path.read_text(encoding="utf-8"), path.name)
+    wrong = list(_check_keys(data))
     if not wrong and "template" not in data:
         wrong.append(((), "a study needs a 'template'"))
-    report(wrong, lines, path)
+    _report(wrong, lines, path)
     try:
         template = read_template(path.parent / data["template"])
     except (FileNotFoundError, ValueError) as e:
         raise StudyError(f"{path.name}:{lines[('template',)]}: {e}") from None
     cells: dict[str, Cell] = {}
-    for block, where, part in blocks(data, wrong):
-        for cell in expand(block, where, part, template, wrong):
+    for block, where, part in _blocks(data, wrong):
+        for cell in _expand(block, where, part, template, wrong):
             cells.setdefault(cell.hash, cell)
-    limits, estimate = read_limits(data, wrong)
-    report(wrong, lines, path)
+    limits, estimate = _read_limits(data, wrong)
+    _report(wrong, lines, path)
     if not cells:
         raise StudyError(f"{path.name}:1: the study has no runs")
     order = sorted(
@@ -507,10 +504,10 @@ def read_study(
         data.get("record", True),
         path.parent / data["analysis"] if "analysis" in data else None,
     )
-    return override(study, overrides) if overrides else study
+    return _override(study, overrides) if overrides else study
 
 # %% ../../nbs/studies/05_study.ipynb #b71f5081
-def override(
+def _override(
     study: Study,
     given: Mapping[str, Any],  # parameter -> value, for every run
 ) -> Study:

@@ -18,16 +18,15 @@ from ..files import locked, read_json, write_atomic, write_json
 from .identity import Identity, code_parts
 
 # %% auto #0
-__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'IDENTITY', 'significant', 'pack_losses', 'unpack_losses', 'pack_stages',
-           'unpack_stages', 'join_stages', 'arm_label', 'flat', 'tidy_run', 'row_of', 'read_rows', 'rows_text',
-           'row_key', 'CodeVersions', 'Ledger']
+__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'arm_label', 'flat',
+           'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key', 'CodeVersions', 'Ledger']
 
 # %% ../../nbs/studies/06_table.ipynb #bc879c6e
 #: Columns of a table that hold a run's matrix of losses.
 LOSS_COLUMNS = ("loss_rows", "loss_columns", "loss_matrix", "loss_untrained")
 
 
-def significant(x: Any, digits: int = 7) -> Any:
+def _significant(x: Any, digits: int = 7) -> Any:
     "A float with so many significant digits; anything else as it is."
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
@@ -48,7 +47,7 @@ def pack_losses(
     trained = {
         i: str(r.get("trained_domain", i)) for (i, _), r in cells.items()
     }
-    losses = {at: significant(r["loss"]) for at, r in cells.items()}
+    losses = {at: _significant(r["loss"]) for at, r in cells.items()}
     matrix = [[losses.get((i, j)) for j in columns] for i in rows]
     measured = any(x is not None for x in matrix[0])
     return dict(
@@ -85,7 +84,7 @@ def pack_stages(stages: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     "What was measured once a stage, one list for each quantity."
     stages = list(stages)
     return {
-        k: [significant(s.get(k)) for s in stages]
+        k: [_significant(s.get(k)) for s in stages]
         for k in dict.fromkeys(k for s in stages for k in s)
     }
 
@@ -109,7 +108,7 @@ STAGE_COLUMNS: dict[str, str] = {
 }
 
 
-def join_stages(
+def _join_stages(
     stages: Iterable[Mapping[str, Any]],
 ) -> dict[str, float | None]:  # None: not measured
     "What a row takes from the stages of a run."
@@ -193,7 +192,7 @@ def tidy_run(
         row["stages_finished"], row["domains_total"] = matrix.L.shape
     groups = {
         "metric": metrics,
-        "stage": join_stages(result.get("stages") or []),
+        "stage": _join_stages(result.get("stages") or []),
         "identity": result.get("identity") or {},
         "environment": result.get("environment") or {},
     }
@@ -206,7 +205,7 @@ def tidy_run(
 
 # %% ../../nbs/studies/06_table.ipynb #3bc42053
 #: Columns that say which run a row is, first in every table.
-IDENTITY = (
+_IDENTITY = (
     "run_id",
     "study",
     "part",
@@ -239,7 +238,7 @@ def row_of(
         error=error[0][:300] if error else None,
     )
     row = {
-        **{k: about.get(k) for k in IDENTITY},
+        **{k: about.get(k) for k in _IDENTITY},
         **who,
         "stream_hash": identity.stream,
         "code": identity.code,

@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['INTERVAL', 'CHOICES', 'KINDS', 'ENGINE_PARAMETERS', 'Bounds', 'read_range', 'Parameter', 'as_type', 'nearest',
-           'check_value', 'comments_by_line', 'read_parameters', 'CodeCell', 'Template', 'plain_python',
-           'read_template', 'problems', 'resolve']
+__all__ = ['Bounds', 'read_range', 'Parameter', 'nearest', 'CodeCell', 'Template', 'read_template', 'problems', 'resolve']
 
 # %% ../../nbs/studies/02_template.ipynb #ecda6aa2
 #: An interval in a parameter's comment, such as `[0, 1)`.
-INTERVAL = re.compile(
+_INTERVAL = re.compile(
     r"([\[(])\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*,"
     r"\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*([\])])"
 )
 #: Choices in a parameter's comment, such as `{kept, reset}`.
-CHOICES = re.compile(r"\{([^{}]+)\}")
+_CHOICES = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,10 @@ def read_range(
     comment: str,  # a parameter's comment
 ) -> tuple[Bounds | None, tuple[str, ...]]:  # the interval, the allowed words
     "Read the interval or the set of words that a parameter's comment names."
-    choices = CHOICES.search(comment)
+    choices = _CHOICES.search(comment)
     words = choices[1].split(",") if choices else ()
     allowed = tuple(w.strip().strip("'\"") for w in words)
-    interval = INTERVAL.search(comment)
+    interval = _INTERVAL.search(comment)
     if not interval:
         return None, allowed
     left, low, high, right = interval.groups()
@@ -83,7 +81,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def as_type(
+def _as_type(
     value: Any,
     kind: str,  # "int", "float", "str", "bool", "None", "list[str]", "dict", …
 ) -> Any:
@@ -97,7 +95,7 @@ def as_type(
         return value
     if kind.startswith(("list", "tuple")) and isinstance(value, (list, tuple)):
         inner = kind.partition("[")[2].removesuffix("]").removesuffix(", ...")
-        return [as_type(v, inner) if inner else v for v in value]
+        return [_as_type(v, inner) if inner else v for v in value]
     if kind.startswith("dict") and isinstance(value, dict):
         return dict(value)
     raise TypeError(kind)
@@ -110,7 +108,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 # %% ../../nbs/studies/02_template.ipynb #e01041b9
 #: Types of parameters as error messages call them.
-KINDS = {
+_KINDS = {
     "int": "a whole number",
     "float": "a number",
     "str": "text",
@@ -123,16 +121,16 @@ def _typed(p: Parameter, value: Any) -> Any:
     "The value in the first declared type that takes it; raises ValueError."
     for kind in p.types or ("Any",):
         with suppress(TypeError, OverflowError, ValueError):
-            return as_type(value, kind)
-    wanted = " or ".join(KINDS.get(k, k) for k in p.types)
+            return _as_type(value, kind)
+    wanted = " or ".join(_KINDS.get(k, k) for k in p.types)
     given = type(value).__name__
     raise ValueError(
-        f"{p.name}={value!r} is {KINDS.get(given, given)}, but {p.name} takes"
+        f"{p.name}={value!r} is {_KINDS.get(given, given)}, but {p.name} takes"
         f" {wanted}"
     )
 
 # %% ../../nbs/studies/02_template.ipynb #11660350
-def check_value(p: Parameter, value: Any) -> Any:
+def _check_value(p: Parameter, value: Any) -> Any:
     "One value, in the type and range of its parameter; raises ValueError."
     value = _typed(p, value)
     words = [] if value is None or not p.choices else value
@@ -152,7 +150,7 @@ def check_value(p: Parameter, value: Any) -> Any:
     return value
 
 # %% ../../nbs/studies/02_template.ipynb #69134335
-def comments_by_line(source: str) -> dict[int, str]:
+def _comments_by_line(source: str) -> dict[int, str]:
     "The comment that ends each line, without the '#'."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {
@@ -182,11 +180,11 @@ def _read_line(node: ast.stmt) -> tuple[str, tuple[str, ...], Any]:
     return targets[0].id, tuple(t.strip() for t in note.split("|")), default
 
 # %% ../../nbs/studies/02_template.ipynb #d4997c17
-def read_parameters(
+def _read_parameters(
     source: str,  # source of the parameters cell
 ) -> dict[str, Parameter]:
     "Read a parameters cell; raises ValueError for anything but plain values."
-    out, comments = {}, comments_by_line(source)
+    out, comments = {}, _comments_by_line(source)
     for node in ast.parse(source).body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
@@ -199,7 +197,7 @@ def read_parameters(
                 " to a cell of its own"
             ) from None
         comment = comments.get(node.end_lineno or 0, "")
-        help = CHOICES.sub("", INTERVAL.sub("", comment)).strip(" ,;")
+        help = _CHOICES.sub("", _INTERVAL.sub("", comment)).strip(" ,;")
         out[name] = Parameter(name, default, types, help, *read_range(comment))
     return out
 
@@ -222,7 +220,7 @@ class Template:
     cells: tuple[CodeCell, ...] = field(default_factory=tuple)
 
 # %% ../../nbs/studies/02_template.ipynb #0af22e5b
-def plain_python(source: str) -> str:
+def _plain_python(source: str) -> str:
     "Python source of a cell: IPython's magics become calls."
     try:
         ast.parse(source)
@@ -254,9 +252,9 @@ def read_template(path: str | Path) -> Template:
             " needs exactly one"
         )
     try:
-        parameters = read_parameters(tagged[0][1])
+        parameters = _read_parameters(tagged[0][1])
         others = tuple(
-            CodeCell(i, plain_python(s), "cosmetic" in tags)
+            CodeCell(i, _plain_python(s), "cosmetic" in tags)
             for i, s, tags in code
             if i != tagged[0][0] and s.strip()
         )
@@ -268,23 +266,23 @@ def read_template(path: str | Path) -> Template:
 
 # %% ../../nbs/studies/02_template.ipynb #f4d9d5bd
 #: Parameters that the engine sets; they are no part of what a run is.
-ENGINE_PARAMETERS = ("checkpoint",)
+_ENGINE_PARAMETERS = ("checkpoint",)
 
 
 def _problem(template: Template, name: str, value: Any) -> str | None:
     "What is wrong with one given parameter."
-    if name in ENGINE_PARAMETERS:
+    if name in _ENGINE_PARAMETERS:
         return (
             f"{name} is set by the engine: it is a folder inside the run's own;"
             " leave it out"
         )
     if name in template.parameters:
         try:
-            check_value(template.parameters[name], value)
+            _check_value(template.parameters[name], value)
         except ValueError as e:
             return str(e)
         return None
-    known = [n for n in template.parameters if n not in ENGINE_PARAMETERS]
+    known = [n for n in template.parameters if n not in _ENGINE_PARAMETERS]
     return (
         f"{template.path.name} has no parameter"
         f" {name!r}{nearest(name, template.parameters)};"
@@ -304,7 +302,7 @@ def problems(
 def _check_default(p: Parameter) -> Any:
     "The default in its declared type; raises ValueError."
     try:
-        return check_value(p, p.default)
+        return _check_value(p, p.default)
     except ValueError as e:
         raise ValueError(f"the template's own default is wrong: {e}") from None
 
@@ -318,7 +316,7 @@ def resolve(
     if wrong:
         raise ValueError("\n".join(message for _, message in wrong))
     return {
-        n: check_value(p, given[n]) if n in given else _check_default(p)
+        n: _check_value(p, given[n]) if n in given else _check_default(p)
         for n, p in template.parameters.items()
-        if n not in ENGINE_PARAMETERS
+        if n not in _ENGINE_PARAMETERS
     }
