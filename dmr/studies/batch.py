@@ -670,7 +670,7 @@ def _prepare_batch(plan: Plan, todo: list[Planned], local: bool) -> None:
             f" {e}"
         ) from None
 
-
+# %% ../../nbs/studies/08_batch.ipynb #b41d7e03
 def run_batch(
     study: Study,
     project: Project,

@@ -19,7 +19,28 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Bounds', 'read_range', 'Parameter', 'nearest', 'CodeCell', 'Template', 'read_template', 'problems', 'resolve']
+__all__ = ['write_template', 'Bounds', 'read_range', 'Parameter', 'nearest', 'CodeCell', 'Template', 'read_template', 'problems',
+           'resolve']
+
+# %% ../../nbs/studies/02_template.ipynb #f2113839
+def write_template(path: str | Path, *sources: str) -> Path:
+    "Write a notebook of code cells; the first is the parameters cell."
+    cells = [
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            source=source,
+            outputs=[],
+            execution_count=None,
+            metadata=dict(tags=["parameters"][i:]),
+        )
+        for i, source in enumerate(sources)
+    ]
+    kernel = dict(name="python3", language="python", display_name="python3")
+    nb = dict(nbformat=4, nbformat_minor=5, cells=cells)
+    nb["metadata"] = dict(kernelspec=kernel)
+    Path(path).write_text(json.dumps(nb))
+    return Path(path)
 
 # %% ../../nbs/studies/02_template.ipynb #ecda6aa2
 #: An interval in a parameter's comment, such as `[0, 1)`.

@@ -28,6 +28,7 @@ from dmr.studies.plan import make_plan
 from dmr.studies.run import FAILED, KILLED, OK
 from dmr.studies.study import read_study
 from dmr.studies.table import read_rows
+from dmr.studies.template import write_template
 
 STAGES = "seeds: 0..{}\ndefaults: {{mode: stages}}\nlimits: {{wall: 5 min}}\n"
 
@@ -299,7 +300,7 @@ def test_status_after_the_driver_died(tmp_path):
 
 @pytest.mark.slow
 def test_code_that_changes_under_a_batch_stops_it(tmp_path):
-    from tiny import BODY, EMIT, PARAMETERS, notebook
+    from tiny import BODY, EMIT, PARAMETERS
 
     folders = project(tmp_path, STAGES.format(3))
     env = dict(
@@ -308,7 +309,7 @@ def test_code_that_changes_under_a_batch_stops_it(tmp_path):
     )
     batch = dmr(tmp_path, "batch", "tiny", "--workers", "1", **env)
     wait_for(lambda: (tmp_path / "journal.txt").exists())
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY,

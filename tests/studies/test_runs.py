@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import BODY, EMIT, PARAMETERS, notebook, wait_for
+from tiny import BODY, EMIT, PARAMETERS, wait_for
 
 from dmr.files import is_locked, read_json, write_atomic
 from dmr.studies.run import (
@@ -30,13 +30,14 @@ from dmr.studies.run import (
     prepare_run,
     start,
 )
+from dmr.studies.template import write_template
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     "Prepares a run of the tiny template."
     monkeypatch.setenv("DMR_TEST_JOURNAL", str(tmp_path / "journal.txt"))
-    template = notebook(tmp_path / "tiny.ipynb", PARAMETERS, BODY, EMIT)
+    template = write_template(tmp_path / "tiny.ipynb", PARAMETERS, BODY, EMIT)
 
     def made(
         name: str = "run", limits: Limits | None = None, **parameters
@@ -191,7 +192,8 @@ def test_each_way_to_fail(make, mode, limits, state, error):
 @pytest.mark.slow
 def test_a_cell_that_runs_out_of_memory_says_so(make):
     run = make()
-    notebook(Path(run.spec["template"]), PARAMETERS, "bytearray(10**18)", EMIT)
+    too_much = "bytearray(10**18)"
+    write_template(run.spec["template"], PARAMETERS, too_much, EMIT)
     assert launch(run.folder)["state"] == OUT_OF_MEMORY
 
 

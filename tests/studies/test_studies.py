@@ -10,7 +10,7 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BODY, EMIT, PARAMETERS, notebook, project
+from tiny import BODY, EMIT, PARAMETERS, project
 
 from dmr.reporting.results import load_results, results_of
 from dmr.studies.identity import changed_parts, package_folder
@@ -36,6 +36,7 @@ from dmr.studies.table import (
     row_key,
     unpack_losses,
 )
+from dmr.studies.template import write_template
 
 STUDY = "seeds: [0, 1]\narms: {slow: {lr: 1e-3}, fast: {lr: 1e-2}}\n"
 
@@ -208,7 +209,7 @@ def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
 def test_edits_of_the_template(tmp_path, edit, done):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders))
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb", *edit(PARAMETERS, BODY, EMIT)
     )
     assert plan_of(folders).counts() == ({"ok": 4} if done else {"waiting": 4})
@@ -226,7 +227,7 @@ def test_a_new_cell_leaves_the_others_done(tmp_path):
 def test_acceptance_is_one_way_and_needs_a_reason(tmp_path):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders))
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY.replace("0.05", "0.06"),
@@ -237,7 +238,7 @@ def test_acceptance_is_one_way_and_needs_a_reason(tmp_path):
         accept(plan, " ")
     accept(plan, "a pause does not count")
     assert plan_of(folders).counts() == {"ok": 4}
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY.replace("0.05", "0.07"),
@@ -270,7 +271,7 @@ def test_a_later_acceptance_leaves_the_reasons_of_earlier_ones():
 def test_results_of_two_versions_are_never_in_one_table(tmp_path):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders), loss=1.0)
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY + "\nx = 1",
@@ -311,7 +312,7 @@ def test_rows_count_as_done_on_a_new_machine(tmp_path):
     assert [r.get("metrics") for r in results_of(again)] == [
         {"loss": 1.0}
     ] * 3 + [None]
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY + "\nx = 1",
