@@ -51,7 +51,7 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
-
+# %% ../../nbs/studies/08_batch.ipynb #07b4471f
 class _LocalExecutor(ThreadPoolExecutor):
     "Runs in process groups of this machine; `stop` ends them, resumable."
 
@@ -79,7 +79,7 @@ _CARRIED = (
     "done.json",
 )
 
-
+# %% ../../nbs/studies/08_batch.ipynb #ded41c6d
 def _launch_there(
     folder: str,
     spec: Mapping[str, Any],  # run.json
@@ -104,7 +104,7 @@ def _launch_there(
         if (path / n).is_file()
     }
 
-
+# %% ../../nbs/studies/08_batch.ipynb #83748aa4
 def bring_back(folder: Path, files: Mapping[str, bytes]) -> None:
     "Write files that came from another machine, unless they are here already."
     for name in _CARRIED:
@@ -167,7 +167,7 @@ RUN_MEMORY = 800e6  # bytes of one run, until one has been measured
 class Refused(Exception):
     "The batch cannot start; says why and how to mend it."
 
-
+# %% ../../nbs/studies/08_batch.ipynb #b56470fc
 def _measured(plan: Plan, what: str) -> list[float]:  # newest last
     "The `wall_s` or `peak_memory` of a study's finished runs."
     values = []
@@ -194,7 +194,7 @@ def _need_packages() -> None:
             " 'moment-routing[experiments]'"
         )
 
-
+# %% ../../nbs/studies/08_batch.ipynb #f7ce5280
 def _need_disk(project: Project, todo: int) -> None:
     "Refuse if the runs cannot be written, or would fill the disk."
     where = project.runs if project.runs.exists() else project.root
@@ -210,7 +210,7 @@ def _need_disk(project: Project, todo: int) -> None:
             " by --runs"
         )
 
-
+# %% ../../nbs/studies/08_batch.ipynb #31c31695
 def preflight(plan: Plan, todo: int, local: bool = True) -> None:
     "Refuse a batch that cannot succeed; raises Refused."
     _need_packages()
@@ -275,7 +275,7 @@ def _run_seconds(plan: Plan) -> float | None:
     walls = _measured(plan, "wall_s")
     return statistics.median(walls) if walls else plan.study.estimate_s
 
-
+# %% ../../nbs/studies/08_batch.ipynb #255fcfea
 def clock(seconds: float) -> str:
     "A duration to read."
     s = int(round(seconds))
@@ -322,7 +322,7 @@ def _ended_line(label: str, outcome: Mapping[str, Any], count: str) -> str:
     reason = f": {first[0]}" if first and state != OK else ""
     return f"{count}{label}: {state}{took}{reason}{again}"
 
-
+# %% ../../nbs/studies/08_batch.ipynb #c02e692d
 def _bar(n: int, out: Any) -> Any:
     "A bar for n runs, silent where nobody sees it."
     from tqdm import tqdm
@@ -394,7 +394,7 @@ class _Voice:
 _ATTEMPTS = 3  # for runs that were killed
 _DONE, _SOME_FAILED, _UNFINISHED = 0, 1, 3  # exit codes; 2: refused
 
-
+# %% ../../nbs/studies/08_batch.ipynb #97e35355
 @dataclass
 class BatchResult:
     "What came of a batch."
@@ -512,7 +512,7 @@ def _room(w: _Work) -> bool:
     need = _run_memory(w.plan) * (1 + growing)
     return psutil.virtual_memory().available > need
 
-
+# %% ../../nbs/studies/08_batch.ipynb #37ac0ce0
 def _in_budget(w: _Work) -> bool:
     "Whether a run that begins now is likely to end in time."
     one = statistics.median(w.walls) if w.walls else _run_seconds(w.plan) or 0.0
@@ -524,7 +524,7 @@ def _made_elsewhere(p: Planned, state: Mapping[str, Any]) -> bool:
     final = state["state"] in FINAL and p.state["state"] not in FINAL
     return state["state"] == OK or final
 
-
+# %% ../../nbs/studies/08_batch.ipynb #ef46c2b7
 def _hand_out(w: _Work) -> None:
     "Begin the runs that may begin now."
     for entry in list(w.waiting):
@@ -563,7 +563,7 @@ def _record(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
     if w.mirror and ok:
         push(run.folder, w.mirror)
 
-
+# %% ../../nbs/studies/08_batch.ipynb #be217b4c
 def _book(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
     "Write down how a run ended: in the table, for the caller, for the reader."
     w.batch.outcomes[p.name] = outcome
@@ -587,7 +587,7 @@ def _outcome_of(future: Future, p: Planned) -> dict[str, Any]:
         return future.result()
     return dict(run=p.name, state=KILLED, error=repr(error))
 
-
+# %% ../../nbs/studies/08_batch.ipynb #c5b2ca1c
 def _collect(w: _Work) -> None:
     "Wait a moment for runs to end, and decide what follows."
     if not w.running:

@@ -118,7 +118,7 @@ class Found:
             return {}
         return dict(state=self.row["status"], error=self.row["error"] or None)
 
-
+# %% ../../nbs/studies/07_plan.ipynb #7126bc2e
 def _ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
     "Ledger of a study: in results/ if it is recorded, else with its runs."
     if record:
@@ -137,7 +137,7 @@ def _found_in_folder(folder: Path) -> Found | None:
     parts = code_parts(i.cells, i.modules)
     return Found(folder.name, cell, i.stream, code, parts, run=Run(folder))
 
-
+# %% ../../nbs/studies/07_plan.ipynb #293264ca
 def _find_runs(
     study: str, project: Project, record: bool = True
 ) -> Iterator[Found]:
@@ -176,7 +176,7 @@ class Planned:
     def name(self) -> str:
         return self.run.folder.name
 
-
+# %% ../../nbs/studies/07_plan.ipynb #349e74ef
 @dataclass(frozen=True)
 class Plan:
     "A study's cells, each with the state of its run."
@@ -222,7 +222,7 @@ def _rank_of(state: str) -> int:
     order = (OK, RUNNING, *FINAL, KILLED, WAITING)
     return order.index(state) if state in order else len(order)
 
-
+# %% ../../nbs/studies/07_plan.ipynb #4570e2f0
 def _plan_cell(
     cell: Cell,
     identity: Identity,
@@ -313,7 +313,7 @@ def _normal_source(source: str) -> str:
     "Source without comments, in one format."
     return ast.unparse(ast.parse(source)) + "\n"
 
-
+# %% ../../nbs/studies/07_plan.ipynb #a21e1d8e
 def keep_sources(plan: Plan) -> None:
     "Keep the code behind the present hashes, for later comparison."
     folder = plan.project.runs / ".code"
@@ -420,7 +420,7 @@ def _without_cell(found: Found, plan: Plan) -> list[str]:
         out += [f"  {d}" for d in changes if d.startswith("parameter")]
     return out
 
-
+# %% ../../nbs/studies/07_plan.ipynb #f2623040
 def why(
     name: str,  # a run's name or its beginning
     project: Project,
@@ -478,7 +478,7 @@ def about(p: Planned, plan: Plan) -> dict[str, Any]:
         cell=p.cell.hash,
     )
 
-
+# %% ../../nbs/studies/07_plan.ipynb #475d6613
 def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
     "The row of a run that was found."
     if f.row is not None:
@@ -491,7 +491,7 @@ def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
         f.run.result if f.run else None,
     )
 
-
+# %% ../../nbs/studies/07_plan.ipynb #c083ed74
 def shown_state(state: str) -> str:
     "A run's state as a table shows it: without a result it is missing."
     return "missing" if state in PENDING else state
@@ -538,7 +538,7 @@ def choose(
         )
     return out
 
-
+# %% ../../nbs/studies/07_plan.ipynb #0c1fddd8
 def table_rows(plan: Plan, code: str = "current") -> list[dict[str, Any]]:
     "One row for each cell, the missing ones included; see `choose`."
     return [

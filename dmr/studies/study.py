@@ -29,7 +29,7 @@ __all__ = ['StudyError', 'Cell', 'combinations', 'Study', 'read_study', 'Project
 class StudyError(ValueError):
     "A study file that cannot be used; names every problem with its line."
 
-
+# %% ../../nbs/studies/05_study.ipynb #365f5d15
 def _loader(stream: str) -> Any:
     "A safe loader that knows floats without a dot."
     try:
@@ -76,7 +76,7 @@ def _find_lines(node: Any, path: _Where, lines: _Lines, name: str) -> None:
         for i, v in enumerate(node.value):
             _find_lines(v, (*path, i), lines, name)
 
-
+# %% ../../nbs/studies/05_study.ipynb #b5a45c65
 def _read_yaml(
     text: str,
     name: str = "study",  # shown in errors
@@ -191,7 +191,7 @@ def _check_block(
             wanted = " or ".join(_NAMES[t] for t in keys[k])
             yield (*path, k), f"{k} takes {wanted}, not {v!r}"
 
-
+# %% ../../nbs/studies/05_study.ipynb #ecd0d29a
 def _check_keys(data: Any) -> Iterator[_Problem]:
     "Check names and types of a study file's entries."
     yield from _check_block(data, (), _KEYS)
@@ -276,6 +276,24 @@ def _axes(
             axes[kind][k] = (v, (*path, "arms", arm, kind, k))
     return axes
 
+# %% ../../nbs/studies/05_study.ipynb #88758ef6
+def _check_axes(axes: _Axes, wrong: list[_Problem]) -> bool:
+    "Check that grid and zip hold lists that fit together."
+    n = len(wrong)
+    for kind, entries in axes.items():
+        for k, (v, where) in entries.items():
+            if not isinstance(v, list) or not v:
+                message = f"{kind} takes a list of values for {k!r}, not {v!r}"
+                wrong.append((where, message))
+    zipped = axes["zip"]
+    lengths = {k: len(v) for k, (v, _) in zipped.items() if isinstance(v, list)}
+    if len(set(lengths.values())) > 1:
+        where = next(iter(zipped.values()))[1]
+        wrong.append((where, f"the lists of zip differ in length: {lengths}"))
+    for k in axes["grid"].keys() & zipped.keys():
+        wrong.append((zipped[k][1], f"{k!r} stands in grid and in zip"))
+    return len(wrong) == n
+
 # %% ../../nbs/studies/05_study.ipynb #e9d20f16
 def _seeds(
     block: Mapping[str, Any], entry: Mapping[str, Any]
@@ -285,7 +303,7 @@ def _seeds(
     given = "seeds" in entry or "seeds" in block
     return list(_read_seeds(value)) if given else [None]
 
-
+# %% ../../nbs/studies/05_study.ipynb #febf2145
 def _arm_cells(
     block: Mapping[str, Any],
     arm: Any,
@@ -362,24 +380,6 @@ def _expand(
             message = f"this exclusion meets no run: {rule!r}"
             wrong.append(((*path, "exclude", i), message))
 
-# %% ../../nbs/studies/05_study.ipynb #88758ef6
-def _check_axes(axes: _Axes, wrong: list[_Problem]) -> bool:
-    "Check that grid and zip hold lists that fit together."
-    n = len(wrong)
-    for kind, entries in axes.items():
-        for k, (v, where) in entries.items():
-            if not isinstance(v, list) or not v:
-                message = f"{kind} takes a list of values for {k!r}, not {v!r}"
-                wrong.append((where, message))
-    zipped = axes["zip"]
-    lengths = {k: len(v) for k, (v, _) in zipped.items() if isinstance(v, list)}
-    if len(set(lengths.values())) > 1:
-        where = next(iter(zipped.values()))[1]
-        wrong.append((where, f"the lists of zip differ in length: {lengths}"))
-    for k in axes["grid"].keys() & zipped.keys():
-        wrong.append((zipped[k][1], f"{k!r} stands in grid and in zip"))
-    return len(wrong) == n
-
 # %% ../../nbs/studies/05_study.ipynb #facb8280
 def _known_arms(
     names: list[Any], known: Mapping[str, Any], part: Any, wrong: list[_Problem]
@@ -391,7 +391,7 @@ def _known_arms(
             wrong.append((("parts", part, "arms"), message))
     return {a: known[a] for a in names if a in known}
 
-
+# %% ../../nbs/studies/05_study.ipynb #7db89da7
 def _blocks(
     data: Mapping[str, Any], wrong: list[_Problem]
 ) -> Iterator[tuple[dict[str, Any], _Where, str]]:
@@ -423,7 +423,7 @@ class Study:
     record: bool = True
     analysis: Path | None = None
 
-
+# %% ../../nbs/studies/05_study.ipynb #b9cd28fd
 def _read_limits(
     data: Mapping[str, Any], wrong: list[_Problem]
 ) -> tuple[Limits, float | None]:
@@ -540,7 +540,7 @@ class Project:
     results: Path
     studies: Path
 
-
+# %% ../../nbs/studies/05_study.ipynb #686d468e
 def find_project(
     start: str | Path | None = None,  # a folder inside it; None: the current
     runs: str | Path | None = None,  # None: runs/ in the project

@@ -30,7 +30,7 @@ def _significant(x: Any, digits: int = 7) -> Any:
     "A float with so many significant digits; anything else as it is."
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
-
+# %% ../../nbs/studies/06_table.ipynb #843882a9
 def pack_losses(
     # a run's records: stage, domain, trained_domain, eval_domain, loss
     records: Iterable[Mapping[str, Any]],
@@ -279,7 +279,7 @@ def rows_text(rows: Iterable[Mapping[str, Any]]) -> str:
     )
     return out.getvalue()
 
-
+# %% ../../nbs/studies/06_table.ipynb #b43c5017
 def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
     "What makes two rows the same run."
     return tuple(str(row.get(k) or "") for k in ("cell", "stream_hash", "code"))

@@ -25,7 +25,7 @@ __all__ = ['write_template', 'Bounds', 'read_range', 'Parameter', 'nearest', 'Co
 # %% ../../nbs/studies/02_template.ipynb #f2113839
 def write_template(path: str | Path, *sources: str) -> Path:
     "Write a notebook of code cells; the first is the parameters cell."
-    cells = [
+    cells: list[dict[str, Any]] = [
         dict(
             cell_type="code",
             id=f"c{i}",
@@ -37,8 +37,8 @@ def write_template(path: str | Path, *sources: str) -> Path:
         for i, source in enumerate(sources)
     ]
     kernel = dict(name="python3", language="python", display_name="python3")
-    nb = dict(nbformat=4, nbformat_minor=5, cells=cells)
-    nb["metadata"] = dict(kernelspec=kernel)
+    meta = dict(kernelspec=kernel)
+    nb = dict(nbformat=4, nbformat_minor=5, metadata=meta, cells=cells)
     Path(path).write_text(json.dumps(nb))
     return Path(path)
 
