@@ -172,13 +172,26 @@ def _check_value(p: Parameter, value: Any) -> Any:
 
 # %% ../../nbs/studies/02_template.ipynb #69134335
 def _comments_by_line(source: str) -> dict[int, str]:
-    "The comment that ends each line, without the '#'."
+    "The comment on each line, without the '#'."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {
         t.start[0]: t.string.lstrip("# ").rstrip()
         for t in tokens
         if t.type == tokenize.COMMENT
     }
+
+
+def _comment_of(
+    node: ast.stmt,
+    comments: dict[int, str],  # of all lines
+    ends: set[int],  # lines on which a statement ends
+) -> str:
+    "The comment at a statement's end, after those on the lines right above."
+    said, line = [comments.get(node.end_lineno or 0, "")], node.lineno - 1
+    while line in comments and line not in ends:
+        said.insert(0, comments[line])
+        line -= 1
+    return " ".join(filter(None, said))
 
 # %% ../../nbs/studies/02_template.ipynb #3a63c5d8
 def _read_line(node: ast.stmt) -> tuple[str, tuple[str, ...], Any]:
@@ -206,7 +219,9 @@ def _read_parameters(
 ) -> dict[str, Parameter]:
     "Read a parameters cell; raises ValueError for anything but plain values."
     out, comments = {}, _comments_by_line(source)
-    for node in ast.parse(source).body:
+    body = ast.parse(source).body
+    ends = {node.end_lineno or 0 for node in body}
+    for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         try:
@@ -217,7 +232,7 @@ def _read_parameters(
                 f" {ast.unparse(node)!r}, is not 'name = plain value'; move it"
                 " to a cell of its own"
             ) from None
-        comment = comments.get(node.end_lineno or 0, "")
+        comment = _comment_of(node, comments, ends)
         help = _CHOICES.sub("", _INTERVAL.sub("", comment)).strip(" ,;")
         out[name] = Parameter(name, default, types, help, *read_range(comment))
     return out

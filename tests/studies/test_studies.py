@@ -36,7 +36,7 @@ from dmr.studies.table import (
     row_key,
     unpack_losses,
 )
-from dmr.studies.template import write_template
+from dmr.studies.template import read_template, write_template
 
 STUDY = "seeds: [0, 1]\narms: {slow: {lr: 1e-3}, fast: {lr: 1e-2}}\n"
 
@@ -389,3 +389,20 @@ def test_a_plan_over_a_thousand_finished_runs_is_fast(tmp_path):
         times.append(time.process_time() - begin)
     assert plan.counts() == {"ok": 1000}
     assert min(times) < 2
+
+
+def test_a_comment_may_stand_above_its_parameter(tmp_path):
+    cell = """\
+# decay of the second moment; the horizon is
+# steps * (1 - beta2), [0, 1)
+beta2 = 0.95
+sizes = [  # one a layer
+    8,  # the first
+]
+rank = 8  # directions, [1, inf)
+"""
+    path = write_template(tmp_path / "t.ipynb", cell, "print(beta2)")
+    found = read_template(path).parameters
+    text = "decay of the second moment; the horizon is steps * (1 - beta2)"
+    assert found["beta2"].help == text and 1.0 not in found["beta2"].interval
+    assert found["sizes"].help == "" and found["rank"].help == "directions"
