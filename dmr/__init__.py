@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dmr.routing.step import ROUTINGS
     from dmr.text.load import load_stream
     from dmr.routing.strength import Fixed, OverlapAware, Strength
-    from dmr.studies.study import load_results
+    from dmr.reporting.results import load_results
     from dmr.theory import inflation
     from dmr.frameworks.trainer import RouterCallback
 
@@ -44,7 +44,7 @@ _HOME = {
     "Dense": "routing.modification",
     "inflation": "theory",
     "load_stream": "text.load",
-    "load_results": "studies.study",
+    "load_results": "reporting.results",
     "build_model": "training.model",
     "load_pretrained": "training.pretrained",
     "route_lora": "frameworks.lora",
@@ -107,7 +107,7 @@ _MOVED: dict[str, tuple[str, ...]] = {
         for old in "lora callbacks trainer lightning".split()
     },
     "probes": ("routing.probes",),
-    "families": ("methods.registry",),
+    "families": ("methods.registry", "training.config"),
     "streams": ("text.stream", "text.sources", "text.archive", "text.load"),
     "synthetic": ("text.synthetic",),
     "model": ("training.model",),
@@ -117,9 +117,13 @@ _MOVED: dict[str, tuple[str, ...]] = {
     "statistics": ("reporting.statistics",),
     "figures": ("reporting.figures",),
     "report": ("reporting.report",),
-    "routing": ("routing.router",),
-    "training": ("training.loop",),
-    "studies": ("studies.study",),
+    "routing": (
+        "routing.router",
+        "routing.step",
+        "routing.inflation",
+    ),
+    "training": ("training.config", "training.loop"),
+    "studies": ("studies.study", "reporting.results"),
 }
 
 

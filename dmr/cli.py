@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmr.studies.batch import Batch
+    from dmr.studies.batch import BatchResult
     from dmr.studies.study import Project, Study
 
 # %% auto #0
@@ -90,7 +90,7 @@ def batch(args: argparse.Namespace) -> int:
 
 def run_study(
     args: argparse.Namespace, study: Study, project: Project
-) -> Batch:
+) -> BatchResult:
     "Make a study's missing runs with the options of the command line."
     from dmr.studies.batch import run_batch
 
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     return done.exit_code
 
 
-def tell_one(done: Batch, args: argparse.Namespace) -> int:
+def tell_one(done: BatchResult, args: argparse.Namespace) -> int:
     "Say what came of a single run."
     planned = done.plan.runs[0]
     folder = (
@@ -162,7 +162,8 @@ def write_report(
     """Table, figures and HTML of a study, and its analysis notebook if it has
     one.
     """
-    from dmr.studies.plan import make_plan, results_of
+    from dmr.reporting.results import results_of
+    from dmr.studies.plan import make_plan
     from dmr.reporting.report import write_report as write
 
     folder = project.runs / study.name / "report"

@@ -5,7 +5,6 @@
 # %% ../nbs/studies/01_files.ipynb #c801814b
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -16,18 +15,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout, lock_descriptor
+
 # %% auto #0
-__all__ = ['write_atomic', 'sync_folder', 'write_json', 'read_json', 'Busy', 'locked', 'is_locked', 'write_checkpoint',
+__all__ = ['sync_folder', 'write_atomic', 'write_json', 'read_json', 'Busy', 'locked', 'is_locked', 'write_checkpoint',
            'read_checkpoint']
 
+# %% ../nbs/studies/01_files.ipynb #66205539
+def sync_folder(folder: Path) -> None:
+    "Force a folder's list of names to disk."
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 # %% ../nbs/studies/01_files.ipynb #e148e32b
-def write_atomic(
-    path: str | Path,
-    data: str | bytes | memoryview,
-) -> None:
-    """Write a file whole or not at all; raises OSError (a full disk) and then
-    leaves what was there.
-    """
+def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
+    "Write a file whole or not at all; raises OSError, such as for a full disk."
     path = Path(path)
     part = path.with_name(
         f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -44,15 +49,6 @@ def write_atomic(
             part.unlink()
         raise
 
-
-def sync_folder(folder: Path) -> None:
-    "Force a folder's list of names to disk."
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
 # %% ../nbs/studies/01_files.ipynb #3b7b4ccd
 def write_json(path: str | Path, value: Any) -> None:
     "Write plain data as JSON, whole or not at all."
@@ -66,67 +62,56 @@ def read_json(path: str | Path) -> Any:
     except (OSError, ValueError):
         return None
 
-# %% ../nbs/studies/01_files.ipynb #fcd6555a
+# %% ../nbs/studies/01_files.ipynb #63d836f9
 class Busy(Exception):
     "Another live process holds the lock."
 
 
+def _lock_file(path: str | Path) -> Path:
+    "The file that is locked: `.lock` in a folder, else the path itself."
+    return Path(path, ".lock") if os.path.isdir(path) else Path(path)
+
+# %% ../nbs/studies/01_files.ipynb #fcd6555a
 @contextmanager
 def locked(
-    path: str | Path,  # a file (made if missing) or a folder
+    path: str | Path,  # a folder, or a file for the lock alone
     wait: float = 0.0,  # seconds to wait for the holder; inf: for ever
 ) -> Iterator[None]:
-    """Hold the lock of a path; raises Busy where another process keeps it
-    longer than `wait`.
-    """
-    import fcntl
-
-    end = time.monotonic() + wait
-    fd = (
-        os.open(path, os.O_RDONLY)
-        if os.path.isdir(path)
-        else os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    "Hold the lock of a path; raises Busy if another keeps it beyond `wait`."
+    lock = FileLock(
+        _lock_file(path), wait, poll_interval=0.05, fallback_to_soft=False
     )
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                if time.monotonic() >= end:
-                    raise Busy(f"{path} is locked by another process") from None
-                time.sleep(0.05)
+        lock.acquire()
+    except Timeout:
+        raise Busy(f"{path} is locked by another process") from None
+    try:
         yield
     finally:
-        os.close(fd)
+        lock.release()
 
 # %% ../nbs/studies/01_files.ipynb #c8b6af5e
 def is_locked(path: str | Path) -> bool:
-    "Whether a live process holds the lock of a file."
-    import fcntl
-
+    "Whether a live process holds the lock of a path; changes nothing."
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(_lock_file(path), os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
+        for pause in (0.01, 0.01, 0.0):
+            if lock_descriptor(fd, blocking=False):
+                return False
+            time.sleep(pause)
         return True
     finally:
         os.close(fd)
 
 # %% ../nbs/studies/01_files.ipynb #51f1adf2
 def write_checkpoint(
-    path: Path,  # file
+    path: Path,
     state: dict,  # tensors, numbers, text; nested
 ) -> None:
-    """Write atomically: the file is the old one or the new one, whatever
-    happens.
-    """
+    "Write a checkpoint whole or not at all; makes its folder."
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,13 +119,9 @@ def write_checkpoint(
     torch.save(state, data)
     write_atomic(path, data.getbuffer())
 
-
-def read_checkpoint(
-    path: Path,  # file
-) -> dict | None:  # None: there is none
-    """Read what `write_checkpoint` wrote. Raises ValueError where the file is
-    damaged.
-    """
+# %% ../nbs/studies/01_files.ipynb #ddb67f36
+def read_checkpoint(path: Path) -> dict | None:
+    "Read a checkpoint; None if there is none. Raises ValueError if damaged."
     if not path.exists():
         return None
     import torch

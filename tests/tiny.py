@@ -2,16 +2,18 @@
 made of it.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from dmr.studies.template import write_template
+
 PARAMETERS = """\
 lr = 1e-3                          # learning rate, (0, inf)
-mode = "plain"                     # what the run does, {plain, raise, die, hang, greedy, stages}
+# what the run does
+mode = "plain"                     # {plain, raise, die, hang, greedy, stages}
 seed = 0                           # [0, inf)
 arm = ""                           # a label
 checkpoint: "Optional[str]" = None  # folder, set by the engine
@@ -32,7 +34,8 @@ if mode == "greedy":
         heap.append(bytearray(60_000_000)); time.sleep(0.05)
     time.sleep(600)
 done = []
-if mode == "stages":  # four stages of half a second; each leaves a checkpoint and a line in a journal
+# four stages of half a second; each leaves a checkpoint and a line in a journal
+if mode == "stages":
     kept = Path(checkpoint) / "done.txt"
     done = kept.read_text().split() if kept.exists() else []
     for stage in range(len(done), 4):
@@ -40,39 +43,15 @@ if mode == "stages":  # four stages of half a second; each leaves a checkpoint a
             f.write(f"{arm}-{seed} {stage} {os.getpid()}\\n")
         time.sleep(0.5)
         done.append(str(stage))
-        part = kept.with_suffix(".tmp"); part.write_text(" ".join(done)); os.replace(part, kept)
+        part = kept.with_suffix(".tmp"); part.write_text(" ".join(done))
+        os.replace(part, kept)
 """
 EMIT = """\
 from IPython.display import display
-display({"application/vnd.dmr.result+json": dict(schema=1, metrics=dict(loss=lr * 10 + seed, stages=len(done)))}, raw=True)
+metrics = dict(loss=lr * 10 + seed, stages=len(done))
+result = dict(schema=1, metrics=metrics)
+display({"application/vnd.dmr.result+json": result}, raw=True)
 """
-
-
-def notebook(path: Path, *cells: str) -> Path:
-    "A notebook whose first cell is the parameters cell."
-    kernel = dict(name="python3", language="python", display_name="python3")
-    made = [
-        dict(
-            cell_type="code",
-            id=f"c{i}",
-            source=c,
-            outputs=[],
-            execution_count=None,
-            metadata=dict(tags=["parameters"][i:]),
-        )
-        for i, c in enumerate(cells)
-    ]
-    path.write_text(
-        json.dumps(
-            dict(
-                nbformat=4,
-                nbformat_minor=5,
-                metadata=dict(kernelspec=kernel),
-                cells=made,
-            )
-        )
-    )
-    return path
 
 
 def project(
@@ -85,7 +64,7 @@ def project(
     from dmr.studies.study import find_project
 
     (root / "nbs/experiments/studies").mkdir(parents=True, exist_ok=True)
-    notebook(root / "nbs/experiments/tiny.ipynb", *cells)
+    write_template(root / "nbs/experiments/tiny.ipynb", *cells)
     (root / f"nbs/experiments/studies/{name}.yaml").write_text(
         "template: ../tiny.ipynb\n" + study
     )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import is_locked, write_atomic, write_json
 from .identity import Identity
 from .mirror import pull, push
 from dmr.studies.plan import (
@@ -32,32 +33,26 @@ from dmr.studies.plan import (
     make_plan,
     prepare_planned,
     row_of_found,
+    stream_options,
     write_plan,
 )
-from dmr.studies.run import (
-    FINAL,
-    KILLED,
-    OK,
-    RUNNING,
-    WAITING,
-    Run,
-    is_locked,
-    launch,
-    write_atomic,
-    write_json,
-)
+from .run import FINAL, KILLED, OK, PENDING, RUNNING, Run, launch
 from .study import Project, Study
 from .table import row_key, row_of
 
 # %% auto #0
-__all__ = ['CARRIED', 'DISK_FLOOR', 'RUN_DISK', 'RUN_MEMORY', 'ATTEMPTS', 'DONE', 'SOME_FAILED', 'REFUSED', 'UNFINISHED', 'OPEN',
-           'LocalExecutor', 'cores', 'launch_there', 'bring_back', 'DaskExecutor', 'Refused', 'measured', 'run_memory',
-           'preflight', 'need_devices', 'need_streams', 'run_seconds', 'clock', 'describe', 'Voice', 'Batch',
-           'runs_to_make', 'stoppable', 'Work', 'room', 'in_budget', 'hand_out', 'collect', 'book', 'drive',
-           'book_earlier', 'run_batch']
+__all__ = ['RUN_MEMORY', 'cores', 'bring_back', 'Refused', 'preflight', 'need_devices', 'clock', 'describe', 'BatchResult',
+           'runs_to_make', 'run_batch']
 
 # %% ../../nbs/studies/08_batch.ipynb #42b26d15
-class LocalExecutor(ThreadPoolExecutor):
+def cores() -> int:
+    "Processor cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+# %% ../../nbs/studies/08_batch.ipynb #07b4471f
+class _LocalExecutor(ThreadPoolExecutor):
     "Runs in process groups of this machine; `stop` ends them, resumable."
 
     def __init__(self, workers: int):
@@ -73,70 +68,51 @@ class LocalExecutor(ThreadPoolExecutor):
     def stop(self) -> None:
         self.halt.set()
 
-
-def cores() -> int:
-    "Processor cores that this process may use."
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
-
 # %% ../../nbs/studies/08_batch.ipynb #b49967a0
-CARRIED = (
+#: Files that a run brings back from another machine, in this order.
+_CARRIED = (
     "output.ipynb",
     "failed.ipynb",
     "result.json",
     "state.json",
     "log.txt",
     "done.json",
-)  # in this order: the marker last
+)
 
-
-def launch_there(
+# %% ../../nbs/studies/08_batch.ipynb #ded41c6d
+def _launch_there(
     folder: str,
     spec: Mapping[str, Any],  # run.json
 ) -> tuple[dict[str, Any], dict[str, bytes]]:  # outcome, compressed files
-    """Execute a run on another machine; a working folder of that machine is
-    used where the given one cannot be made.
-    """
+    "Execute a run on another machine, in a folder of its own if it must."
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:
         import tempfile
 
-        path = (
-            Path(tempfile.gettempdir())
-            / "dmr-runs"
-            / path.parent.name
-            / path.name
-        )
+        runs = Path(tempfile.gettempdir()) / "dmr-runs"
+        path = runs / path.parent.name / path.name
         path.mkdir(parents=True, exist_ok=True)
     if not (path / "run.json").exists():
-        write_json(
-            path / "run.json",
-            {
-                **spec,
-                "cwd": spec["cwd"] if Path(spec["cwd"]).is_dir() else str(path),
-            },
-        )
+        cwd = spec["cwd"] if Path(spec["cwd"]).is_dir() else str(path)
+        write_json(path / "run.json", {**spec, "cwd": cwd})
     outcome = launch(path)
     return outcome, {
         n: zlib.compress((path / n).read_bytes())
-        for n in CARRIED
+        for n in _CARRIED
         if (path / n).is_file()
     }
 
-
+# %% ../../nbs/studies/08_batch.ipynb #83748aa4
 def bring_back(folder: Path, files: Mapping[str, bytes]) -> None:
     "Write files that came from another machine, unless they are here already."
-    for name in CARRIED:
+    for name in _CARRIED:
         if name in files and not (folder / name).exists():
             write_atomic(folder / name, zlib.decompress(files[name]))
 
 # %% ../../nbs/studies/08_batch.ipynb #faab8ef3
-class DaskExecutor:
+class _DaskExecutor:
     "Runs on the workers of a dask.distributed cluster."
 
     def __init__(self, address: str):
@@ -155,37 +131,21 @@ class DaskExecutor:
         self.pool = self.client.get_executor(pure=False, retries=2)
 
     def slots(self) -> int:
-        return max(
-            1,
-            sum(
-                w["nthreads"]
-                for w in self.client.scheduler_info(n_workers=-1)[
-                    "workers"
-                ].values()
-            ),
-        )
+        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        return max(1, sum(w["nthreads"] for w in workers.values()))
 
     def start_run(self, folder: Path) -> Future:
-        inner = self.pool.submit(launch_there, str(folder), Run(folder).spec)
+        inner = self.pool.submit(_launch_there, str(folder), Run(folder).spec)
         outer: Future = Future()
 
         def hand_on(done: Future) -> None:
             try:
                 outcome, files = done.result()
                 bring_back(folder, files)
-                outer.set_result(outcome)
-            # the cluster lost the run: a worker was killed too often, or the
-            # scheduler died
             except BaseException as e:
-                outer.set_result(
-                    dict(
-                        run=folder.name,
-                        state=KILLED,
-                        error=(
-                            f"the cluster lost the run: {type(e).__name__}: {e}"
-                        ),
-                    )
-                )
+                error = f"the cluster lost the run: {type(e).__name__}: {e}"
+                outcome = dict(run=folder.name, state=KILLED, error=error)
+            outer.set_result(outcome)
 
         inner.add_done_callback(hand_on)
         return outer
@@ -199,68 +159,65 @@ class DaskExecutor:
         self.client.close()
 
 # %% ../../nbs/studies/08_batch.ipynb #7f83deb7
-DISK_FLOOR = 200e6  # bytes that stay free
-RUN_DISK = 5e6  # bytes of one run, until one has been measured
+_DISK_FLOOR = 200e6  # bytes that stay free
+_RUN_DISK = 5e6  # bytes of one run, until one has been measured
 RUN_MEMORY = 800e6  # bytes of one run, until one has been measured
 
 
 class Refused(Exception):
     "The batch cannot start; says why and how to mend it."
 
-
-def measured(plan: Plan, what: str) -> list[float]:  # newest last
-    """A number that finished runs of this study left in their markers or rows:
-    wall_s or peak_memory.
-    """
-    done = [p for p in plan.runs if p.state["state"] == OK]
-    values = [
-        p.state.get(what)
-        or (p.found.row.get(what) if p.found and p.found.row else None)
-        for p in done
-    ]
+# %% ../../nbs/studies/08_batch.ipynb #b56470fc
+def _measured(plan: Plan, what: str) -> list[float]:  # newest last
+    "The `wall_s` or `peak_memory` of a study's finished runs."
+    values = []
+    for p in plan.runs:
+        if p.state["state"] == OK:
+            row = (p.found and p.found.row) or {}
+            values.append(p.state.get(what) or row.get(what))
     return [float(v) for v in values if v]
 
 
-def run_memory(plan: Plan) -> float:  # bytes
-    """Memory to set aside for one run: the most that one took so far, else its
-    limit, else a guess.
-    """
-    return (
-        max(measured(plan, "peak_memory"), default=0.0)
-        or plan.study.limits.memory_bytes
-        or RUN_MEMORY
-    )
+def _run_memory(plan: Plan) -> float:  # bytes
+    "Memory to set aside for one run: measured, else its limit, else a guess."
+    most = max(_measured(plan, "peak_memory"), default=0.0)
+    return most or plan.study.limits.memory_bytes or RUN_MEMORY
 
-
-def preflight(plan: Plan, todo: int, local: bool = True) -> None:
-    "Refuse a batch that cannot succeed; raises Refused."
-    import psutil
-
-    missing = [
-        m
-        for m in ("papermill", "ipykernel", "psutil")
-        if importlib.util.find_spec(m) is None
-    ]
+# %% ../../nbs/studies/08_batch.ipynb #c950adab
+def _need_packages() -> None:
+    "Refuse if what executes notebooks is not installed."
+    names = ("papermill", "ipykernel", "psutil")
+    missing = [m for m in names if importlib.util.find_spec(m) is None]
     if missing:
         raise Refused(
             f"{', '.join(missing)} not installed: pip install"
             " 'moment-routing[experiments]'"
         )
-    where = (
-        plan.project.runs if plan.project.runs.exists() else plan.project.root
-    )
+
+# %% ../../nbs/studies/08_batch.ipynb #f7ce5280
+def _need_disk(project: Project, todo: int) -> None:
+    "Refuse if the runs cannot be written, or would fill the disk."
+    where = project.runs if project.runs.exists() else project.root
     if not os.access(where, os.W_OK):
         raise Refused(
             f"{where} cannot be written to; give another folder by --runs"
         )
-    free, need = shutil.disk_usage(where).free, DISK_FLOOR + RUN_DISK * todo
+    free, need = shutil.disk_usage(where).free, _DISK_FLOOR + _RUN_DISK * todo
     if free < need:
         raise Refused(
             f"{todo} runs need about {need / 1e6:.0f} MB in {where},"
             f" {free / 1e6:.0f} MB are free; make room or give another folder"
             " by --runs"
         )
-    memory, one = psutil.virtual_memory().available, run_memory(plan)
+
+# %% ../../nbs/studies/08_batch.ipynb #31c31695
+def preflight(plan: Plan, todo: int, local: bool = True) -> None:
+    "Refuse a batch that cannot succeed; raises Refused."
+    _need_packages()
+    _need_disk(plan.project, todo)
+    import psutil
+
+    memory, one = psutil.virtual_memory().available, _run_memory(plan)
     if local and memory < one:
         raise Refused(
             f"one run needs about {one / 1e9:.1f} GB of memory,"
@@ -268,143 +225,131 @@ def preflight(plan: Plan, todo: int, local: bool = True) -> None:
             " elsewhere"
         )
 
-
+# %% ../../nbs/studies/08_batch.ipynb #a2de33fd
 def need_devices(todo: list[Planned]) -> None:
-    """Make sure that this machine has the devices that the runs to come name;
-    raises Refused.
-    """
+    "Refuse if runs name a GPU that is not here; raises Refused."
     accelerated = [
         p
         for p in todo
         if str(p.cell.parameters.get("device", "cpu")).startswith("cuda")
     ]
-    if accelerated:
-        import torch
+    if not accelerated:
+        return
+    import torch
 
-        if not torch.cuda.is_available():
-            name = accelerated[0].cell.parameters["device"]
-            raise Refused(
-                f"{len(accelerated)} of {len(todo)} runs name device={name!r},"
-                " and torch finds no GPU here; start the batch on a machine"
-                " that has one, or take the processor: -p device cpu (those"
-                " are then runs of their own)"
-            )
+    if not torch.cuda.is_available():
+        name = accelerated[0].cell.parameters["device"]
+        raise Refused(
+            f"{len(accelerated)} of {len(todo)} runs name device={name!r}, and"
+            " torch finds no GPU here; start the batch on a machine that has"
+            " one, or take the processor: -p device cpu (those are then runs of"
+            " their own)"
+        )
 
-
-def need_streams(plan: Plan, todo: list[Planned]) -> None:
-    """Make sure that the streams of the runs to come are here, and are the text
-    that the plan speaks of; raises Refused.
-    """
-    specs = {
-        json.dumps(
-            [p.cell.parameters.get(k) for k in ("stream", "cap", "domains")]
-        ): p
-        for p in todo
-        if p.identity.stream
-    }
-    for p in specs.values():
+# %% ../../nbs/studies/08_batch.ipynb #47d220e2
+def _need_streams(plan: Plan, todo: list[Planned]) -> None:
+    "Refuse if a stream is not to be had, or is another text; raises Refused."
+    each = {}
+    for p in todo:
+        if p.identity.stream:
+            given = p.cell.parameters
+            each[json.dumps([given["stream"], stream_options(given)])] = p
+    for p in each.values():
         from dmr.text.load import load_stream
 
-        arguments = {
-            k: p.cell.parameters[k]
-            for k in ("cap", "domains")
-            if k in p.cell.parameters
-        }
+        name = p.cell.parameters["stream"]
         try:
-            stream = load_stream(p.cell.parameters["stream"], **arguments)
+            stream = load_stream(name, **stream_options(p.cell.parameters))
         except (ValueError, OSError) as e:
-            raise Refused(
-                f"stream {p.cell.parameters['stream']!r}: {e}"
-            ) from None
+            raise Refused(f"stream {name!r}: {e}") from None
         if stream.hash != p.identity.stream:
             (plan.project.runs / "streams.json").unlink(missing_ok=True)
             raise Refused(
-                f"stream {p.cell.parameters['stream']!r} is not the text that"
-                " it was; start again to plan with the new text"
+                f"stream {name!r} is not the text that it was; start again to"
+                " plan with the new text"
             )
 
 # %% ../../nbs/studies/08_batch.ipynb #33417c4c
-def run_seconds(plan: Plan) -> float | None:
-    """Time of one run: the median of those measured, else the study's estimate;
-    None if neither is known.
-    """
-    walls = measured(plan, "wall_s")
+def _run_seconds(plan: Plan) -> float | None:
+    "Time of one run, measured or the study's estimate; None: not known."
+    walls = _measured(plan, "wall_s")
     return statistics.median(walls) if walls else plan.study.estimate_s
 
-
+# %% ../../nbs/studies/08_batch.ipynb #255fcfea
 def clock(seconds: float) -> str:
     "A duration to read."
     s = int(round(seconds))
-    return (
-        f"{s} s"
-        if s < 100
-        else (
-            f"{s // 60} min {s % 60:02d} s"
-            if s < 3600
-            else f"{s // 3600} h {s % 3600 // 60:02d} min"
-        )
-    )
+    if s < 100:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
 
-
+# %% ../../nbs/studies/08_batch.ipynb #152254cb
 def describe(plan: Plan, todo: list[Planned], slots: int) -> list[str]:
     "The plan in words, for --dry-run."
-    counts = plan.counts()
-    states = ", ".join(f"{n} {state}" for state, n in sorted(counts.items()))
-    out = [
-        f"{plan.study.name}: {len(plan.runs)} runs, {states}; {len(todo)} to"
-        " make"
-    ]
+    counts = sorted(plan.counts().items())
+    states = ", ".join(f"{n} {state}" for state, n in counts)
+    name, n = plan.study.name, len(plan.runs)
+    out = [f"{name}: {n} runs, {states}; {len(todo)} to make"]
     redo = [p for p in todo if p.stale]
     if redo:
         out.append(
             f"  {len(redo)} of them were made by other code or on other text:"
             f" dmr why {redo[0].stale[0].run_id}"
         )
-    one = run_seconds(plan)
-    if todo:
+    one = _run_seconds(plan)
+    if todo and one:
+        rounds = -(-len(todo) // slots)
         out.append(
-            f"  {slots} at a time"
-            + (
-                f", about {clock(one)} each,"
-                f" {clock(one * -(-len(todo) // slots))} in all"
-                if one
-                else (
-                    "; no run has finished yet, so there is no estimate (the"
-                    " study's 'estimate' would give one)"
-                )
-            )
+            f"  {slots} at a time, about {clock(one)} each,"
+            f" {clock(one * rounds)} in all"
+        )
+    elif todo:
+        out.append(
+            f"  {slots} at a time; no run has finished yet, so there is no"
+            " estimate (the study's 'estimate' would give one)"
         )
     return out
 
 # %% ../../nbs/studies/08_batch.ipynb #0b1e68e7
-class Voice:
+def _ended_line(label: str, outcome: Mapping[str, Any], count: str) -> str:
+    "One line on a run that ended; `count` is '[3/8] ', or empty: tried again."
+    state, again = outcome["state"], "" if count else " (tried again)"
+    first = (outcome.get("error") or "").splitlines()[:1]
+    wall_s = outcome.get("wall_s")
+    took = f" in {clock(wall_s)}" if wall_s and state == OK else ""
+    reason = f": {first[0]}" if first and state != OK else ""
+    return f"{count}{label}: {state}{took}{reason}{again}"
+
+# %% ../../nbs/studies/08_batch.ipynb #c02e692d
+def _bar(n: int, out: Any) -> Any:
+    "A bar for n runs, silent where nobody sees it."
+    from tqdm import tqdm
+
+    return tqdm(
+        total=n,
+        unit="run",
+        file=out,
+        dynamic_ncols=True,
+        disable=not out.isatty(),
+        bar_format=(
+            "{desc}{bar} {n_fmt}/{total_fmt} runs, {elapsed},"
+            " {remaining} left{postfix}"
+        ),
+    )
+
+# %% ../../nbs/studies/08_batch.ipynb #62a8cce9
+class _Voice:
     "Says what a batch does: 'bar', 'quiet' or 'json'."
 
     def __init__(
         self, how: str, plan: Plan, todo: list[Planned], out: Any = None
     ):
-        self.how, self.out, self.total, self.done = (
-            how,
-            out or sys.stdout,
-            len(todo),
-            0,
-        )
+        self.how, self.out = how, out or sys.stdout
+        self.total, self.done = len(todo), 0
         self.labels = {p.name: p.cell.label for p in plan.runs}
-        self.bar = None
-        if how == "bar" and todo:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=len(todo),
-                unit="run",
-                file=self.out,
-                dynamic_ncols=True,
-                disable=not self.out.isatty(),
-                bar_format=(
-                    "{desc}{bar} {n_fmt}/{total_fmt} runs, {elapsed},"
-                    " {remaining} left{postfix}"
-                ),
-            )
+        self.bar = _bar(self.total, self.out) if how == "bar" and todo else None
 
     def say(self, line: str) -> None:
         if self.bar is not None and not self.bar.disable:
@@ -412,16 +357,14 @@ class Voice:
         else:
             print(line, file=self.out, flush=True)
 
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
     def event(self, event: str, **entries: Any) -> None:
         if self.how == "json":
-            print(
-                json.dumps(
-                    dict(event=event, time=round(time.time(), 3), **entries),
-                    default=str,
-                ),
-                file=self.out,
-                flush=True,
-            )
+            entry = dict(event=event, time=round(time.time(), 3), **entries)
+            print(json.dumps(entry, default=str), file=self.out, flush=True)
 
     def started(self, name: str, running: int) -> None:
         self.event("start", run=name, label=self.labels.get(name))
@@ -443,33 +386,17 @@ class Voice:
             self.done += 1
             if self.bar is not None:
                 self.bar.update(1)
-        first = (outcome.get("error") or "").splitlines()[:1]
-        if self.how == "json" or (self.how == "quiet" and state == OK):
-            return
-        took = (
-            f" in {clock(outcome['wall_s'])}"
-            if outcome.get("wall_s") and state == OK
-            else ""
-        )
-        reason = f": {first[0]}" if first and state != OK else ""
-        self.say(
-            f"{'' if again else f'[{self.done}/{self.total}] '}{label}:"
-            f" {state}{took}{reason}{' (tried again)' if again else ''}"
-        )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.how == "bar" or (self.how == "quiet" and state != OK):
+            count = "" if again else f"[{self.done}/{self.total}] "
+            self.say(_ended_line(label, outcome, count))
 
 # %% ../../nbs/studies/08_batch.ipynb #e094456e
-ATTEMPTS = 3  # for runs that were killed
-DONE, SOME_FAILED, REFUSED, UNFINISHED = 0, 1, 2, 3  # exit codes
-# states that another batch goes on from
-OPEN = (WAITING, RUNNING, KILLED, "busy")
+_ATTEMPTS = 3  # for runs that were killed
+_DONE, _SOME_FAILED, _UNFINISHED = 0, 1, 3  # exit codes; 2: refused
 
-
+# %% ../../nbs/studies/08_batch.ipynb #97e35355
 @dataclass
-class Batch:
+class BatchResult:
     "What came of a batch."
 
     plan: Plan
@@ -480,91 +407,65 @@ class Batch:
     wall_s: float = 0.0
 
     @property
+    def states(self) -> list[tuple[Planned, Mapping[str, Any]]]:
+        "Every run with the state that it has now."
+        return [(p, self.outcomes.get(p.name, p.state)) for p in self.plan.runs]
+
+    @property
     def failed(self) -> list[tuple[Planned, Mapping[str, Any]]]:
         "Runs that did not come to a result, with their state."
-        states = [
-            (p, self.outcomes.get(p.name, p.state)) for p in self.plan.runs
-        ]
-        return [
-            (p, s)
-            for p, s in states
-            if s["state"] in (*FINAL, KILLED)
-            and not (self.interrupted and s["state"] == KILLED)
-        ]
+        bad = FINAL if self.interrupted else (*FINAL, KILLED)
+        return [(p, s) for p, s in self.states if s["state"] in bad]
 
     @property
     def left(self) -> int:
         "Runs without a final state."
-        return sum(
-            self.outcomes.get(p.name, p.state)["state"] in OPEN
-            for p in self.plan.runs
-        )
+        return sum(s["state"] in (*PENDING, "busy") for _, s in self.states)
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 3 not finished (budget, interruption; whatever has
-        failed), 1 all ended and some failed.
-        """
-        broken = {p.name for p, _ in self.failed}
-        if self.interrupted or any(
-            self.outcomes.get(p.name, p.state)["state"] in OPEN
-            for p in self.plan.runs
-            if p.name not in broken
-        ):
-            return UNFINISHED
-        return SOME_FAILED if broken or self.table_error else DONE
+        "0 all done, 3 not finished, 1 all ended and some failed."
+        broken = sum(s["state"] in PENDING for _, s in self.failed)
+        if self.interrupted or self.left > broken:
+            return _UNFINISHED
+        return _SOME_FAILED if self.failed or self.table_error else _DONE
 
     def summary(self) -> str:
+        "What a person reads at the end."
         made = sum(o["state"] == OK for o in self.outcomes.values())
-        done = sum(
-            self.outcomes.get(p.name, p.state)["state"] == OK
-            for p in self.plan.runs
-        )
-        out = [
-            f"{self.plan.study.name}: {made} runs made in {clock(self.wall_s)},"
-            f" {done} of {len(self.plan.runs)} done"
-        ]
+        done = sum(s["state"] == OK for _, s in self.states)
+        name, n = self.plan.study.name, len(self.plan.runs)
+        took = clock(self.wall_s)
+        out = [f"{name}: {made} runs made in {took}, {done} of {n} done"]
         for p, s in self.failed:
             first = str(s.get("error") or "no reason known").splitlines()[0]
             out.append(
                 f"  {p.cell.label}: {s['state']}: {first} (dmr tail {p.name})"
             )
         if self.failed:
-            out.append(
-                f"  again: dmr batch {self.plan.study.name} --retry-failed"
-            )
-        return "\n".join(
-            out + [f"  {t}" for t in (self.interrupted, self.table_error) if t]
-        )
+            out.append(f"  again: dmr batch {name} --retry-failed")
+        out += [f"  {t}" for t in (self.interrupted, self.table_error) if t]
+        return "\n".join(out)
 
 # %% ../../nbs/studies/08_batch.ipynb #0169cfd8
 def runs_to_make(plan: Plan, retry_failed: bool = False) -> list[Planned]:
-    """The runs of a plan that a batch would make: those without a result;
-    failed ones only if asked.
-    """
-    return [
-        p
-        for p in plan.runs
-        if p.state["state"] in (WAITING, KILLED, RUNNING)
-        or (retry_failed and p.state["state"] in FINAL)
-    ]
+    "The runs of a plan without a result; failed ones only if asked."
+    states = (*PENDING, *FINAL) if retry_failed else PENDING
+    return [p for p in plan.runs if p.state["state"] in states]
 
-
+# %% ../../nbs/studies/08_batch.ipynb #c59f367e
 @contextmanager
-def stoppable(act: Callable[[str], None]) -> Iterator[None]:
-    """Call `act` with the signal's name on SIGTERM, SIGINT and SIGHUP, where
-    signals can be caught.
-    """
+def _stoppable(act: Callable[[str], None]) -> Iterator[None]:
+    "Call `act` with the signal's name on SIGTERM, SIGINT and SIGHUP."
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def handle(number: int, frame: Any) -> None:
+        act(signal.Signals(number).name)
+
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    old = {
-        n: signal.signal(
-            n, lambda number, frame: act(signal.Signals(number).name)
-        )
-        for n in numbers
-    }
+    old = {n: signal.signal(n, handle) for n in numbers}
     try:
         yield
     finally:
@@ -573,13 +474,13 @@ def stoppable(act: Callable[[str], None]) -> Iterator[None]:
 
 # %% ../../nbs/studies/08_batch.ipynb #dcce2367
 @dataclass
-class Work:
+class _Work:
     "A batch at work."
 
     plan: Plan
     executor: Any
-    voice: Voice
-    batch: Batch
+    voice: _Voice
+    batch: BatchResult
     waiting: list[tuple[float, Planned]]  # (not before, run)
     deadline: float = float("inf")
     mirror: str | None = None
@@ -598,35 +499,37 @@ class Work:
             self.executor.stop()
 
 # %% ../../nbs/studies/08_batch.ipynb #e31b05d3
-def room(w: Work) -> bool:
-    """Whether another run may begin now: a free slot, and memory for it beside
-    those that are still growing.
-    """
+def _room(w: _Work) -> bool:
+    "Whether another run may begin now: a free slot, and memory for it."
     if len(w.running) >= w.executor.slots():
         return False
-    if not isinstance(w.executor, LocalExecutor) or not w.running:
+    if not isinstance(w.executor, _LocalExecutor) or not w.running:
         return True
     import psutil
 
-    growing = sum(
-        time.monotonic() - w.begun[p.name] < 10 for p in w.running.values()
-    )
-    return psutil.virtual_memory().available > run_memory(w.plan) * (
-        1 + growing
-    )
+    recent = time.monotonic() - 10
+    growing = sum(w.begun[p.name] > recent for p in w.running.values())
+    need = _run_memory(w.plan) * (1 + growing)
+    return psutil.virtual_memory().available > need
 
-
-def in_budget(w: Work) -> bool:
+# %% ../../nbs/studies/08_batch.ipynb #37ac0ce0
+def _in_budget(w: _Work) -> bool:
     "Whether a run that begins now is likely to end in time."
-    one = statistics.median(w.walls) if w.walls else run_seconds(w.plan) or 0.0
+    one = statistics.median(w.walls) if w.walls else _run_seconds(w.plan) or 0.0
     return time.monotonic() + one <= w.deadline
 
+# %% ../../nbs/studies/08_batch.ipynb #088743df
+def _made_elsewhere(p: Planned, state: Mapping[str, Any]) -> bool:
+    "Whether another batch brought a run to an end since the plan."
+    final = state["state"] in FINAL and p.state["state"] not in FINAL
+    return state["state"] == OK or final
 
-def hand_out(w: Work) -> None:
+# %% ../../nbs/studies/08_batch.ipynb #ef46c2b7
+def _hand_out(w: _Work) -> None:
     "Begin the runs that may begin now."
     for entry in list(w.waiting):
         at, p = entry
-        if w.stopping or not room(w) or not in_budget(w):
+        if w.stopping or not _room(w) or not _in_budget(w):
             return
         if at > time.monotonic():
             continue
@@ -639,32 +542,60 @@ def hand_out(w: Work) -> None:
             )
         w.waiting.remove(entry)
         state = run.state()
-        # another batch has it: look again later
         if state["state"] == RUNNING and is_locked(run.folder / "lock"):
             w.waiting.append((time.monotonic() + 1.0, p))
-        elif state["state"] == OK or (
-            state["state"] in FINAL and p.state["state"] not in FINAL
-        ):  # another batch made it
-            book(w, p, {**state, "run": p.name})
+        elif _made_elsewhere(p, state):
+            _book(w, p, {**state, "run": p.name})
         else:
             w.begun[p.name] = time.monotonic()
             w.running[w.executor.start_run(run.folder)] = p
             w.voice.started(p.name, len(w.running))
 
+# %% ../../nbs/studies/08_batch.ipynb #6a1271a6
+def _record(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
+    "Add a run's row to the table, and its files to the copy elsewhere."
+    run = Run(w.plan.project.runs / w.plan.study.name / p.name)
+    result, ok = run.result, outcome["state"] == OK
+    if ok and result is None:
+        raise FileNotFoundError(f"its result in {run.folder} vanished")
+    row = row_of(about(p, w.plan), p.identity, outcome, result)
+    w.plan.ledger.record([row])
+    if w.mirror and ok:
+        push(run.folder, w.mirror)
+
+# %% ../../nbs/studies/08_batch.ipynb #be217b4c
+def _book(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
+    "Write down how a run ended: in the table, for the caller, for the reader."
+    w.batch.outcomes[p.name] = outcome
+    if outcome["state"] == OK and outcome.get("wall_s"):
+        w.walls.append(outcome["wall_s"])
+    if outcome["state"] in (OK, *FINAL):
+        try:
+            _record(w, p, outcome)
+        except Exception as e:
+            w.batch.table_error = (
+                f"{p.name} is done but could not be recorded:"
+                f" {type(e).__name__}: {e}"
+            )
+    w.voice.ended(p.name, outcome, again=False)
+
 # %% ../../nbs/studies/08_batch.ipynb #8422519c
-def collect(w: Work) -> None:
+def _outcome_of(future: Future, p: Planned) -> dict[str, Any]:
+    "How a run ended; an executor that raised counts as killed."
+    error = future.exception()
+    if error is None:
+        return future.result()
+    return dict(run=p.name, state=KILLED, error=repr(error))
+
+# %% ../../nbs/studies/08_batch.ipynb #c5b2ca1c
+def _collect(w: _Work) -> None:
     "Wait a moment for runs to end, and decide what follows."
     if not w.running:
         time.sleep(0.1)
-    for future in wait(
-        w.running, timeout=0.3, return_when=FIRST_COMPLETED
-    ).done:
+    ended = wait(w.running, timeout=0.3, return_when=FIRST_COMPLETED).done
+    for future in ended:
         p = w.running.pop(future)
-        outcome = (
-            future.result()
-            if future.exception() is None
-            else dict(run=p.name, state=KILLED, error=repr(future.exception()))
-        )
+        outcome = _outcome_of(future, p)
         if outcome["state"] == "busy":
             w.waiting.append((time.monotonic() + 1.0, p))
             continue
@@ -674,171 +605,115 @@ def collect(w: Work) -> None:
                 f"{outcome['error']}; start it again to plan with the present"
                 " code"
             )
-        again = (
-            outcome["state"] == KILLED
-            and not w.stopping
-            and w.tries[p.name] < ATTEMPTS
-        )
-        if again:
+        killed = outcome["state"] == KILLED
+        if killed and not w.stopping and w.tries[p.name] < _ATTEMPTS:
             w.waiting.append((time.monotonic() + 0.5, p))
             w.voice.ended(p.name, outcome, again=True)
         else:
-            book(w, p, outcome)
-
-
-def book(w: Work, p: Planned, outcome: dict[str, Any]) -> None:
-    "Write down how a run ended: in the table, for the caller, for the reader."
-    w.batch.outcomes[p.name] = outcome
-    if outcome["state"] == OK and outcome.get("wall_s"):
-        w.walls.append(outcome["wall_s"])
-    if outcome["state"] in (OK, *FINAL):
-        run = Run(w.plan.project.runs / w.plan.study.name / p.name)
-        try:
-            result = run.result
-            if outcome["state"] == OK and result is None:
-                raise FileNotFoundError(f"its result in {run.folder} vanished")
-            w.plan.ledger.record(
-                [row_of(about(p, w.plan), p.identity, outcome, result)]
-            )
-            if w.mirror and outcome["state"] == OK:
-                push(run.folder, w.mirror)
-        # the run itself is safe in its folder; the next batch books it
-        except Exception as e:
-            w.batch.table_error = (
-                f"{p.name} is done but could not be recorded:"
-                f" {type(e).__name__}: {e}"
-            )
-    w.voice.ended(p.name, outcome, again=False)
+            _book(w, p, outcome)
 
 # %% ../../nbs/studies/08_batch.ipynb #50c35732
-def drive(w: Work) -> Batch:
+def _drive(w: _Work) -> BatchResult:
     "The loop of a batch, until nothing is left or it is told to stop."
-    begin = time.monotonic()
-    with stoppable(
-        lambda name: w.stop(f"stopped by {name}; start it again to go on")
-    ):
+    begin, go_on = time.monotonic(), "start it again to go on"
+    with _stoppable(lambda name: w.stop(f"stopped by {name}; {go_on}")):
         while w.running or (w.waiting and not w.stopping):
-            hand_out(w)
+            _hand_out(w)
+            left = len(w.waiting) + len(w.running)
             if time.monotonic() > w.deadline:
                 w.stop(
-                    "the time budget is used up,"
-                    f" {len(w.waiting) + len(w.running)} runs are left; start"
-                    " it again to go on"
+                    f"the time budget is used up, {left} runs are left; {go_on}"
                 )
-            if (
-                not w.running
-                and w.waiting
-                and not w.stopping
-                and not in_budget(w)
-            ):
+            idle = not w.running and not w.stopping
+            if idle and w.waiting and not _in_budget(w):
                 w.stop(
                     "no further run fits into the time budget,"
-                    f" {len(w.waiting)} are left; start it again to go on"
+                    f" {len(w.waiting)} are left; {go_on}"
                 )
-            collect(w)
+            _collect(w)
     w.batch.interrupted, w.batch.wall_s = w.stopping, time.monotonic() - begin
     w.voice.close()
     return w.batch
 
 # %% ../../nbs/studies/08_batch.ipynb #5e5d967b
-def book_earlier(plan: Plan) -> None:
+def _book_earlier(plan: Plan) -> None:
     "Add finished runs to the table that are missing from it."
     ledger = plan.ledger
     if ledger.table is None:
         return
     known = {row_key(r): r["status"] for r in ledger.rows()}
-    rows = [
-        row_of_found(p.found, p, plan)
-        for p in plan.runs
-        if p.found
-        and p.found.run
-        and p.state["state"] in (OK, *FINAL)
-        and known.get((p.found.cell, p.found.stream or "", p.found.code))
-        != p.state["state"]
-    ]
+    rows = []
+    for p in plan.runs:
+        f, state = p.found, p.state["state"]
+        if f and f.run and state in (OK, *FINAL):
+            if known.get((f.cell, f.stream or "", f.code)) != state:
+                rows.append(row_of_found(f, p, plan))
     ledger.record(rows)
 
+# %% ../../nbs/studies/08_batch.ipynb #5979c5d8
+def _prepare_batch(plan: Plan, todo: list[Planned], local: bool) -> None:
+    "Check what the runs need and leave what explains them; raises Refused."
+    try:
+        if todo:
+            preflight(plan, len(todo), local)
+            if local:
+                need_devices(todo)
+            _need_streams(plan, todo)
+        some = plan.runs[0].cell.parameters
+        plan.ledger.remember(Identity(some, None, *plan.code))
+        keep_sources(plan)
+        write_plan(plan)
+        _book_earlier(plan)
+    except OSError as e:
+        raise Refused(
+            f"cannot write to {plan.project.runs} or {plan.project.results}:"
+            f" {e}"
+        ) from None
 
+# %% ../../nbs/studies/08_batch.ipynb #b41d7e03
 def run_batch(
     study: Study,
     project: Project,
     *,
     workers: int | None = None,  # runs at a time; None: one for each core
-    # address of a dask scheduler; None: this machine
-    scheduler: str | None = None,
+    scheduler: str | None = None,  # of dask; None: this machine
     retry_failed: bool = False,  # try failed runs again
     budget_s: float | None = None,  # begin no run that would end later
     how: str = "bar",  # "bar", "quiet" or "json"
     out: Any = None,  # where to write; None: standard output
-    # fsspec URL: finished runs are copied there, and those found there count
-    mirror: str | None = None,
-) -> Batch:
-    """Make the runs that a study lacks; raises Refused before anything has
-    started.
-    """
+    mirror: str | None = None,  # URL: copy runs there, count those found there
+) -> BatchResult:
+    "Make the runs that a study lacks; raises Refused before anything starts."
     if workers is not None and workers < 1:
         raise Refused(f"workers={workers}; at least 1 is needed")
     plan = make_plan(study, project)
     if mirror and pull(plan, mirror):
         plan = make_plan(study, project)
     todo = runs_to_make(plan, retry_failed)
-    threads = max(
-        [int(p.cell.parameters.get("threads") or 1) for p in todo], default=1
-    )
-    slots = workers or max(1, cores() // threads)
-    try:
-        if todo:
-            preflight(plan, len(todo), local=scheduler is None)
-            if scheduler is None:
-                need_devices(todo)
-            need_streams(plan, todo)
-        plan.ledger.remember(
-            Identity(plan.runs[0].cell.parameters, None, *plan.code)
-        )
-        keep_sources(plan)
-        write_plan(plan)
-        book_earlier(plan)
-    except OSError as e:
-        raise Refused(
-            f"cannot write to {project.runs} or {project.results}: {e}"
-        ) from None
-    voice = Voice(how, plan, todo, out)
-    voice.event(
-        "plan",
-        study=study.name,
-        runs=len(plan.runs),
-        todo=len(todo),
-        states=plan.counts(),
-    )
+    threads = [int(p.cell.parameters.get("threads") or 1) for p in todo]
+    slots = workers or max(1, cores() // max(threads, default=1))
+    _prepare_batch(plan, todo, local=scheduler is None)
+    voice = _Voice(how, plan, todo, out)
+    counts = dict(runs=len(plan.runs), todo=len(todo), states=plan.counts())
+    voice.event("plan", study=study.name, **counts)
     if how == "bar":
-        print(
-            "\n".join(describe(plan, todo, slots)), file=voice.out, flush=True
-        )
-    executor: Any = (
-        DaskExecutor(scheduler) if scheduler else LocalExecutor(slots)
-    )
+        said = "\n".join(describe(plan, todo, slots))
+        print(said, file=voice.out, flush=True)
+    executor: Any
+    executor = _DaskExecutor(scheduler) if scheduler else _LocalExecutor(slots)
     try:
         deadline = time.monotonic() + budget_s if budget_s else float("inf")
-        batch = drive(
-            Work(
-                plan,
-                executor,
-                voice,
-                Batch(plan),
-                [(0.0, p) for p in todo],
-                deadline,
-                mirror,
-            )
-        )
+        waiting = [(0.0, p) for p in todo]
+        result = BatchResult(plan)
+        _drive(_Work(plan, executor, voice, result, waiting, deadline, mirror))
     finally:
         executor.stop() if sys.exc_info()[0] else None
         executor.shutdown()
-    failed = [p.name for p, _ in batch.failed]
     voice.event(
         "summary",
-        exit_code=batch.exit_code,
-        failed=failed,
-        left=batch.left,
-        interrupted=batch.interrupted,
+        exit_code=result.exit_code,
+        failed=[p.name for p, _ in result.failed],
+        left=result.left,
+        interrupted=result.interrupted,
     )
-    return batch
+    return result

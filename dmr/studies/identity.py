@@ -9,7 +9,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,31 +18,11 @@ from typing import Any
 from .template import Template
 
 # %% auto #0
-__all__ = ['tree_text', 'is_text', 'digest', 'code_digest', 'imported_names', 'read_module', 'package_folder', 'exports',
-           'module_hashes', 'uses_bare', 'Identity', 'code_of', 'code_parts', 'differences', 'short', 'same_code',
-           'changed_parts']
+__all__ = ['digest', 'code_digest', 'imported_names', 'read_module', 'package_folder', 'module_file', 'module_hashes', 'Identity',
+           'code_of', 'code_parts', 'short', 'differences', 'same_code', 'changed_parts']
 
 # %% ../../nbs/studies/03_identity.ipynb #8dc0d599
-def tree_text(node: Any) -> str:
-    """A syntax tree as text that depends on the code alone: no positions, no
-    docstrings, no empty fields.
-    """
-    if isinstance(node, ast.AST):
-        fields = [
-            (k, v)
-            for k, v in ast.iter_fields(node)
-            if v not in (None, [], "")
-            and k not in ("ctx", "kind", "type_comment")
-        ]
-        if isinstance(node, ast.Constant):
-            fields = [("value", node.value)]
-        return f"{type(node).__name__}({','.join(f'{k}={tree_text(v)}' for k, v in fields)})"
-    if isinstance(node, list):
-        return f"[{','.join(tree_text(v) for v in node if not is_text(v))}]"
-    return repr(node)
-
-
-def is_text(node: Any) -> bool:
+def _is_text(node: Any) -> bool:
     "A statement that is only a string: a docstring, or prose in the code."
     return (
         isinstance(node, ast.Expr)
@@ -50,67 +30,78 @@ def is_text(node: Any) -> bool:
         and isinstance(node.value.value, str)
     )
 
+
+def _tree_text(node: Any) -> str:
+    "A syntax tree as text: no positions, no docstrings, no empty fields."
+    if isinstance(node, list):
+        return f"[{','.join(_tree_text(v) for v in node if not _is_text(v))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [
+        (k, v)
+        for k, v in ast.iter_fields(node)
+        if v not in (None, [], "") and k not in ("ctx", "kind", "type_comment")
+    ]
+    if isinstance(node, ast.Constant):  # its value counts, None and "" too
+        fields = [("value", node.value)]
+    inside = ",".join(f"{k}={_tree_text(v)}" for k, v in fields)
+    return f"{type(node).__name__}({inside})"
+
 # %% ../../nbs/studies/03_identity.ipynb #60a56248
 def digest(
     value: Any,  # text, or plain data
     length: int = 16,  # hexadecimal digits kept
 ) -> str:
     "SHA-256 of a text, or of plain data written as JSON with sorted keys."
-    text = (
-        value
-        if isinstance(value, str)
-        else json.dumps(
-            value, sort_keys=True, ensure_ascii=True, separators=(",", ":")
-        )
-    )
+    text = value
+    if not isinstance(value, str):
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def code_digest(source: str) -> str:
-    """Hash of code that comments, formatting and docstrings do not change;
-    raises SyntaxError.
-    """
-    return digest(tree_text(ast.parse(source)))
+    "Hash of code, blind to layout and docstrings; raises SyntaxError."
+    return digest(_tree_text(ast.parse(source)))
 
 # %% ../../nbs/studies/03_identity.ipynb #13f53b93
-def imported_names(
-    source: str,
-    package: str = "dmr",
-    # dotted name of the module that the source is from, for relative imports
-    module: str = "",
-) -> set[str]:  # dotted names that may be modules of the package
-    """Names inside `package` that the source imports; imports for type checkers
-    alone do not count.
-    """
-    out: set[str] = set()
+def _import_base(node: ast.ImportFrom, module: str) -> str:
+    "The dotted name that a from-import takes its names from."
+    above = module.split(".")[: -node.level] if node.level and module else []
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def _running_nodes(source: str) -> Iterator[ast.AST]:
+    "All nodes of a source, but what only type checkers see."
     todo: list[ast.AST] = [ast.parse(source)]
     while todo:
         node = todo.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(
-            node.test
-        ):
-            todo.extend(node.orelse)
+        test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+        if "TYPE_CHECKING" in test:
+            todo.extend(node.orelse)  # type: ignore[attr-defined]
             continue
+        yield node
+        todo.extend(ast.iter_child_nodes(node))
+
+
+def imported_names(
+    source: str,
+    package: str = "dmr",
+    module: str = "",  # dotted name of the source's own module
+) -> set[str]:  # dotted names that may be modules of the package
+    "Names inside `package` that a source imports when it runs."
+    out: set[str] = set()
+    for node in _running_nodes(source):
         if isinstance(node, ast.Import):
             out.update(a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parent = (
-                module.split(".")[: -node.level]
-                if node.level and module
-                else []
-            )
-            base = ".".join([*parent, *([node.module] if node.module else [])])
-            out.add(base)
-            out.update(f"{base}.{a.name}" for a in node.names)
-        todo.extend(ast.iter_child_nodes(node))
+            base = _import_base(node, module)
+            out.update([base, *(f"{base}.{a.name}" for a in node.names)])
     return {n for n in out if n == package or n.startswith(package + ".")}
 
 # %% ../../nbs/studies/03_identity.ipynb #eb795e4d
 @lru_cache(maxsize=4096)
 def _read(path: str, stamp: tuple[int, int]) -> tuple[str, str]:
-    """Source of a module and the hash of its code, read once for each state of
-    the file.
-    """
+    "Source and hash of a module, read once for each state of its file."
     source = Path(path).read_text(encoding="utf-8")
     return source, code_digest(source)
 
@@ -128,109 +119,113 @@ def package_folder(package: str = "dmr") -> Path:
         raise ModuleNotFoundError(f"no package {package!r} is installed")
     return Path(list(spec.submodule_search_locations)[0])
 
+
+def module_file(name: str, folder: Path) -> Path | None:
+    "File of a dotted name in the package's folder; None: it is no module."
+    path = folder.joinpath(*name.split(".")[1:])
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((f for f in files if f.is_file()), None)
+
 # %% ../../nbs/studies/03_identity.ipynb #1f0be2a8
-def exports(folder: Path, package: str) -> dict[str, str]:
-    "Where a package's `__init__` takes its public names from: name -> module."
-    init = folder / "__init__.py"
-    tree = (
-        ast.parse(read_module(init)[0])
-        if init.is_file()
-        else ast.Module([], [])
-    )
-    out: dict[str, str] = {}
+def _tables(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    "Pairs of texts in a source's dictionaries: {'MomentRouter': 'routing'}."
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and (node.level or node.module.startswith(package + "."))
-        ):
-            out.update(
-                {
-                    a.asname or a.name: node.module.removeprefix(package + ".")
-                    for a in node.names
-                }
-            )
-        # names found on first use: {"MomentRouter": "routing"}
         if isinstance(node, ast.Dict):
-            pairs = [
-                (k.value, v.value)
-                for k, v in zip(node.keys, node.values)
-                if isinstance(k, ast.Constant) and isinstance(v, ast.Constant)
-            ]
-            out.update(
-                {
-                    k: v.removeprefix(package + ".").lstrip(".")
-                    for k, v in pairs
-                    if isinstance(k, str) and isinstance(v, str)
-                }
-            )
+            for k, v in zip(node.keys, node.values):
+                if isinstance(k, ast.Constant) and isinstance(v, ast.Constant):
+                    if isinstance(k.value, str) and isinstance(v.value, str):
+                        yield k.value, v.value
+
+
+def _exports(name: str, folder: Path) -> dict[str, str]:
+    "Where a package's `__init__` takes its names from: name -> module."
+    init = module_file(f"{name}.__init__", folder)
+    if init is None:
+        return {}
+    tree, root = ast.parse(read_module(init)[0]), name.partition(".")[0]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            base = _import_base(node, f"{name}.__init__")
+            found += [(a.asname or a.name, base) for a in node.names]
+    for k, v in _tables(tree):
+        v = v.lstrip(".").removeprefix(f"{root}.")
+        found.append((k, f"{root}.{v}"))
     return {
-        k: f"{package}.{v}"
-        for k, v in out.items()
-        if (folder / f"{v.replace(chr(46), chr(47))}.py").is_file()
+        k: v
+        for k, v in found
+        if v != root and v.startswith(root) and module_file(v, folder)
     }
+
+# %% ../../nbs/studies/03_identity.ipynb #265048ab
+def _defines(init: str, name: str) -> bool:
+    "Whether a package's `__init__` itself defines a name."
+    return any(
+        isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and node.name == name
+        or isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Store)
+        and node.id == name
+        for node in ast.walk(ast.parse(init))
+    )
+
+
+def _taken_from(package: str, name: str | None, folder: Path) -> list[str]:
+    "Modules behind a name taken from a package; None: any of its names."
+    known = _exports(package, folder)
+    if name is None and known:
+        return list(known.values())
+    if name in known:
+        return [known[name]]
+    init = module_file(f"{package}.__init__", folder)
+    source = read_module(init)[0] if init else ""
+    if name and _defines(source, name) or not _defines(source, "__getattr__"):
+        return []
+    below = folder.joinpath(*package.split(".")[1:])
+    root = package.partition(".")[0]
+    files = (p.relative_to(folder).with_suffix("") for p in below.rglob("*.py"))
+    return [".".join([root, *f.parts]) for f in files if f.name != "__init__"]
+
+# %% ../../nbs/studies/03_identity.ipynb #7de7e532
+def _whole_packages(source: str, package: str) -> set[str]:
+    "Names that a source imports whole, by `import a` or `from a import *`."
+    out: set[str] = set()
+    for node in _running_nodes(source):
+        if isinstance(node, ast.Import):
+            out.update(a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if any(a.name == "*" for a in node.names):
+                out.add(node.module or "")
+    return {n for n in out if n == package or n.startswith(package + ".")}
 
 # %% ../../nbs/studies/03_identity.ipynb #2beead20
 def module_hashes(
     sources: Iterable[str],  # code of the template
     package: str = "dmr",
-    # the package's folder; None: where it is installed
-    folder: Path | None = None,
+    folder: Path | None = None,  # the package's; None: where it is installed
 ) -> dict[str, str]:  # module -> hash of its code
-    """Hash every module of the package that the sources import, and what those
-    import in turn.
-    """
+    "Hash what the sources import from the package, and what that imports."
     folder = folder or package_folder(package)
-    public = exports(folder, package)
+    sources, out = list(sources), {}
     todo = [n for s in sources for n in imported_names(s, package)]
-    out: dict[str, str] = {}
+    for name in {n for s in sources for n in _whole_packages(s, package)}:
+        if module_file(f"{name}.__init__", folder):
+            todo += _taken_from(name, None, folder)
+    seen = {package}
     while todo:
         name = todo.pop()
-        if name == package:
+        if name in seen:
             continue
-        path = folder.joinpath(*name.split(".")[1:]).with_suffix(".py")
-        if name in out:
-            continue
-        if path.is_file():
+        seen.add(name)
+        above, _, last = name.rpartition(".")
+        path = module_file(name, folder)
+        if path is not None:
             source, out[name] = read_module(path)
-            todo.extend(imported_names(source, package, name))
-        elif name.count(".") == 1:
-            todo.extend(
-                [public[n]] if (n := name.split(".")[1]) in public else []
-            )
-    bare = any(
-        package in imported_names(s, package) and uses_bare(s, package)
-        for s in sources
-    )
-    missing = set(public.values()) - set(out) if bare else set()
-    return dict(
-        sorted(
-            {
-                **out,
-                **(
-                    module_hashes(
-                        [f"import {m}" for m in missing], package, folder
-                    )
-                    if missing
-                    else {}
-                ),
-            }.items()
-        )
-    )
-
-
-def uses_bare(source: str, package: str) -> bool:
-    """Whether the source has `import package` or `from package import *`, which
-    may reach every public name.
-    """
-    return any(
-        isinstance(n, ast.Import)
-        and any(a.name == package for a in n.names)
-        or isinstance(n, ast.ImportFrom)
-        and n.module == package
-        and any(a.name == "*" for a in n.names)
-        for n in ast.walk(ast.parse(source))
-    )
+            inside = f"{name}.__init__" if path.stem == "__init__" else name
+            todo += [above, *imported_names(source, package, inside)]
+        elif module_file(f"{above}.__init__", folder):
+            todo += _taken_from(above, last, folder)
+    return dict(sorted(out.items()))
 
 # %% ../../nbs/studies/03_identity.ipynb #c5ff5b9e
 @dataclass(frozen=True)
@@ -279,17 +274,12 @@ class Identity:
 # %% ../../nbs/studies/03_identity.ipynb #9c9279df
 def code_of(
     template: Template,
-    # the package's folder; None: where it is installed
-    folder: Path | None = None,
-    # hash of each cell, hash of each module
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Hash the code that decides a template's result: its cells, but the
-    cosmetic ones, and what they import.
-    """
+    folder: Path | None = None,  # the package's; None: where it is installed
+) -> tuple[tuple[str, ...], dict[str, str]]:  # of each cell, of each module
+    "Hash the code that decides a template's result; cosmetic cells do not."
     sources = [c.source for c in template.cells if not c.cosmetic]
-    return tuple(code_digest(s) for s in sources), module_hashes(
-        sources, folder=folder
-    )
+    cells = tuple(code_digest(s) for s in sources)
+    return cells, module_hashes(sources, folder=folder)
 
 # %% ../../nbs/studies/03_identity.ipynb #c1eca3bd
 def code_parts(
@@ -299,47 +289,41 @@ def code_parts(
     return {"template": digest(list(cells)), **modules}
 
 
+def short(hash: str | None) -> str:
+    "The first digits of a hash."
+    return hash[:8] if hash else "none"
+
+# %% ../../nbs/studies/03_identity.ipynb #adbf9a30
+def _module_change(name: str, old: str | None, new: str | None) -> str:
+    "How one module differs between two identities."
+    if new is None:
+        return f"module {name}: no longer imported"
+    if old is None:
+        return f"module {name}: newly imported"
+    return f"module {name}: {short(old)} -> {short(new)}"
+
+
 def differences(
     old: Identity,
     new: Identity,
 ) -> list[str]:  # one sentence for each part
     "What changed from one identity to the other."
     out = []
-    for name in sorted({*old.parameters, *new.parameters}):
-        a, b = (
-            old.parameters.get(name, "(absent)"),
-            new.parameters.get(name, "(absent)"),
-        )
+    for k in sorted({*old.parameters, *new.parameters}):
+        a, b = (i.parameters.get(k, "(absent)") for i in (old, new))
         if a != b:
-            out.append(f"parameter {name}: {a!r} -> {b!r}")
+            out.append(f"parameter {k}: {a!r} -> {b!r}")
     if old.stream != new.stream:
         out.append(f"stream text: {short(old.stream)} -> {short(new.stream)}")
     if old.cells != new.cells:
-        n = sum(a != b for a, b in zip(old.cells, new.cells)) + abs(
-            len(old.cells) - len(new.cells)
-        )
+        changed = sum(a != b for a, b in zip(old.cells, new.cells))
+        n = changed + abs(len(old.cells) - len(new.cells))
         out.append(f"template: {n} code cell{'s' * (n != 1)} changed")
-    for name in sorted({*old.modules, *new.modules}):
-        a, b = old.modules.get(name), new.modules.get(name)
-        if a != b:
-            out.append(
-                f"module {name}: "
-                + (
-                    "no longer imported"
-                    if b is None
-                    else (
-                        "newly imported"
-                        if a is None
-                        else f"{short(a)} -> {short(b)}"
-                    )
-                )
-            )
+    for k in sorted({*old.modules, *new.modules}):
+        was, now = old.modules.get(k), new.modules.get(k)
+        if was != now:
+            out.append(_module_change(k, was, now))
     return out
-
-
-def short(hash: str | None) -> str:
-    "The first digits of a hash."
-    return hash[:8] if hash else "none"
 
 # %% ../../nbs/studies/03_identity.ipynb #2733a4f2
 def same_code(
@@ -347,9 +331,7 @@ def same_code(
     new: Mapping[str, str],
     accepted: Iterable[Mapping[str, Any]],  # records with part, old and new
 ) -> bool:
-    """Whether the parts are equal, or every difference leads from old to new
-    through accepted changes.
-    """
+    "Whether accepted changes lead from each old part to the new one."
     steps: dict[tuple[str, str | None], set[str | None]] = {}
     for a in accepted:
         steps.setdefault((a["part"], a["old"]), set()).add(a["new"])
@@ -365,16 +347,17 @@ def same_code(
             return False
     return True
 
-
+# %% ../../nbs/studies/03_identity.ipynb #5a818980
 def changed_parts(
     old: Mapping[str, str],  # part -> hash, from `code_parts`
     new: Mapping[str, str],
     accepted: Sequence[Mapping[str, Any]] = (),  # records that there are
 ) -> list[dict[str, str | None]]:
-    """The records that would accept every change from old to new; what is
-    accepted already keeps the reason that it was given then.
-    """
-    alone = lambda parts, name: {k: v for k, v in parts.items() if k == name}
+    "The records that would accept every change from old to new."
+
+    def alone(parts: Mapping[str, str], name: str) -> dict[str, str]:
+        return {k: v for k, v in parts.items() if k == name}
+
     return [
         dict(part=p, old=old.get(p), new=new.get(p))
         for p in sorted({*old, *new})

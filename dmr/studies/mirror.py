@@ -8,19 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .plan import Plan, prepare_planned
 from ..files import write_atomic
+from .plan import Plan, prepare_planned
 from .run import OK
 
 # %% auto #0
-__all__ = ['COPIED', 'file_system', 'push', 'pull']
+__all__ = ['push', 'pull']
 
-# %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
-# in this order: the marker last
-COPIED = ("run.json", "output.ipynb", "result.json", "done.json")
-
-
-def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
+# %% ../../nbs/studies/09_mirror.ipynb #d83501ad
+def _file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     "The file system behind an fsspec URL."
     try:
         from fsspec.core import url_to_fs
@@ -31,46 +27,44 @@ def file_system(url: str) -> tuple[Any, str]:  # file system, path in it
         ) from e
     return url_to_fs(url)
 
+# %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
+# in this order: the marker last
+_COPIED = ("run.json", "output.ipynb", "result.json", "done.json")
+
 
 def push(
     folder: Path,  # of a finished run
     url: str,  # the study's runs go to url/<study>/<run>
 ) -> None:
     "Copy a finished run, its marker last; raises OSError."
-    fs, base = file_system(url)
+    fs, base = _file_system(url)
     target = f"{base.rstrip('/')}/{folder.parent.name}/{folder.name}"
     fs.makedirs(target, exist_ok=True)
-    for name in COPIED:
+    for name in _COPIED:
         if (folder / name).exists():
             part = f"{target}/.{name}.part"
             fs.pipe_file(part, (folder / name).read_bytes())
             fs.mv(part, f"{target}/{name}")
 
-
+# %% ../../nbs/studies/09_mirror.ipynb #60e0c20e
 def pull(
     plan: Plan,
     url: str,
 ) -> int:  # runs that were fetched
     "Fetch the runs of a plan that are done at the URL and not here."
-    fs, base = file_system(url)
+    fs, base = _file_system(url)
     study = f"{base.rstrip('/')}/{plan.study.name}"
-    there = (
-        {Path(p).name for p in fs.ls(study, detail=False)}
-        if fs.exists(study)
-        else set()
-    )
+    names = fs.ls(study, detail=False) if fs.exists(study) else []
+    there = {Path(p).name for p in names}
     n = 0
     for p in plan.runs:
-        if (
-            p.state["state"] == OK
-            or p.name not in there
-            or not fs.exists(f"{study}/{p.name}/done.json")
-        ):
+        copy = f"{study}/{p.name}"
+        if p.state["state"] == OK or p.name not in there:
+            continue
+        if not fs.exists(f"{copy}/done.json"):
             continue
         run = prepare_planned(p, plan)
-        for name in COPIED[1:]:
-            write_atomic(
-                run.folder / name, fs.cat_file(f"{study}/{p.name}/{name}")
-            )
+        for name in _COPIED[1:]:
+            write_atomic(run.folder / name, fs.cat_file(f"{copy}/{name}"))
         n += run.done is not None
     return n

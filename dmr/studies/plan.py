@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..files import read_json, write_atomic, write_json
 from dmr.studies.identity import (
     Identity,
     changed_parts,
@@ -23,6 +22,7 @@ from dmr.studies.identity import (
     code_parts,
     differences,
     digest,
+    module_file,
     module_hashes,
     package_folder,
     read_module,
@@ -33,40 +33,24 @@ from dmr.studies.run import (
     FINAL,
     KILLED,
     OK,
+    PENDING,
     RUNNING,
     WAITING,
     Run,
     now,
-    prepare,
-    read_json,
-    write_atomic,
-    write_json,
+    prepare_run,
 )
 from .study import Cell, Project, Study, find_study
-from dmr.studies.table import (
-    Ledger,
-    row_of,
-    rows_text,
-    unpack_losses,
-    unpack_stages,
-)
+from .table import Ledger, row_of
 from .template import Template
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 # %% auto #0
-__all__ = ['UNKNOWN', 'LOSS_COLUMNS', 'folder_stamp', 'stream_hash', 'Found', 'ledger_of', 'find_runs', 'Planned', 'Plan',
-           'run_folder', 'make_plan', 'rank_of', 'prepare_planned', 'keep_sources', 'module_source', 'template_source',
-           'normal_source', 'source_diff', 'find_run', 'why', 'explain', 'accept', 'about', 'row_of_found',
-           'missing_row', 'choose', 'table_rows', 'results_table', 'load_records', 'load_stages', 'results_of',
-           'result_of_row', 'write_plan', 'status', 'studies_with_runs']
+__all__ = ['UNKNOWN', 'stream_options', 'stream_hash', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
+           'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found', 'shown_state', 'choose', 'table_rows',
+           'write_plan', 'status', 'studies_with_runs']
 
 # %% ../../nbs/studies/07_plan.ipynb #fa6643d9
-UNKNOWN = "unknown"  # a stream whose text has not been read on this machine
-
-
-def folder_stamp(folder: Path) -> list[Any]:
+def _folder_stamp(folder: Path) -> list[Any]:
     "Names, sizes and times of a folder's files."
     return sorted(
         (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
@@ -75,49 +59,43 @@ def folder_stamp(folder: Path) -> list[Any]:
     )
 
 
+def stream_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    "The parameters, beside its name, that decide a stream's text."
+    return {k: parameters[k] for k in ("cap", "domains") if k in parameters}
+
+
+def _stream_key(parameters: Mapping[str, Any]) -> str:
+    "Hash of everything that decides a stream's text."
+    folder = Path(parameters["stream"])
+    stamp = _folder_stamp(folder) if folder.is_dir() else None
+    reader = module_hashes(["from dmr.text.load import load_stream"])
+    options = stream_options(parameters)
+    return digest([parameters["stream"], options, stamp, reader])
+
+# %% ../../nbs/studies/07_plan.ipynb #db135870
+UNKNOWN = "unknown"  # a stream whose text has not been read on this machine
+
+
 def stream_hash(
-    # of a run; `stream`, `cap` and `domains` count
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any],  # of a run
     project: Project,
-    # read the stream if its hash is not known yet; False: answer "unknown"
-    load: bool = True,
+    load: bool = True,  # read a stream that is not known; False: "unknown"
 ) -> str | None:  # None: the template reads no stream
-    """Hash of the text that a run reads; fetches the stream if `load`. Raises
-    ValueError or ConnectionError, as `load_stream` does.
-    """
-    if not isinstance(parameters.get("stream"), str):
+    "Hash of the text that a run reads; raises what `load_stream` raises."
+    name = parameters.get("stream")
+    if not isinstance(name, str):
         return None
-    arguments = {
-        k: parameters[k] for k in ("cap", "domains") if k in parameters
-    }
-    stamp = (
-        folder_stamp(Path(parameters["stream"]))
-        if Path(parameters["stream"]).is_dir()
-        else None
-    )
-    key = digest(
-        [
-            parameters["stream"],
-            arguments,
-            stamp,
-            module_hashes(["from dmr.text.load import load_stream"]),
-        ]
-    )
-    known = read_json(project.runs / "streams.json") or {}
+    key, store = _stream_key(parameters), project.runs / "streams.json"
+    known = read_json(store) or {}
     if key in known or not load:
         return known.get(key, {}).get("hash", UNKNOWN)
     from dmr.text.load import load_stream
 
-    found = load_stream(parameters["stream"], **arguments).hash
+    options = stream_options(parameters)
+    found = load_stream(name, **options).hash
     project.runs.mkdir(parents=True, exist_ok=True)
-    known = read_json(project.runs / "streams.json") or {}
-    write_json(
-        project.runs / "streams.json",
-        {
-            **known,
-            key: dict(stream=parameters["stream"], **arguments, hash=found),
-        },
-    )
+    entry = {key: dict(stream=name, **options, hash=found)}
+    write_json(store, {**(read_json(store) or {}), **entry})
     return found
 
 # %% ../../nbs/studies/07_plan.ipynb #c419b3da
@@ -134,59 +112,52 @@ class Found:
     row: Mapping[str, str] | None = None
 
     def state(self) -> dict[str, Any]:
-        return (
-            self.run.state()
-            if self.run
-            else (
-                dict(state=self.row["status"], error=self.row["error"] or None)
-                if self.row
-                else {}
-            )
-        )
+        if self.run:
+            return self.run.state()
+        if not self.row:
+            return {}
+        return dict(state=self.row["status"], error=self.row["error"] or None)
 
+# %% ../../nbs/studies/07_plan.ipynb #7126bc2e
+def _ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
+    "Ledger of a study: in results/ if it is recorded, else with its runs."
+    if record:
+        results = project.results
+        return Ledger(results / f"{study}.csv", results / f"{study}.code.json")
+    return Ledger(None, project.runs / study / "code.json")
 
-def ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
-    """Table and versions of a study: beside the results if it is recorded, else
-    in its run folder.
-    """
-    folder = project.results if record else project.runs / study
-    return Ledger(
-        folder / f"{study}.csv" if record else None,
-        folder / (f"{study}.code.json" if record else "code.json"),
-    )
+# %% ../../nbs/studies/07_plan.ipynb #d892c789
+def _found_in_folder(folder: Path) -> Found | None:
+    "What a run's folder says of it; None: it holds no run."
+    spec = read_json(folder / "run.json") if folder.is_dir() else None
+    if not spec or not spec.get("identity"):
+        return None
+    i = Identity.from_dict(spec["identity"])
+    cell, code = digest(dict(i.parameters)), spec["identity"]["code"]
+    parts = code_parts(i.cells, i.modules)
+    return Found(folder.name, cell, i.stream, code, parts, run=Run(folder))
 
-
-def find_runs(
+# %% ../../nbs/studies/07_plan.ipynb #293264ca
+def _find_runs(
     study: str, project: Project, record: bool = True
 ) -> Iterator[Found]:
-    "Everything that was run for a study."
+    "Everything that was run for a study, folders first."
     folder = project.runs / study
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        spec = read_json(path / "run.json") if path.is_dir() else None
-        if spec and spec.get("identity"):
-            i = Identity.from_dict(spec["identity"])
-            yield Found(
-                path.name,
-                digest(dict(i.parameters)),
-                i.stream,
-                spec["identity"]["code"],
-                code_parts(i.cells, i.modules),
-                run=Run(path),
-            )
-    ledger = ledger_of(study, project, record)
+        if found := _found_in_folder(path):
+            yield found
+    ledger = _ledger_of(study, project, record)
     codes = ledger.versions()["codes"]
     for row in ledger.rows():
-        if not row.keys() >= {"run_id", "cell", "stream_hash", "code"}:
-            # a table of another kind, which lies beside the studies' own
-            continue
-        yield Found(
-            row["run_id"],
-            row["cell"],
-            row["stream_hash"] or None,
-            row["code"],
-            codes.get(row["code"], {}),
-            row=row,
-        )
+        if row.keys() >= {"run_id", "cell", "stream_hash", "code"}:
+            yield Found(
+                row["run_id"],
+                row["cell"],
+                row["stream_hash"] or None,
+                row["code"],
+                codes.get(row["code"], {}),
+                row=row,
+            )
 
 # %% ../../nbs/studies/07_plan.ipynb #f2a006f6
 @dataclass(frozen=True)
@@ -205,7 +176,7 @@ class Planned:
     def name(self) -> str:
         return self.run.folder.name
 
-
+# %% ../../nbs/studies/07_plan.ipynb #349e74ef
 @dataclass(frozen=True)
 class Plan:
     "A study's cells, each with the state of its run."
@@ -217,23 +188,64 @@ class Plan:
 
     @property
     def ledger(self) -> Ledger:
-        return ledger_of(self.study.name, self.project, self.study.record)
+        return _ledger_of(self.study.name, self.project, self.study.record)
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(p.state["state"] for p in self.runs))
 
 # %% ../../nbs/studies/07_plan.ipynb #404ccffd
-def run_folder(
+def _run_folder(
     study: Study, cell: Cell, identity: Identity, project: Project
 ) -> Path:
     "The folder of a run: readable first, then its cell, then its identity."
-    return (
-        project.runs
-        / study.name
-        / f"{cell.slug}-{cell.hash[:6]}-{digest(identity.id, 8)}"
+    name = f"{cell.slug}-{cell.hash[:6]}-{digest(identity.id, 8)}"
+    return project.runs / study.name / name
+
+# %% ../../nbs/studies/07_plan.ipynb #5511d63c
+def _standing_codes(
+    found: Iterable[Found],
+    present: Identity,
+    accepted: Iterable[Mapping[str, Any]],
+) -> set[str]:
+    "The versions of the code whose results stand for the present one."
+    now_parts = code_parts(present.cells, present.modules)
+    known = {f.code: f.parts for f in found if f.parts}
+    return {present.code} | {
+        code
+        for code, parts in known.items()
+        if same_code(parts, now_parts, accepted)
+    }
+
+# %% ../../nbs/studies/07_plan.ipynb #8bd037b9
+def _rank_of(state: str) -> int:
+    "What counts when a cell has several runs: the smallest rank."
+    order = (OK, RUNNING, *FINAL, KILLED, WAITING)
+    return order.index(state) if state in order else len(order)
+
+# %% ../../nbs/studies/07_plan.ipynb #4570e2f0
+def _plan_cell(
+    cell: Cell,
+    identity: Identity,
+    found: list[Found],
+    standing: set[str],
+    folder: Path,
+) -> Planned:
+    "Hold one cell against everything that was run for it."
+    fits, stale = [], []
+    for f in found:
+        if f.code in standing and identity.stream in (f.stream, UNKNOWN):
+            fits.append((f, f.state()))
+        elif f.state()["state"] == OK:
+            stale.append(f)
+    best, state = min(
+        fits,
+        key=lambda fit: _rank_of(fit[1]["state"]),
+        default=(None, dict(state=WAITING)),
     )
+    run = best.run if best and best.run else Run(folder)
+    return Planned(cell, identity, run, state, best, tuple(stale))
 
-
+# %% ../../nbs/studies/07_plan.ipynb #7e78df8d
 def make_plan(
     study: Study,
     project: Project,
@@ -241,69 +253,33 @@ def make_plan(
 ) -> Plan:
     "Hold every cell of a study against what was run; starts nothing."
     code = code_of(study.template)
-    parts = code_parts(*code)
-    accepted = ledger_of(study.name, project, study.record).versions()[
-        "accepted"
-    ]
+    ledger = _ledger_of(study.name, project, study.record)
+    found = list(_find_runs(study.name, project, study.record))
     by_cell: dict[str, list[Found]] = {}
-    for f in find_runs(study.name, project, study.record):
+    for f in found:
         by_cell.setdefault(f.cell, []).append(f)
-    # code -> its results stand for the present code
-    equal: dict[str, bool] = {}
+    standing = _standing_codes(
+        found, Identity({}, None, *code), ledger.versions()["accepted"]
+    )
     streams: dict[str, str | None] = {}
     planned = []
     for cell in study.cells:
-        spec = digest(
-            [cell.parameters.get(k) for k in ("stream", "cap", "domains")]
-        )
-        if spec not in streams:
-            streams[spec] = stream_hash(cell.parameters, project, load)
-        identity = Identity(cell.parameters, streams[spec], *code)
-        candidates = by_cell.get(cell.hash, [])
-        for f in candidates:
-            equal.setdefault(
-                f.code,
-                f.code == identity.code
-                or bool(f.parts)
-                and same_code(f.parts, parts, accepted),
-            )
-        fits = [
-            f
-            for f in candidates
-            if equal[f.code] and identity.stream in (f.stream, UNKNOWN)
-        ]
-        states = [(f, f.state()) for f in fits]
-        best = min(states, key=lambda s: rank_of(s[1]["state"]), default=None)
-        stale = tuple(
-            f for f in candidates if f not in fits and f.state()["state"] == OK
-        )
-        folder = run_folder(study, cell, identity, project)
-        planned.append(
-            Planned(
-                cell,
-                identity,
-                best[0].run if best and best[0].run else Run(folder),
-                best[1] if best else dict(state=WAITING),
-                best[0] if best else None,
-                stale,
-            )
-        )
+        name = cell.parameters.get("stream")
+        text = digest([name, stream_options(cell.parameters)])
+        if text not in streams:
+            streams[text] = stream_hash(cell.parameters, project, load)
+        identity = Identity(cell.parameters, streams[text], *code)
+        folder = _run_folder(study, cell, identity, project)
+        mine = by_cell.get(cell.hash, [])
+        planned.append(_plan_cell(cell, identity, mine, standing, folder))
     return Plan(study, project, tuple(planned), code)
-
-
-def rank_of(state: str) -> int:
-    """What counts when a cell has several runs: a finished one, else one under
-    way, else one that failed.
-    """
-    order = (OK, RUNNING, *FINAL, KILLED, WAITING)
-    return order.index(state) if state in order else len(order)
 
 # %% ../../nbs/studies/07_plan.ipynb #b4888f42
 def prepare_planned(p: Planned, plan: Plan) -> Run:
     "Write down a planned run, ready to be launched."
     t, s, c = plan.study.template, plan.study, p.cell
-    folder = run_folder(s, c, p.identity, plan.project)
-    return prepare(
+    folder = _run_folder(s, c, p.identity, plan.project)
+    return prepare_run(
         folder,
         t.path,
         p.identity.parameters,
@@ -322,49 +298,43 @@ def prepare_planned(p: Planned, plan: Plan) -> Run:
     )
 
 # %% ../../nbs/studies/07_plan.ipynb #213afc9f
-def keep_sources(plan: Plan) -> None:
-    """Keep the code behind the present hashes in `runs/.code`, for later
-    comparison.
-    """
-    folder = plan.project.runs / ".code"
-    folder.mkdir(parents=True, exist_ok=True)
-    cells, modules = plan.code
-    for name, h in {"template": digest(list(cells)), **modules}.items():
-        if not (folder / f"{h}.py").exists():
-            source = (
-                template_source(plan.study.template)
-                if name == "template"
-                else module_source(name)
-            )
-            write_atomic(folder / f"{h}.py", normal_source(source))
-
-
-def module_source(name: str) -> str:
+def _module_source(name: str) -> str:
     "Source of a module of the package."
-    return read_module(
-        package_folder().joinpath(*name.split(".")[1:]).with_suffix(".py")
-    )[0]
+    path = module_file(name, package_folder())
+    return read_module(path)[0] if path else ""
 
 
-def template_source(template: Template) -> str:
+def _template_source(template: Template) -> str:
     "The code cells of a template that count, one below the other."
     return "\n".join(c.source for c in template.cells if not c.cosmetic)
 
 
-def normal_source(source: str) -> str:
+def _normal_source(source: str) -> str:
     "Source without comments, in one format."
     return ast.unparse(ast.parse(source)) + "\n"
 
+# %% ../../nbs/studies/07_plan.ipynb #a21e1d8e
+def keep_sources(plan: Plan) -> None:
+    "Keep the code behind the present hashes, for later comparison."
+    folder = plan.project.runs / ".code"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, h in code_parts(*plan.code).items():
+        if not (folder / f"{h}.py").exists():
+            if name == "template":
+                source = _template_source(plan.study.template)
+            else:
+                source = _module_source(name)
+            write_atomic(folder / f"{h}.py", _normal_source(source))
 
-def source_diff(
+# %% ../../nbs/studies/07_plan.ipynb #11116160
+def _source_diff(
     old: str | None, new: str | None, project: Project, lines: int = 30
 ) -> list[str]:
     "How the code behind two hashes differs, if both are kept."
+    kept = project.runs / ".code"
     try:
         a, b = (
-            (project.runs / ".code" / f"{h}.py")
-            .read_text(encoding="utf-8")
-            .splitlines()
+            (kept / f"{h}.py").read_text(encoding="utf-8").splitlines()
             for h in (old, new)
         )
     except OSError:
@@ -374,9 +344,8 @@ def source_diff(
         for d in difflib.unified_diff(a, b, lineterm="", n=1)
         if not d.startswith(("---", "+++"))
     ]
-    return diff[:lines] + (
-        [f"... {len(diff) - lines} more lines"] if len(diff) > lines else []
-    )
+    more = len(diff) - lines
+    return diff[:lines] + ([f"... {more} more lines"] if more > 0 else [])
 
 # %% ../../nbs/studies/07_plan.ipynb #ea083848
 def find_run(
@@ -384,117 +353,90 @@ def find_run(
     project: Project,
 ) -> tuple[str, Found]:  # study, what was found
     "Find a run by its name; raises LookupError where none or several begin so."
-    studies = (
-        {
-            p.name
-            for p in project.runs.iterdir()
-            if p.is_dir() and not p.name.startswith(".")
-        }
-        if project.runs.is_dir()
-        else set()
-    )
+    folders = project.runs.iterdir() if project.runs.is_dir() else ()
+    studies = {
+        p.name for p in folders if p.is_dir() and not p.name.startswith(".")
+    }
     studies |= {p.stem for p in project.results.glob("*.csv")}
     name = Path(name).name
     hits = {
         f.run_id: (s, f)
         for s in sorted(studies, reverse=True)
         for record in (True, False)
-        for f in find_runs(s, project, record)
+        for f in _find_runs(s, project, record)
         if f.run_id.startswith(name)
     }
     if name in hits:
         return hits[name]
-    if len(hits) != 1:
+    if not hits:
         raise LookupError(
             f"no run begins with {name!r}; `dmr status` lists them"
-            if not hits
-            else (
-                f"{len(hits)} runs begin with {name!r}:"
-                f" {', '.join(list(hits)[:8])}"
-            )
         )
+    if len(hits) > 1:
+        some = ", ".join(list(hits)[:8])
+        raise LookupError(f"{len(hits)} runs begin with {name!r}: {some}")
     return next(iter(hits.values()))
 
+# %% ../../nbs/studies/07_plan.ipynb #300c8be4
+def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
+    "What separates a run from the present code and text."
+    if p.identity.stream not in (found.stream, UNKNOWN):
+        was, is_now = short(found.stream), short(p.identity.stream)
+        return [
+            f"its stream's text changed: {was} -> {is_now}; it must run again"
+        ]
+    if found.code == p.identity.code:
+        stands = ": it stands" if found.state()["state"] == OK else ""
+        return [f"its identity is the present one{stands}"]
+    if not found.parts:
+        return [
+            f"it was made by code {found.code}, of which no parts are known"
+        ]
+    now_parts = code_parts(*plan.code)
+    accepted = plan.ledger.versions()["accepted"]
+    if same_code(found.parts, now_parts, accepted):
+        end = ", and the change was accepted: it stands"
+    else:
+        command = f"`dmr accept {plan.study.name}`"
+        end = f"; it must run again, or {command} if no number can differ"
+    out = [f"these parts of the code changed since{end}"]
+    for c in changed_parts(found.parts, now_parts):
+        out.append(f"  {c['part']}: {short(c['old'])} -> {short(c['new'])}")
+        diff = _source_diff(c["old"], c["new"], plan.project)
+        out += [f"      {line}" for line in diff]
+    return out
 
+# %% ../../nbs/studies/07_plan.ipynb #eb4dfd56
+def _without_cell(found: Found, plan: Plan) -> list[str]:
+    "What to say of a run that the study does not ask for any more."
+    out = ["the study has no cell with these parameters any more"]
+    spec = found.run.spec if found.run else {}
+    who = (spec.get("arm"), spec.get("seed"))
+    near = (p for p in plan.runs if (p.cell.arm, p.cell.seed) == who)
+    p = next(near, None) if spec else None
+    if p is not None:
+        was = Identity.from_dict(spec["identity"])
+        changes = differences(was, p.identity)
+        out += [f"  {d}" for d in changes if d.startswith("parameter")]
+    return out
+
+# %% ../../nbs/studies/07_plan.ipynb #f2623040
 def why(
     name: str,  # a run's name or its beginning
     project: Project,
     study: Study | None = None,  # None: the study that the run belongs to
 ) -> list[str]:  # lines to read
-    """Say what state a run is in, whether it still stands, and if not, what
-    changed.
-    """
+    "Say what state a run is in, whether it still stands, and why not."
     study_name, found = find_run(name, project)
     study = study or find_study(study_name, project)
     plan, state = make_plan(study, project, load=False), found.state()
-    out = [
-        f"{found.run_id} of study {study.name}: {state['state']}"
-        + (f" ({state['error'].splitlines()[0]})" if state.get("error") else "")
-    ]
-    spec = found.run.spec if found.run else {}
-    same = next((p for p in plan.runs if p.cell.hash == found.cell), None)
-    if same is None:
-        near = [
-            p
-            for p in plan.runs
-            if spec
-            and (p.cell.arm, p.cell.seed) == (spec.get("arm"), spec.get("seed"))
-        ]
-        out.append("the study has no cell with these parameters any more")
-        if near:
-            out += [
-                "  " + d
-                for d in differences(
-                    Identity.from_dict(spec["identity"]), near[0].identity
-                )
-                if d.startswith("parameter")
-            ]
-        return out
-    return out + explain(found, same, plan)
-
-# %% ../../nbs/studies/07_plan.ipynb #300c8be4
-def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
-    "What separates a run from the present code and text."
-    now_parts = code_parts(*plan.code)
-    if p.identity.stream not in (found.stream, UNKNOWN):
-        return [
-            f"its stream's text changed: {short(found.stream)} ->"
-            f" {short(p.identity.stream)}; it must run again"
-        ]
-    if found.code == p.identity.code:
-        return [
-            (
-                "its identity is the present one: it stands"
-                if found.state()["state"] == OK
-                else "its identity is the present one"
-            )
-        ]
-    if not found.parts:
-        return [
-            f"it was made by code {found.code}, of which no parts are known"
-        ]
-    changes = changed_parts(found.parts, now_parts)
-    accepted = same_code(
-        found.parts, now_parts, plan.ledger.versions()["accepted"]
-    )
-    out = [
-        (
-            "these parts of the code changed since, and the change was"
-            " accepted: it stands"
-            if accepted
-            else (
-                "these parts of the code changed since; it must run again, or"
-                f" `dmr accept {plan.study.name}` if no number can differ"
-            )
-        )
-    ]
-    for c in changes:
-        out.append(f"  {c['part']}: {short(c['old'])} -> {short(c['new'])}")
-        out += [
-            f"      {line}"
-            for line in source_diff(c["old"], c["new"], plan.project)
-        ]
-    return out
+    error = state.get("error")
+    reason = f" ({error.splitlines()[0]})" if error else ""
+    first = f"{found.run_id} of study {study.name}: {state['state']}{reason}"
+    same = (p for p in plan.runs if p.cell.hash == found.cell)
+    if (p := next(same, None)) is None:
+        return [first, *_without_cell(found, plan)]
+    return [first, *explain(found, p, plan)]
 
 # %% ../../nbs/studies/07_plan.ipynb #2ef4bdf2
 def accept(
@@ -536,7 +478,7 @@ def about(p: Planned, plan: Plan) -> dict[str, Any]:
         cell=p.cell.hash,
     )
 
-
+# %% ../../nbs/studies/07_plan.ipynb #475d6613
 def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
     "The row of a run that was found."
     if f.row is not None:
@@ -549,57 +491,46 @@ def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
         f.run.result if f.run else None,
     )
 
+# %% ../../nbs/studies/07_plan.ipynb #c083ed74
+def shown_state(state: str) -> str:
+    "A run's state as a table shows it: without a result it is missing."
+    return "missing" if state in PENDING else state
 
-def missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
+
+def _missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
     "The row of a cell without a result."
-    state = dict(
-        p.state,
-        state=(
-            "missing"
-            if p.state["state"] in (WAITING, KILLED, RUNNING)
-            else p.state["state"]
-        ),
-    )
+    state = dict(p.state, state=shown_state(p.state["state"]))
     return row_of(about(p, plan), p.identity, state, None)
 
 # %% ../../nbs/studies/07_plan.ipynb #3fb8bfb2
 def choose(
     plan: Plan,
     code: str = "current",  # "current" or "any"
-    # each cell with what is shown for it; None: missing
-) -> list[tuple[Planned, Found | None]]:
-    """What a table or report shows: the results of one version of the code.
-    Warns about those of other versions.
-    """
+) -> list[tuple[Planned, Found | None]]:  # each cell, what is shown for it
+    "The results to show, of one version of the code; warns about others."
     if code not in ("current", "any"):
         raise ValueError(
             f"code={code!r}; pass 'current', or 'any' for the results of every"
             " version"
         )
     have = [p for p in plan.runs if p.state["state"] == OK]
-    others = {f.code for p in plan.runs for f in p.stale if p not in have}
-    # a study made once, and not yet made again
+    lack = [p for p in plan.runs if p.state["state"] != OK]
+    others = {f.code for p in lack for f in p.stale}
     borrow = code == "current" and not have and len(others) == 1
     out: list[tuple[Planned, Found | None]] = []
     for p in plan.runs:
-        shown = (
-            [p.found] if p.found and p.state["state"] in (OK, *FINAL) else []
-        )
-        shown += (
-            p.stale
-            if code == "any"
-            else p.stale[-1:]
-            if borrow and not shown
-            else ()
-        )
+        ended = p.found and p.state["state"] in (OK, *FINAL)
+        shown = [p.found] if p.found and ended else []
+        if code == "any":
+            shown += p.stale
+        elif borrow and not shown:
+            shown += p.stale[-1:]
         out += [(p, f) for f in shown] or [(p, None)]
-    old = sum(bool(p.stale) for p in plan.runs if p not in have)
+    old = sum(bool(p.stale) for p in lack)
     if code == "current" and old:
-        what = (
-            "are shown, since there are no others"
-            if borrow
-            else "are left out (code='any' shows them)"
-        )
+        what = "are left out (code='any' shows them)"
+        if borrow:
+            what = "are shown, since there are no others"
         warnings.warn(
             f"{plan.study.name}: {old} results were made by other code and"
             f" {what}; `dmr why {plan.study.name}` says what changed",
@@ -607,156 +538,28 @@ def choose(
         )
     return out
 
-
+# %% ../../nbs/studies/07_plan.ipynb #0c1fddd8
 def table_rows(plan: Plan, code: str = "current") -> list[dict[str, Any]]:
     "One row for each cell, the missing ones included; see `choose`."
     return [
-        row_of_found(f, p, plan) if f else missing_row(p, plan)
+        row_of_found(f, p, plan) if f else _missing_row(p, plan)
         for p, f in choose(plan, code)
     ]
-
-
-def results_table(
-    study: Study, project: Project, code: str = "current"
-) -> pd.DataFrame:
-    "The table of a study; see `dmr.studies.study.load_results`."
-    import io
-
-    try:
-        import pandas
-    except ImportError as e:
-        raise ImportError(
-            "tables need pandas: pip install 'moment-routing[experiments]'"
-        ) from e
-    return pandas.read_csv(
-        io.StringIO(
-            rows_text(table_rows(make_plan(study, project, load=False), code))
-        )
-    )
-
-# %% ../../nbs/studies/07_plan.ipynb #1a85875f
-#: Columns of a table that hold a run's matrix of losses.
-LOSS_COLUMNS = ("loss_rows", "loss_columns", "loss_matrix", "loss_untrained")
-
-
-def load_records(
-    table: pd.DataFrame,  # from `load_results`
-    # columns to repeat in each row
-    keep: Iterable[str] = ("run_id", "part", "arm", "seed"),
-) -> pd.DataFrame:
-    """One row for each measured loss of each run: stage (-1 before training),
-    domain, trained_domain, eval_domain, loss.
-    """
-    return _long(
-        table,
-        keep,
-        lambda row: unpack_losses({k: _json(row.get(k)) for k in LOSS_COLUMNS}),
-    )
-
-
-def load_stages(
-    table: pd.DataFrame,  # from `load_results`
-    # columns to repeat in each row
-    keep: Iterable[str] = ("run_id", "part", "arm", "seed"),
-) -> pd.DataFrame:
-    """One row for each stage of each run: steps, wall time, step norms,
-    strength, rank.
-    """
-    return _long(
-        table,
-        keep,
-        lambda row: unpack_stages(_json(row.get("stage_values")) or {}),
-    )
-
-
-def _json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else None
-
-
-def _long(
-    table: pd.DataFrame, keep: Iterable[str], unpack: Any
-) -> pd.DataFrame:
-    import pandas
-
-    keep = [k for k in keep if k in table.columns]
-    return pandas.DataFrame(
-        [
-            {**{k: row[k] for k in keep}, **r}
-            for row in table.to_dict("records")
-            for r in unpack(row)
-        ]
-    )
-
-# %% ../../nbs/studies/07_plan.ipynb #9df726a0
-def results_of(plan: Plan) -> list[dict[str, Any]]:
-    """Every cell's result as a dict for `dmr.reporting.report`: parameters,
-    records, stages, metrics, status, error.
-    """
-    out = []
-    for p, found in choose(plan):
-        state, result = found.state() if found else p.state, {}
-        if found and found.run:
-            result = found.run.result or {}
-        elif found and found.row:
-            result = result_of_row(found.row, p.identity.parameters)
-        status = (
-            "missing"
-            if state["state"] in (WAITING, KILLED, RUNNING)
-            else state["state"]
-        )
-        error = state.get("error") or (
-            state["state"] if status == "missing" else None
-        )
-        out.append(
-            {
-                **result,
-                "run_id": p.name,
-                "study": plan.study.name,
-                "status": status,
-                "error": error,
-                "parameters": dict(p.identity.parameters),
-            }
-        )
-    return out
-
-
-def result_of_row(
-    row: Mapping[str, str], parameters: Mapping[str, Any]
-) -> dict[str, Any]:
-    "A result put together from its row."
-    packed = {
-        k: json.loads(row[k])
-        for k in (*LOSS_COLUMNS, "stage_values")
-        if row.get(k)
-    }
-    metrics, environment = {}, {}
-    for k, v in row.items():
-        if (
-            v
-            and k not in parameters
-            and k not in packed
-            and not k.startswith(("identity_", "environment_", "stage_"))
-        ):
-            with suppress(ValueError):
-                metrics[k] = float(v)
-        if v and k.startswith("environment_"):
-            environment[k.removeprefix("environment_")] = v
-    wall = metrics.pop("wall_s", None)
-    return dict(
-        schema=1,
-        parameters=dict(parameters),
-        records=unpack_losses(packed),
-        stages=unpack_stages(packed.get("stage_values") or {}),
-        metrics=metrics,
-        environment=environment,
-        wall_s=wall,
-    )
 
 # %% ../../nbs/studies/07_plan.ipynb #40349b3d
 def write_plan(plan: Plan) -> None:
     "Leave the plan in the study's folder, for `status`."
     folder = plan.project.runs / plan.study.name
     folder.mkdir(parents=True, exist_ok=True)
+    runs = [
+        dict(
+            run=p.name,
+            label=p.cell.label,
+            recorded=p.found is not None and p.found.run is None,
+            state=p.state["state"],
+        )
+        for p in plan.runs
+    ]
     write_json(
         folder / "plan.json",
         dict(
@@ -764,27 +567,18 @@ def write_plan(plan: Plan) -> None:
             study=plan.study.name,
             title=plan.study.title,
             written=now(),
-            runs=[
-                dict(
-                    run=p.name,
-                    label=p.cell.label,
-                    recorded=p.found is not None and p.found.run is None,
-                    state=p.state["state"],
-                )
-                for p in plan.runs
-            ],
+            runs=runs,
         ),
     )
 
-
+# %% ../../nbs/studies/07_plan.ipynb #c49a1287
 def status(
     study: str,  # a study's name
     project: Project,
 ) -> list[dict[str, Any]]:  # run, label, state, ... for each cell of the plan
-    """The state of every run of a study's latest batch, from the file system;
-    raises FileNotFoundError if there was none.
-    """
-    plan = read_json(project.runs / study / "plan.json")
+    "The state of every run of a study's latest batch, read from its folder."
+    folder = project.runs / study
+    plan = read_json(folder / "plan.json")
     if not plan:
         raise FileNotFoundError(
             f"no batch of {study!r} was started here; `dmr batch {study}"
@@ -792,19 +586,11 @@ def status(
         )
     out = []
     for entry in plan["runs"]:
-        state = (
-            dict(state=entry["state"])
-            if entry["recorded"]
-            else Run(project.runs / study / entry["run"]).state()
-        )
-        out.append(
-            {
-                **state,
-                "run": entry["run"],
-                "label": entry["label"],
-                "recorded": entry["recorded"],
-            }
-        )
+        state = dict(state=entry["state"])
+        if not entry["recorded"]:
+            state = Run(folder / entry["run"]).state()
+        who = {k: entry[k] for k in ("run", "label", "recorded")}
+        out.append({**state, **who})
     return out
 
 

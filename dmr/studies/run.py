@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -33,13 +33,12 @@ from dmr.files import (
     write_atomic,
     write_json,
 )
+from .identity import Identity, code_of, differences
+from .template import read_template
 
 # %% auto #0
-__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'RESULT_TYPE', 'DISK_FULL',
-           'POLL_S', 'KERNEL_GONE_S', 'ANSI', 'EXIT_BUSY', 'THREAD_VARIABLES', 'Run', 'Limits', 'prepare',
-           'kernel_manager', 'scratch_folder', 'began', 'kill_tree', 'read_result', 'state_of_exception', 'now',
-           'Supervisor', 'MemoryMeter', 'check', 'watch', 'finish', 'succeed', 'clear_leftovers', 'code_changed',
-           'execute', 'supervise', 'start', 'launch']
+__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE', 'Run',
+           'Limits', 'prepare_run', 'kernel_manager', 'now', 'clear_leftovers', 'supervise', 'start', 'launch']
 
 # %% ../../nbs/studies/04_run.ipynb #9f55fa2c
 OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = (
@@ -52,6 +51,8 @@ OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = (
 RUNNING, WAITING = "running", "waiting"
 # tried again only when asked: the same would happen again
 FINAL = (FAILED, TIMEOUT, OUT_OF_MEMORY)
+# without a result yet: a batch goes on from here
+PENDING = (WAITING, RUNNING, KILLED)
 #: MIME type under which a notebook displays a run's result.
 RESULT_TYPE = "application/vnd.dmr.result+json"
 
@@ -68,16 +69,13 @@ class Run:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """The marker, if it is there and speaks of the result that lies beside
-        it.
-        """
+        "The marker, if it speaks of the result that lies beside it."
         marker = read_json(self.folder / "done.json")
         if not isinstance(marker, dict):
             return None
         with suppress(OSError):
-            if hashlib.sha256(
-                (self.folder / "result.json").read_bytes()
-            ).hexdigest() == marker.get("sha256"):
+            result = (self.folder / "result.json").read_bytes()
+            if hashlib.sha256(result).hexdigest() == marker.get("sha256"):
                 return marker
         return None
 
@@ -87,26 +85,19 @@ class Run:
         return read_json(self.folder / "result.json") if self.done else None
 
     def state(self) -> dict[str, Any]:
-        """What is going on; a run that says 'running' without a live process
-        was killed.
-        """
+        "What is going on: `state`, and what else is known."
         if (marker := self.done) is not None:
             return dict(state=OK, **marker)
         state = read_json(self.folder / "state.json") or dict(state=WAITING)
+        error = ""
         if state["state"] == RUNNING and not is_locked(self.folder / "lock"):
-            error = (
-                state.get("error")
-                or "its process died without a word (kill -9, power loss, or no memory left)"
+            error = state.get("error") or (
+                "its process died without a word (kill -9, power loss, or no"
+                " memory left)"
             )
-            state = dict(state, state=KILLED, error=error)
-        # it says so, but the marker or the result is gone
         if state["state"] == OK:
-            state = dict(
-                state,
-                state=KILLED,
-                error="it finished, but its result is missing or damaged since",
-            )
-        return state
+            error = "it finished, but its result is missing or damaged since"
+        return dict(state, state=KILLED, error=error) if error else state
 
 # %% ../../nbs/studies/04_run.ipynb #a5d03381
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ class Limits:
     memory_bytes: int | None = None
 
 
-def prepare(
+def prepare_run(
     folder: str | Path,  # the run's own folder, made if missing
     template: str | Path,  # notebook
     parameters: Mapping[str, Any],  # resolved
@@ -146,40 +137,39 @@ def prepare(
         write_json(folder / "run.json", spec)
     return Run(folder)
 
+# %% ../../nbs/studies/04_run.ipynb #7db3e9eb
+def _scratch_folder() -> Path:
+    "A fresh folder whose path leaves room for a socket's name."
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+    return Path(tempfile.mkdtemp(prefix="dmr-", dir=short))
+
 # %% ../../nbs/studies/04_run.ipynb #8cfa05d5
 def kernel_manager(
     scratch: Path,  # a fresh folder with a short path
-    started: Any,  # called with the kernel's process id
-    stopping: Any,  # called when papermill itself ends the kernel
+    started: Callable[[int], None],  # called with the kernel's process id
+    stopping: Callable[[], None],  # called when papermill ends the kernel
 ) -> type:
-    """A kernel manager class that talks through Unix sockets in `scratch` and
-    runs this very interpreter.
-    """
+    "A kernel manager class that talks through Unix sockets in `scratch`."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f"]
+    sockets = dict(
+        transport="ipc",
+        ip=str(scratch / "s"),
+        connection_file=str(scratch / "kernel.json"),
+    )
+
     class SocketKernelManager(AsyncKernelManager):
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(
-                **{
-                    **kwargs,
-                    "transport": "ipc",
-                    "ip": str(scratch / "s"),
-                    "connection_file": str(scratch / "kernel.json"),
-                }
-            )
+            super().__init__(**{**kwargs, **sockets})
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            argv = [
-                sys.executable,
-                "-m",
-                "ipykernel_launcher",
-                "-f",
-                "{connection_file}",
-            ]
             return KernelSpec(
-                argv=argv, display_name="Python", language="python"
+                argv=[*command, "{connection_file}"],
+                display_name="Python",
+                language="python",
             )
 
         async def _async_launch_kernel(
@@ -190,44 +180,34 @@ def kernel_manager(
                 "IPYTHONDIR": str(scratch / "ipython"),
             }
             await super()._async_launch_kernel(kernel_cmd, **kwargs)
-            started(getattr(self.provisioner, "pid"))  # noqa: B009 (provisioners of local kernels have one)
+            # provisioners of local kernels have a process id
+            started(getattr(self.provisioner, "pid"))  # noqa: B009
 
-        async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        async def shutdown_kernel(  # type: ignore[override]
+            self, *args: Any, **kwargs: Any
+        ) -> None:
             stopping()
             await super().shutdown_kernel(*args, **kwargs)
 
     return SocketKernelManager
 
-
-def scratch_folder() -> Path:
-    """A fresh folder whose path leaves room for a socket's name (the limit is
-    about 100 characters).
-    """
-    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
-    return Path(tempfile.mkdtemp(prefix="dmr-", dir=short))
-
 # %% ../../nbs/studies/04_run.ipynb #087465f0
-def began(pid: int) -> float | None:
-    """When a process began; None if there is none, or only its exit code is
-    left of it.
-    """
+def _began(pid: int) -> float | None:
+    "When a process began; None if it is gone, or a zombie."
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return (
-            None
-            if process.status() == psutil.STATUS_ZOMBIE
-            else process.create_time()
-        )
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process.create_time()
     except psutil.Error:
         return None
 
-
-def kill_tree(
+# %% ../../nbs/studies/04_run.ipynb #6ee38ec1
+def _kill_tree(
     pid: int,
-    # when that process began; None: whoever has the number
-    since: float | None,
+    since: float | None,  # when it began; None: whoever has the number
 ) -> None:
     "Kill a process, its group and its descendants at once."
     import psutil
@@ -246,62 +226,61 @@ def kill_tree(
             p.kill()
 
 # %% ../../nbs/studies/04_run.ipynb #deff033b
-def read_result(
-    notebook: Mapping[str, Any],  # an executed notebook
-) -> dict[str, Any]:
-    """The result that an executed notebook emitted; raises ValueError where it
-    is missing, doubled, or may depend on cosmetic cells.
-    """
-    found: list[tuple[int, dict[str, Any]]] = []
-    first_cosmetic = None
-    for i, cell in enumerate(notebook["cells"]):
-        if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
-            continue
+def _ran_cells(notebook: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    "The code cells that are not empty; raises ValueError if one did not run."
+    cells = [
+        (i, c)
+        for i, c in enumerate(notebook["cells"])
+        if c["cell_type"] == "code" and "".join(c["source"]).strip()
+    ]
+    for i, cell in cells:
         if cell.get("execution_count") is None:
             raise ValueError(f"cell {i} did not run")
-        if first_cosmetic is None and "cosmetic" in cell.get(
-            "metadata", {}
-        ).get("tags", []):
-            first_cosmetic = i
-        found += [
-            (i, o["data"][RESULT_TYPE])
-            for o in cell["outputs"]
-            if RESULT_TYPE in o.get("data", {})
-        ]
+    return cells
+
+
+def _read_result(
+    notebook: Mapping[str, Any],  # an executed notebook
+) -> dict[str, Any]:
+    "The one result that a notebook emitted; raises ValueError if in doubt."
+    cells = _ran_cells(notebook)
+    found = [
+        (i, output["data"][RESULT_TYPE])
+        for i, cell in cells
+        for output in cell["outputs"]
+        if RESULT_TYPE in output.get("data", {})
+    ]
     if len(found) != 1:
         raise ValueError(
             f"the template emitted {len(found)} results; it needs one"
             f" display({{{RESULT_TYPE!r}: ...}}, raw=True)"
         )
-    if first_cosmetic is not None and first_cosmetic < found[0][0]:
-        raise ValueError(
-            f"cell {first_cosmetic} is tagged 'cosmetic' but runs before the"
-            f" result (cell {found[0][0]}); remove the tag or move it down"
-        )
-    return found[0][1]
+    at, result = found[0]
+    for i, cell in cells:
+        if i < at and "cosmetic" in cell.get("metadata", {}).get("tags", []):
+            raise ValueError(
+                f"cell {i} is tagged 'cosmetic' but runs before the result"
+                f" (cell {at}); remove the tag or move it down"
+            )
+    return result
 
 # %% ../../nbs/studies/04_run.ipynb #140f8a7b
 #: Errors of the system that mean a full disk.
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def state_of_exception(
+def _state_of_exception(
     name: str,  # of the exception's class
     message: str,
 ) -> str:
     "The state of a run whose cell raised."
     text = message.lower()
-    if (
-        name in ("MemoryError", "OutOfMemoryError")
-        or "can't allocate memory" in text
-        or "out of memory" in text
-    ):
+    if name in ("MemoryError", "OutOfMemoryError"):
         return OUT_OF_MEMORY
-    if name in ("OSError", "IOError") and any(
-        f"[errno {n}]" in text for n in DISK_FULL
-    ):
-        return KILLED
-    return FAILED
+    if "can't allocate memory" in text or "out of memory" in text:
+        return OUT_OF_MEMORY
+    full = any(f"[errno {n}]" in text for n in _DISK_FULL)
+    return KILLED if full and name in ("OSError", "IOError") else FAILED
 
 # %% ../../nbs/studies/04_run.ipynb #cab1f261
 def now() -> str:
@@ -309,7 +288,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-class Supervisor:
+class _Supervisor:
     "Executes the run in a folder and leaves it in a state that can be trusted."
 
     def __init__(
@@ -340,27 +319,26 @@ class Supervisor:
         if self.verdict is None:
             self.verdict, self.verdict_at = (state, error), time.monotonic()
         if self.kernel:
-            kill_tree(*self.kernel)
+            _kill_tree(*self.kernel)
 
     def kernel_stopping(self) -> None:
         self.closes = True
 
     def kernel_started(self, pid: int) -> None:
-        self.kernel = (pid, began(pid))
-        with suppress(OSError):  # if memory runs out, this process goes first
+        self.kernel = (pid, _began(pid))
+        with suppress(OSError):
             Path(f"/proc/{pid}/oom_score_adj").write_text("900")
         self.note(kernel=dict(pid=pid, began=self.kernel[1]))
         if self.verdict:
-            kill_tree(*self.kernel)
+            _kill_tree(*self.kernel)
 
 # %% ../../nbs/studies/04_run.ipynb #8dc31122
-POLL_S, KERNEL_GONE_S = 0.5, 8.0
+#: Seconds between two looks; seconds until a dead kernel counts as gone.
+_POLL_S, _KERNEL_GONE_S = 0.5, 8.0
 
 
-class MemoryMeter:
-    """Resident memory of this process and its descendants; the list of
-    descendants is renewed every few seconds.
-    """
+class _MemoryMeter:
+    "Resident memory of this process and its descendants."
 
     def __init__(self) -> None:
         import psutil
@@ -370,13 +348,8 @@ class MemoryMeter:
 
     def __call__(self) -> int:  # bytes
         if time.monotonic() - self.renewed > 3 or len(self.family) < 2:
-            self.family, self.renewed = (
-                [
-                    self.me,
-                    *self.me.children(recursive=True),
-                ],
-                time.monotonic(),
-            )
+            self.family = [self.me, *self.me.children(recursive=True)]
+            self.renewed = time.monotonic()
         total = 0
         for p in self.family:
             with suppress(self.psutil.Error):
@@ -384,66 +357,40 @@ class MemoryMeter:
         return total
 
 # %% ../../nbs/studies/04_run.ipynb #3707e75d
-def check(
-    s: Supervisor,
+def _check(
+    s: _Supervisor,
     memory: int,  # bytes in use
 ) -> tuple[str, str] | None:  # state and error, if the run must end
     "Hold a run against its limits."
-    wall = time.monotonic() - s.start
-    wall_s, memory_bytes = (
-        s.spec["limits"]["wall_s"],
-        s.spec["limits"]["memory_bytes"],
-    )
+    wall_s = s.spec["limits"]["wall_s"]
+    allowed = s.spec["limits"]["memory_bytes"]
     if os.getppid() != s.parent:
         return KILLED, "the batch that started this run died"
-    if wall_s and wall > wall_s:
+    if wall_s and time.monotonic() - s.start > wall_s:
         return TIMEOUT, f"took longer than its limit of {wall_s:g} s"
-    if memory_bytes and memory > memory_bytes:
-        return (
-            OUT_OF_MEMORY,
-            (
-                f"used {memory / 1e6:.0f} MB, more than its limit of"
-                f" {memory_bytes / 1e6:.0f} MB"
-            ),
+    if allowed and memory > allowed:
+        return OUT_OF_MEMORY, (
+            f"used {memory / 1e6:.0f} MB, more than its limit of"
+            f" {allowed / 1e6:.0f} MB"
         )
     return None
 
-
-def watch(s: Supervisor) -> None:
-    """Look after a run until it is finished; end the process if papermill does
-    not come back.
-    """
-    meter, gone = MemoryMeter(), 0.0
-    while not s.finished.wait(POLL_S):
-        memory = meter()
-        s.peak = max(s.peak, memory)
-        if (reason := check(s, memory)) and not s.verdict:
-            s.end(*reason)
-        if s.kernel and not s.closes and began(s.kernel[0]) is None:
-            gone = gone or time.monotonic()
-        if (gone and time.monotonic() - gone > KERNEL_GONE_S) or (
-            s.verdict and time.monotonic() - s.verdict_at > KERNEL_GONE_S
-        ):
-            finish(s, *(s.verdict or (KILLED, "the kernel died")))
-            os._exit(1)
-
 # %% ../../nbs/studies/04_run.ipynb #21b610b3
-def finish(
-    s: Supervisor,
+def _finish(
+    s: _Supervisor,
     state: str,
     error: str,  # first line is the summary
     **more: Any,
 ) -> None:
     "Leave a run that came to nothing: its state, its error, its notebook."
+    folder = s.run.folder
     with s.closing:
         if s.finished.is_set():
             return
         if s.kernel:
-            kill_tree(*s.kernel)
+            _kill_tree(*s.kernel)
         with suppress(OSError):
-            os.replace(
-                s.run.folder / "running.ipynb", s.run.folder / "failed.ipynb"
-            )
+            os.replace(folder / "running.ipynb", folder / "failed.ipynb")
         with suppress(OSError):
             s.note(
                 state=state,
@@ -455,29 +402,27 @@ def finish(
             )
         s.finished.set()
 
-
-def succeed(s: Supervisor) -> None:
+# %% ../../nbs/studies/04_run.ipynb #e6d95463
+def _succeed(s: _Supervisor) -> None:
     "Leave a finished run: executed notebook, result, and the marker last."
     folder = s.run.folder
     notebook = (folder / "running.ipynb").read_bytes()
-    result = json.dumps(read_result(json.loads(notebook)), indent=1).encode()
+    result = json.dumps(_read_result(json.loads(notebook)), indent=1).encode()
     with s.closing:
         if s.finished.is_set():
             return
         write_atomic(folder / "output.ipynb", notebook)
         write_atomic(folder / "result.json", result)
-        write_json(
-            folder / "done.json",
-            dict(
-                schema=1,
-                id=(s.spec["identity"] or {}).get("id"),
-                sha256=hashlib.sha256(result).hexdigest(),
-                finished=now(),
-                wall_s=round(time.monotonic() - s.start, 3),
-                peak_memory=s.peak,
-                attempts=s.state["attempts"],
-            ),
+        marker = dict(
+            schema=1,
+            id=(s.spec["identity"] or {}).get("id"),
+            sha256=hashlib.sha256(result).hexdigest(),
+            finished=now(),
+            wall_s=round(time.monotonic() - s.start, 3),
+            peak_memory=s.peak,
+            attempts=s.state["attempts"],
         )
+        write_json(folder / "done.json", marker)
         s.finished.set()
     for leftover in ("running.ipynb", "failed.ipynb"):
         with suppress(OSError):
@@ -485,6 +430,22 @@ def succeed(s: Supervisor) -> None:
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     with suppress(OSError):
         s.note(state=OK, error=None, ended=now())
+
+# %% ../../nbs/studies/04_run.ipynb #52ffac45
+def _watch(s: _Supervisor) -> None:
+    "Look after a run until it is finished, and end it where papermill hangs."
+    meter, gone = _MemoryMeter(), 0.0
+    while not s.finished.wait(_POLL_S):
+        memory = meter()
+        s.peak = max(s.peak, memory)
+        if (reason := _check(s, memory)) and not s.verdict:
+            s.end(*reason)
+        if s.kernel and not s.closes and _began(s.kernel[0]) is None:
+            gone = gone or time.monotonic()
+        since = [t for t in (gone, s.verdict and s.verdict_at) if t]
+        if any(time.monotonic() - t > _KERNEL_GONE_S for t in since):
+            _finish(s, *(s.verdict or (KILLED, "the kernel died")))
+            os._exit(1)
 
 # %% ../../nbs/studies/04_run.ipynb #138c108a
 def clear_leftovers(run: Run) -> int:  # attempts so far
@@ -495,7 +456,7 @@ def clear_leftovers(run: Run) -> int:  # attempts so far
         and isinstance(old.get("kernel"), dict)
         and old["kernel"].get("began")
     ):
-        kill_tree(old["kernel"]["pid"], old["kernel"]["began"])
+        _kill_tree(old["kernel"]["pid"], old["kernel"]["began"])
     if old.get("scratch") and Path(old["scratch"]).name.startswith("dmr-"):
         shutil.rmtree(old["scratch"], ignore_errors=True)
     for part in run.folder.glob(".*.tmp"):
@@ -504,108 +465,96 @@ def clear_leftovers(run: Run) -> int:  # attempts so far
     return int(old.get("attempts", 0))
 
 # %% ../../nbs/studies/04_run.ipynb #d5c36a29
-def code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
+def _code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
     "Whether the code is still the one in the run's identity."
     identity = spec.get("identity") or {}
     if "cells" not in identity:
         return None
-    from dmr.studies.identity import Identity, code_of, differences
-    from dmr.studies.template import read_template
-
     planned = Identity.from_dict(identity)
-    present = Identity(
-        planned.parameters,
-        planned.stream,
-        *code_of(read_template(spec["template"])),
-    )
-    return (
-        "the code is not the one that was planned:"
-        f" {'; '.join(differences(planned, present))}"
-        if present.code != planned.code
-        else None
-    )
+    code = code_of(read_template(spec["template"]))
+    present = Identity(planned.parameters, planned.stream, *code)
+    if present.code == planned.code:
+        return None
+    changes = "; ".join(differences(planned, present))
+    return f"the code is not the one that was planned: {changes}"
+
+# %% ../../nbs/studies/04_run.ipynb #98b71b2e
+#: Colours in tracebacks.
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _ending(e: Any) -> tuple[tuple[str, str], dict[str, Any]]:
+    "State and error of a run that raised, and further entries of its state."
+    name = type(e).__name__
+    if name == "PapermillExecutionError":
+        what = _state_of_exception(e.ename, e.evalue), f"{e.ename}: {e.evalue}"
+        lines = [_ANSI.sub("", t) for t in e.traceback]
+        return what, dict(traceback=lines, cell=e.cell_index)
+    state = FAILED
+    if isinstance(e, OSError):
+        state = KILLED if e.errno in _DISK_FULL else FAILED
+    elif name in ("DeadKernelError", "RuntimeError") and "ernel" in str(e):
+        return (KILLED, "the kernel died"), {}
+    return (state, f"{name}: {e}"), {}
 
 # %% ../../nbs/studies/04_run.ipynb #d9e64500
-ANSI = re.compile(r"\x1b\[[0-9;]*m")  # colours in tracebacks
-
-
-def execute(s: Supervisor, scratch: Path) -> None:
-    "Execute the template; papermill's exception decides, not its file."
+def _run_notebook(s: _Supervisor, scratch: Path) -> None:
+    "Let papermill execute the template into running.ipynb."
     import logging
 
-    # jsonschema would build a grammar of internationalized addresses, seconds
-    # of work before each run, which no notebook needs
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
-    from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    folder = s.run.folder
-    parameters = dict(s.spec["parameters"])
+    folder, parameters = s.run.folder, dict(s.spec["parameters"])
     if s.spec.get("checkpoint"):
         (folder / "checkpoint").mkdir(exist_ok=True)
         parameters["checkpoint"] = str(folder / "checkpoint")
+    papermill.execute_notebook(
+        s.spec["template"],
+        folder / "running.ipynb",
+        parameters,
+        kernel_name="python3",
+        language="python",
+        progress_bar=False,
+        cwd=s.spec["cwd"],
+        kernel_manager_class=kernel_manager(
+            scratch, s.kernel_started, s.kernel_stopping
+        ),
+        stdout_file=sys.stdout,
+        stderr_file=sys.stderr,
+    )
+
+
+def _execute_run(s: _Supervisor, scratch: Path) -> None:
+    "Execute the template and leave the run finished, one way or the other."
     try:
-        if (changed := code_changed(s.spec)) is not None:
-            return finish(s, KILLED, changed, changed=True)
+        if changed := _code_changed(s.spec):
+            return _finish(s, KILLED, changed, changed=True)
         if s.verdict:
             raise RuntimeError("ended before the kernel started")
-        papermill.execute_notebook(
-            s.spec["template"],
-            folder / "running.ipynb",
-            parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            cwd=s.spec["cwd"],
-            kernel_manager_class=kernel_manager(
-                scratch, s.kernel_started, s.kernel_stopping
-            ),
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
-        if (changed := code_changed(s.spec)) is not None:
-            return finish(s, KILLED, changed, changed=True)
-        succeed(s)
-    except PapermillExecutionError as e:
-        state = state_of_exception(e.ename, e.evalue)
-        finish(
-            s,
-            *(s.verdict or (state, f"{e.ename}: {e.evalue}")),
-            traceback=[ANSI.sub("", t) for t in e.traceback],
-            cell=e.cell_index,
-        )
-    except OSError as e:
-        finish(
-            s,
-            *(
-                s.verdict
-                or (
-                    KILLED if e.errno in DISK_FULL else FAILED,
-                    f"{type(e).__name__}: {e}",
-                )
-            ),
-        )
+        _run_notebook(s, scratch)
+        if changed := _code_changed(s.spec):
+            return _finish(s, KILLED, changed, changed=True)
+        _succeed(s)
     except Exception as e:
-        dead = type(e).__name__ in (
-            "DeadKernelError",
-            "RuntimeError",
-        ) and "ernel" in str(e)
-        finish(
-            s,
-            *(
-                s.verdict
-                or (
-                    (KILLED, "the kernel died")
-                    if dead
-                    else (FAILED, f"{type(e).__name__}: {e}")
-                )
-            ),
-        )
+        what, more = _ending(e)
+        _finish(s, *(s.verdict or what), **more)
 
 # %% ../../nbs/studies/04_run.ipynb #dbef96fd
 #: Exit code of a supervisor that found another process at its run.
-EXIT_BUSY = 75
+_EXIT_BUSY = 75
+
+
+def _end_on_signals(s: _Supervisor) -> None:
+    "Let SIGTERM, SIGINT and SIGHUP end the run, resumable."
+
+    def stop(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        s.end(KILLED, f"stopped by {name}; the next batch takes it up again")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
 def supervise(
@@ -618,37 +567,31 @@ def supervise(
         with locked(run.folder / "lock", wait=3.0):
             if run.done:
                 return 0
-            s = Supervisor(folder, parent)
+            s = _Supervisor(folder, parent)
             attempts = clear_leftovers(run) + 1
-            scratch = scratch_folder()
-            stop = lambda number, frame: s.end(
-                KILLED,
-                f"stopped by {signal.Signals(number).name}; the next batch"
-                " takes it up again",
-            )
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, stop)
+            scratch = _scratch_folder()
+            _end_on_signals(s)
             try:
                 s.note(
                     state=RUNNING,
                     pid=os.getpid(),
-                    began=began(os.getpid()),
+                    began=_began(os.getpid()),
                     host=platform.node(),
                     started=now(),
                     attempts=attempts,
                     scratch=str(scratch),
                 )
-                threading.Thread(target=watch, args=(s,), daemon=True).start()
-                execute(s, scratch)
+                threading.Thread(target=_watch, args=(s,), daemon=True).start()
+                _execute_run(s, scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             return 0 if run.done else 1
     except Busy:
-        return EXIT_BUSY
+        return _EXIT_BUSY
 
 # %% ../../nbs/studies/04_run.ipynb #6c111180
 #: Environment variables that limit the threads of numerical libraries.
-THREAD_VARIABLES = (
+_THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -667,7 +610,7 @@ def start(folder: str | Path) -> subprocess.Popen:
     threads = str(Run(folder).spec.get("threads", 1))
     env = {
         **os.environ,
-        **{name: threads for name in THREAD_VARIABLES},
+        **{name: threads for name in _THREAD_VARIABLES},
         "PYTHONUNBUFFERED": "1",
     }
     with open(folder / "log.txt", "ab") as log:
@@ -688,12 +631,11 @@ def launch(
 ) -> dict[str, Any]:  # run, state, error, wall_s, ...
     "Execute a prepared run and wait for its end."
     run = Run(Path(folder))
+    name = run.folder.name
     try:
         process = start(folder)
     except OSError as e:
-        return dict(
-            run=run.folder.name, state=KILLED, error=f"could not start: {e}"
-        )
+        return dict(run=name, state=KILLED, error=f"could not start: {e}")
     asked = 0.0
     while process.poll() is None:
         with suppress(subprocess.TimeoutExpired):
@@ -701,17 +643,10 @@ def launch(
         if stop is not None and stop.is_set() and not asked:
             process.terminate()
             asked = time.monotonic()
-        if asked and time.monotonic() - asked > 2 * KERNEL_GONE_S:
+        if asked and time.monotonic() - asked > 2 * _KERNEL_GONE_S:
             process.kill()
-    if process.returncode == EXIT_BUSY:
-        return dict(
-            run=run.folder.name,
-            state="busy",
-            error="another batch has this run",
-        )
+    if process.returncode == _EXIT_BUSY:
+        return dict(run=name, state="busy", error="another batch has this run")
     if process.returncode < 0:
         clear_leftovers(run)
-    return dict(
-        run=run.folder.name,
-        **{k: v for k, v in run.state().items() if k != "run"},
-    )
+    return {**run.state(), "run": name}

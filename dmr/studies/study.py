@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .identity import digest
 from .run import Limits
@@ -22,24 +22,14 @@ from dmr.studies.template import (
     resolve,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 # %% auto #0
-__all__ = ['Lines', 'SECONDS', 'BYTES', 'BLOCK', 'KEYS', 'ARM_KEYS', 'NAMES', 'Problem', 'StudyError', 'read_yaml', 'quantity',
-           'read_seeds', 'check_keys', 'Cell', 'combinations', 'matches', 'expand', 'check_axes', 'Study', 'blocks',
-           'read_study', 'report', 'read_limits', 'override', 'Project', 'find_project', 'list_studies', 'find_study',
-           'load_results']
+__all__ = ['StudyError', 'Cell', 'combinations', 'Study', 'read_study', 'Project', 'find_project', 'list_studies', 'find_study']
 
 # %% ../../nbs/studies/05_study.ipynb #0c89d962
 class StudyError(ValueError):
     "A study file that cannot be used; names every problem with its line."
 
-
-#: Path of an entry in a study file -> its line.
-Lines = dict[tuple[Any, ...], int]
-
-
+# %% ../../nbs/studies/05_study.ipynb #365f5d15
 def _loader(stream: str) -> Any:
     "A safe loader that knows floats without a dot."
     try:
@@ -60,71 +50,72 @@ def _loader(stream: str) -> Any:
     return StudyLoader(stream)
 
 # %% ../../nbs/studies/05_study.ipynb #f7435c91
-def read_yaml(
+#: Path of an entry in a study file.
+_Where = tuple[Any, ...]
+#: Path of an entry -> its line.
+_Lines = dict[_Where, int]
+#: Path of an entry and what is wrong with it.
+_Problem = tuple[_Where, str]
+
+
+def _find_lines(node: Any, path: _Where, lines: _Lines, name: str) -> None:
+    "Collect the line of every entry below a node; raises StudyError."
+    import yaml
+
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for k, v in node.value:
+            line = k.start_mark.line + 1
+            if k.value in seen:
+                raise StudyError(f"{name}:{line}: {k.value!r} appears twice")
+            seen.add(k.value)
+            lines[(*path, k.value)] = line
+            _find_lines(v, (*path, k.value), lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, v in enumerate(node.value):
+            _find_lines(v, (*path, i), lines, name)
+
+# %% ../../nbs/studies/05_study.ipynb #b5a45c65
+def _read_yaml(
     text: str,
     name: str = "study",  # shown in errors
-    # the data, and the line of each entry by its path of keys
-) -> tuple[Any, Lines]:
+) -> tuple[Any, _Lines]:  # the data, and the line of each entry
     "Read YAML as plain data with line numbers; raises StudyError."
     import yaml
 
-    lines: Lines = {}
-
-    def visit(node: Any, path: tuple[Any, ...]) -> None:
-        lines[path] = node.start_mark.line + 1
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for k, v in node.value:
-                if k.value in seen:
-                    raise StudyError(
-                        f"{name}:{k.start_mark.line + 1}: {k.value!r} appears"
-                        " twice"
-                    )
-                seen.add(k.value)
-                visit(v, (*path, k.value))
-                lines[(*path, k.value)] = k.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode):
-            for i, v in enumerate(node.value):
-                visit(v, (*path, i))
-
+    lines: _Lines = {}
     loader = _loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             raise StudyError(f"{name}:1: the file is empty")
-        visit(node, ())
+        _find_lines(node, (), lines, name)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        raise StudyError(
-            f"{name}:{mark.line + 1 if mark else 1}: {e.problem or e.context}"
-        ) from None
+        line = mark.line + 1 if mark else 1
+        raise StudyError(f"{name}:{line}: {e.problem or e.context}") from None
     finally:
         loader.dispose()
 
 # %% ../../nbs/studies/05_study.ipynb #34248ca4
 #: Units of time in seconds.
-SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 #: Units of memory in bytes.
-BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
-def quantity(
+def _quantity(
     value: Any,  # a number, or text such as "10 min"
     units: Mapping[str, float],  # SECONDS or BYTES
 ) -> float:
     "A duration in seconds or a size in bytes; raises ValueError."
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value > 0
-    ):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and value > 0:
         return float(value)
-    match = (
-        re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)\s*", value)
-        if isinstance(value, str)
-        else None
-    )
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)\s*", text)
     if not match or match[2] not in units or float(match[1]) <= 0:
         raise ValueError(
             f"{value!r} is no quantity; write for example '10 {list(units)[1]}'"
@@ -132,24 +123,17 @@ def quantity(
         )
     return float(match[1]) * units[match[2]]
 
-
-def read_seeds(value: Any) -> list[int]:
-    """Seeds from a list of whole numbers, or a range such as `0..9`, both ends
-    included; raises ValueError.
-    """
-    if (
-        isinstance(value, str)
-        and (m := re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", value))
-        and int(m[1]) <= int(m[2])
-    ):
+# %% ../../nbs/studies/05_study.ipynb #68e5422e
+def _read_seeds(value: Any) -> list[int]:
+    "Seeds from a list of whole numbers or a range; raises ValueError."
+    text = value if isinstance(value, str) else ""
+    m = re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", text)
+    if m and int(m[1]) <= int(m[2]):
         return list(range(int(m[1]), int(m[2]) + 1))
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        and len(set(value)) == len(value)
-    ):
-        return value
+    seeds = value if isinstance(value, list) else []
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in seeds)
+    if seeds and whole and len(set(seeds)) == len(seeds):
+        return seeds
     raise ValueError(
         f"seeds: {value!r}; write a list of different whole numbers such as [0,"
         " 1], or a range such as 0..9"
@@ -157,7 +141,7 @@ def read_seeds(value: Any) -> list[int]:
 
 # %% ../../nbs/studies/05_study.ipynb #740056a2
 #: Keys of a block of a study file -> types that each takes.
-BLOCK: dict[str, tuple[type, ...]] = {
+_BLOCK: dict[str, tuple[type, ...]] = {
     "defaults": (dict,),
     "arms": (dict, list),
     "grid": (dict,),
@@ -166,7 +150,7 @@ BLOCK: dict[str, tuple[type, ...]] = {
     "seeds": (list, str),
 }
 #: Keys of a study file -> types that each takes.
-KEYS: dict[str, tuple[type, ...]] = {
+_KEYS: dict[str, tuple[type, ...]] = {
     "title": (str,),
     "description": (str,),
     "template": (str,),
@@ -175,50 +159,12 @@ KEYS: dict[str, tuple[type, ...]] = {
     "estimate": (str, int, float),
     "limits": (dict,),
     "parts": (dict,),
-    **BLOCK,
+    **_BLOCK,
 }
 #: Keys of an arm that are no parameters.
-ARM_KEYS = ("grid", "zip", "seeds")
-
-
-# path, what is wrong
-def check_keys(data: Any) -> Iterator[tuple[tuple[Any, ...], str]]:
-    "Check names and types of a study file's entries."
-
-    def block(
-        entries: Any,
-        path: tuple[Any, ...],
-        keys: Mapping[str, tuple[type, ...]],
-    ) -> Iterator[tuple[tuple[Any, ...], str]]:
-        if not isinstance(entries, dict):
-            yield path, "expected 'key: value' lines"
-            return
-        for k, v in entries.items():
-            if k not in keys:
-                yield (
-                    (*path, k),
-                    (
-                        f"unknown key {k!r}{nearest(str(k), keys)}; known:"
-                        f" {', '.join(keys)}"
-                    ),
-                )
-            elif not isinstance(v, keys[k]):
-                yield (
-                    (*path, k),
-                    (
-                        f"{k} takes {' or '.join(NAMES[t] for t in keys[k])},"
-                        f" not {v!r}"
-                    ),
-                )
-
-    yield from block(data, (), KEYS)
-    parts = data.get("parts", {}) if isinstance(data, dict) else {}
-    for name, part in parts.items() if isinstance(parts, dict) else ():
-        yield from block(part, ("parts", name), BLOCK)
-
-
+_ARM_KEYS = ("grid", "zip", "seeds")
 #: Types as error messages call them.
-NAMES: dict[type, str] = {
+_NAMES: dict[type, str] = {
     dict: "'key: value' lines",
     list: "a list",
     str: "text",
@@ -226,6 +172,32 @@ NAMES: dict[type, str] = {
     int: "a number",
     float: "a number",
 }
+
+# %% ../../nbs/studies/05_study.ipynb #3d802c85
+def _check_block(
+    entries: Any, path: _Where, keys: Mapping[str, tuple[type, ...]]
+) -> Iterator[_Problem]:
+    "Check the names and types of one block's entries."
+    if not isinstance(entries, dict):
+        yield path, "expected 'key: value' lines"
+        return
+    for k, v in entries.items():
+        if k not in keys:
+            yield (*path, k), (
+                f"unknown key {k!r}{nearest(str(k), keys)}; known:"
+                f" {', '.join(keys)}"
+            )
+        elif not isinstance(v, keys[k]):
+            wanted = " or ".join(_NAMES[t] for t in keys[k])
+            yield (*path, k), f"{k} takes {wanted}, not {v!r}"
+
+# %% ../../nbs/studies/05_study.ipynb #ecd0d29a
+def _check_keys(data: Any) -> Iterator[_Problem]:
+    "Check names and types of a study file's entries."
+    yield from _check_block(data, (), _KEYS)
+    parts = data.get("parts", {}) if isinstance(data, dict) else {}
+    for name, part in parts.items() if isinstance(parts, dict) else ():
+        yield from _check_block(part, ("parts", name), _BLOCK)
 
 # %% ../../nbs/studies/05_study.ipynb #8a5cd695
 @dataclass(frozen=True)
@@ -241,22 +213,12 @@ class Cell:
     @property
     def label(self) -> str:
         "Arm, varied values, seed."
-        words = [
-            self.arm,
-            *(
-                f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-                for k, v in self.varied.items()
-            ),
-        ]
-        return (
-            " ".join(
-                [
-                    *filter(None, words),
-                    *([f"seed {self.seed}"] if self.seed is not None else []),
-                ]
-            )
-            or "run"
-        )
+        words = [self.arm]
+        for k, v in self.varied.items():
+            words.append(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}")
+        if self.seed is not None:
+            words.append(f"seed {self.seed}")
+        return " ".join(filter(None, words)) or "run"
 
     @property
     def hash(self) -> str:
@@ -266,11 +228,8 @@ class Cell:
     @property
     def slug(self) -> str:
         "The label as the beginning of a file's name."
-        return re.sub(
-            r"[^A-Za-z0-9.=_]+",
-            "-",
-            self.label.replace("½", "0.5").replace("×", "x"),
-        ).strip("-.")[:60]
+        plain = self.label.replace("½", "0.5").replace("×", "x")
+        return re.sub(r"[^A-Za-z0-9.=_]+", "-", plain).strip("-.")[:60]
 
 # %% ../../nbs/studies/05_study.ipynb #e5b1db91
 def combinations(
@@ -278,177 +237,178 @@ def combinations(
     zipped: Mapping[str, list[Any]],
 ) -> Iterator[dict[str, Any]]:
     "All combinations of the grid with the rows of the zip."
-    rows = (
-        [dict(zip(zipped, values)) for values in zip(*zipped.values())]
-        if zipped
-        else [{}]
-    )
+    rows: list[dict[str, Any]] = [{}]
+    if zipped:
+        rows = [dict(zip(zipped, values)) for values in zip(*zipped.values())]
     for values in itertools.product(*grid.values()):
         for row in rows:
             yield {**dict(zip(grid, values)), **row}
 
-# %% ../../nbs/studies/05_study.ipynb #e9d20f16
-def matches(rule: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+# %% ../../nbs/studies/05_study.ipynb #be466b90
+def _matches(rule: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     "Whether an exclusion applies; a list means any of its values."
-    return all(
-        k in values
-        and (
-            values[k] in v
-            if isinstance(v, list) and not isinstance(values[k], list)
-            else values[k] == v
-        )
-        for k, v in rule.items()
-    )
+
+    def meets(wanted: Any, value: Any) -> bool:
+        if isinstance(wanted, list) and not isinstance(value, list):
+            return value in wanted
+        return value == wanted
+
+    return all(k in values and meets(v, values[k]) for k, v in rule.items())
+
+# %% ../../nbs/studies/05_study.ipynb #3fab6f28
+#: Kind of axis -> parameter -> its values, and where they stand.
+_Axes = dict[str, dict[str, tuple[Any, _Where]]]
 
 
-#: Path of an entry and what is wrong with it.
-Problem = tuple[tuple[Any, ...], str]
-
-
-def expand(
-    block: Mapping[str, Any],  # keys of BLOCK
-    path: tuple[Any, ...],  # where the block stands, for errors
-    part: str,
-    template: Template,
-    wrong: list[Problem],  # problems are added here
-) -> Iterator[Cell]:
-    "The cells of one block of a study file."
-    arms = block.get("arms") or {"": {}}
-    if isinstance(arms, list):
-        wrong.append(
-            (
-                (*path, "arms"),
-                (
-                    "a list of names belongs into a part; here arms need their"
-                    " parameters"
-                ),
-            )
-        )
-        return
-    used = [False] * len(block.get("exclude", []))
-    for arm, entry in arms.items():
-        where = (*path, "arms", arm)
-        entry = {} if entry is None else entry
-        if not isinstance(entry, dict):
-            wrong.append((where, f"arm {arm!r} takes 'parameter: value' lines"))
-            continue
-        own = {k: v for k, v in entry.items() if k not in ARM_KEYS}
-        axes = {
-            kind: {
-                k: (v, (*path, kind, k))
-                for k, v in (block.get(kind) or {}).items()
-                if k not in own
-            }
-            for kind in ("grid", "zip")
-        }
-        for kind in ("grid", "zip"):
-            for k, v in (entry.get(kind) or {}).items():
-                axes["grid"].pop(k, None), axes["zip"].pop(k, None)
-                axes[kind][k] = (v, (*where, kind, k))
-        if not check_axes(axes, wrong):
-            continue
-        grid, zipped = (
-            {k: v for k, (v, _) in axes[kind].items()}
-            for kind in ("grid", "zip")
-        )
-        try:
-            seeds: list[int | None] = (
-                list(
-                    read_seeds(
-                        entry["seeds"] if "seeds" in entry else block["seeds"]
-                    )
-                )
-                if "seeds" in {*entry, *block}
-                else [None]
-            )
-        except ValueError as e:
-            wrong.append(
-                (
-                    (*where, "seeds") if "seeds" in entry else (*path, "seeds"),
-                    str(e),
-                )
-            )
-            continue
-        base = {
-            **(
-                {"arm": str(arm)}
-                if arm and "arm" in template.parameters
-                else {}
-            ),
-            **(block.get("defaults") or {}),
-            **own,
-        }
-        origin = {
-            **{k: (*path, "defaults", k) for k in block.get("defaults") or {}},
-            **{k: (*where, k) for k in own},
-            **{
-                k: p
-                for kind in ("grid", "zip")
-                for k, (_, p) in axes[kind].items()
-            },
-            "seed": (*path, "seeds"),
-        }
-        for varied in combinations(grid, zipped):
-            for seed in seeds:
-                given = {
-                    **base,
-                    **varied,
-                    **({} if seed is None else {"seed": seed}),
-                }
-                bad = problems(template, given)
-                wrong += [
-                    (origin.get(name, where), message) for name, message in bad
-                ]
-                if bad:
-                    continue
-                parameters = resolve(template, given)
-                hits = [
-                    matches(rule, {**parameters, "arm": arm, "part": part})
-                    for rule in block.get("exclude", [])
-                ]
-                used = [a or b for a, b in zip(used, hits)]
-                if not any(hits):
-                    yield Cell(
-                        part,
-                        str(arm),
-                        parameters.get("seed", seed),
-                        varied,
-                        parameters,
-                    )
-    wrong += [
-        ((*path, "exclude", i), f"this exclusion meets no run: {rule!r}")
-        for i, (rule, u) in enumerate(zip(block.get("exclude", []), used))
-        if not u
-    ]
+def _axes(
+    block: Mapping[str, Any], entry: Mapping[str, Any], path: _Where, arm: Any
+) -> _Axes:
+    "Grid and zip of an arm: the block's and its own, without what it fixes."
+    axes: _Axes = {"grid": {}, "zip": {}}
+    for kind, found in axes.items():
+        for k, v in (block.get(kind) or {}).items():
+            if k not in entry or k in _ARM_KEYS:
+                found[k] = (v, (*path, kind, k))
+    for kind in axes:
+        for k, v in (entry.get(kind) or {}).items():
+            for found in axes.values():
+                found.pop(k, None)
+            axes[kind][k] = (v, (*path, "arms", arm, kind, k))
+    return axes
 
 # %% ../../nbs/studies/05_study.ipynb #88758ef6
-def check_axes(
-    axes: Mapping[str, Mapping[str, tuple[Any, tuple[Any, ...]]]],
-    wrong: list[Problem],
-) -> bool:
+def _check_axes(axes: _Axes, wrong: list[_Problem]) -> bool:
     "Check that grid and zip hold lists that fit together."
     n = len(wrong)
     for kind, entries in axes.items():
-        wrong += [
-            (p, f"{kind} takes a list of values for {k!r}, not {v!r}")
-            for k, (v, p) in entries.items()
-            if not isinstance(v, list) or not v
-        ]
-    lengths = {
-        k: len(v) for k, (v, _) in axes["zip"].items() if isinstance(v, list)
-    }
+        for k, (v, where) in entries.items():
+            if not isinstance(v, list) or not v:
+                message = f"{kind} takes a list of values for {k!r}, not {v!r}"
+                wrong.append((where, message))
+    zipped = axes["zip"]
+    lengths = {k: len(v) for k, (v, _) in zipped.items() if isinstance(v, list)}
     if len(set(lengths.values())) > 1:
-        wrong.append(
-            (
-                next(iter(axes["zip"].values()))[1],
-                f"the lists of zip differ in length: {lengths}",
-            )
-        )
-    for k in axes["grid"].keys() & axes["zip"].keys():
-        wrong.append((axes["zip"][k][1], f"{k!r} stands in grid and in zip"))
+        where = next(iter(zipped.values()))[1]
+        wrong.append((where, f"the lists of zip differ in length: {lengths}"))
+    for k in axes["grid"].keys() & zipped.keys():
+        wrong.append((zipped[k][1], f"{k!r} stands in grid and in zip"))
     return len(wrong) == n
 
+# %% ../../nbs/studies/05_study.ipynb #e9d20f16
+def _seeds(
+    block: Mapping[str, Any], entry: Mapping[str, Any]
+) -> list[int | None]:
+    "Seeds of an arm, its own or the block's; raises ValueError."
+    value = entry["seeds"] if "seeds" in entry else block.get("seeds")
+    given = "seeds" in entry or "seeds" in block
+    return list(_read_seeds(value)) if given else [None]
+
+# %% ../../nbs/studies/05_study.ipynb #febf2145
+def _arm_cells(
+    block: Mapping[str, Any],
+    arm: Any,
+    entry: Mapping[str, Any],
+    path: _Where,
+    part: str,
+    template: Template,
+    wrong: list[_Problem],
+) -> Iterator[Cell]:
+    "The cells of one arm, before any exclusion."
+    where = (*path, "arms", arm)
+    axes = _axes(block, entry, path, arm)
+    if not _check_axes(axes, wrong):
+        return
+    try:
+        seeds = _seeds(block, entry)
+    except ValueError as e:
+        at = where if "seeds" in entry else path
+        wrong.append(((*at, "seeds"), str(e)))
+        return
+    named = bool(arm) and "arm" in template.parameters
+    defaults = block.get("defaults") or {}
+    own = {k: v for k, v in entry.items() if k not in _ARM_KEYS}
+    base = {**({"arm": str(arm)} if named else {}), **defaults, **own}
+    origin = {k: (*path, "defaults", k) for k in defaults}
+    origin |= {k: (*where, k) for k in own}
+    origin |= {k: at for kind in axes.values() for k, (_, at) in kind.items()}
+    origin["seed"] = (*path, "seeds")
+    grid, zipped = ({k: v for k, (v, _) in a.items()} for a in axes.values())
+    for varied in combinations(grid, zipped):
+        for seed in seeds:
+            given = {**base, **varied}
+            if seed is not None:
+                given["seed"] = seed
+            bad = problems(template, given)
+            wrong += [(origin.get(name, where), said) for name, said in bad]
+            if not bad:
+                parameters = resolve(template, given)
+                seed_of = parameters.get("seed", seed)
+                yield Cell(part, str(arm), seed_of, varied, parameters)
+
+# %% ../../nbs/studies/05_study.ipynb #7fdcf5e0
+def _expand(
+    block: Mapping[str, Any],  # keys of BLOCK
+    path: _Where,  # where the block stands, for errors
+    part: str,
+    template: Template,
+    wrong: list[_Problem],  # problems are added here
+) -> Iterator[Cell]:
+    "The cells of one block of a study file."
+    arms, rules = block.get("arms") or {"": {}}, block.get("exclude", [])
+    if isinstance(arms, list):
+        message = (
+            "a list of names belongs into a part; here arms need their"
+            " parameters"
+        )
+        wrong.append(((*path, "arms"), message))
+        return
+    used = [False] * len(rules)
+    for arm, entry in arms.items():
+        entry = {} if entry is None else entry
+        if not isinstance(entry, dict):
+            message = f"arm {arm!r} takes 'parameter: value' lines"
+            wrong.append(((*path, "arms", arm), message))
+            continue
+        for c in _arm_cells(block, arm, entry, path, part, template, wrong):
+            about = {**c.parameters, "arm": arm, "part": part}
+            hits = [_matches(rule, about) for rule in rules]
+            used = [a or b for a, b in zip(used, hits)]
+            if not any(hits):
+                yield c
+    for i, rule in enumerate(rules):
+        if not used[i]:
+            message = f"this exclusion meets no run: {rule!r}"
+            wrong.append(((*path, "exclude", i), message))
+
 # %% ../../nbs/studies/05_study.ipynb #facb8280
+def _known_arms(
+    names: list[Any], known: Mapping[str, Any], part: Any, wrong: list[_Problem]
+) -> dict[str, Any]:
+    "The arms that a part lists by name."
+    for a in names:
+        if a not in known:
+            message = f"unknown arm {a!r}{nearest(str(a), known)}"
+            wrong.append((("parts", part, "arms"), message))
+    return {a: known[a] for a in names if a in known}
+
+# %% ../../nbs/studies/05_study.ipynb #7db89da7
+def _blocks(
+    data: Mapping[str, Any], wrong: list[_Problem]
+) -> Iterator[tuple[dict[str, Any], _Where, str]]:
+    "The parts of a study file, each with what it inherits."
+    top = {k: v for k, v in data.items() if k in _BLOCK}
+    if not data.get("parts"):
+        yield top, (), ""
+    defaults, arms = top.get("defaults") or {}, top.get("arms") or {}
+    for name, part in (data.get("parts") or {}).items():
+        block = {**top, **part}
+        block["defaults"] = {**defaults, **(part.get("defaults") or {})}
+        if isinstance(part.get("arms"), list):
+            block["arms"] = _known_arms(part["arms"], arms, name, wrong)
+        where = ("parts", name) if any(k in part for k in _BLOCK) else ()
+        yield block, where, str(name)
+
+# %% ../../nbs/studies/05_study.ipynb #a480de02
 @dataclass(frozen=True)
 class Study:
     "A template and the runs to make of it."
@@ -463,73 +423,80 @@ class Study:
     record: bool = True
     analysis: Path | None = None
 
-
-def blocks(
-    data: Mapping[str, Any], wrong: list[Problem]
-) -> Iterator[tuple[dict[str, Any], tuple[Any, ...], str]]:
-    "The parts of a study file, each with what it inherits."
-    top = {k: v for k, v in data.items() if k in BLOCK}
-    if not data.get("parts"):
-        yield top, (), ""
-    for name, part in (data.get("parts") or {}).items():
-        block = {**top, **part}
-        block["defaults"] = {
-            **(top.get("defaults") or {}),
-            **(part.get("defaults") or {}),
-        }
-        if isinstance(part.get("arms"), list):
-            known = top.get("arms") or {}
-            wrong += [
-                (
-                    ("parts", name, "arms"),
-                    f"unknown arm {a!r}{nearest(str(a), known)}",
+# %% ../../nbs/studies/05_study.ipynb #b9cd28fd
+def _read_limits(
+    data: Mapping[str, Any], wrong: list[_Problem]
+) -> tuple[Limits, float | None]:
+    "Limits and estimated time of one run."
+    known = {"wall": _SECONDS, "memory": _BYTES}
+    entries: dict[_Where, Any] = {}
+    for k, v in (data.get("limits") or {}).items():
+        entries["limits", k] = v
+    if "estimate" in data:
+        entries[("estimate",)] = data["estimate"]
+    out: dict[str, float] = {}
+    for where, v in entries.items():
+        k = where[-1]
+        units = _SECONDS if k == "estimate" else known.get(k)
+        try:
+            if units is None:
+                raise ValueError(
+                    f"unknown limit {k!r}{nearest(str(k), known)}; known: wall,"
+                    " memory"
                 )
-                for a in part["arms"]
-                if a not in known
-            ]
-            block["arms"] = {a: known[a] for a in part["arms"] if a in known}
-        yield (
-            block,
-            ("parts", name) if any(k in part for k in BLOCK) else (),
-            str(name),
-        )
+            out[k] = _quantity(v, units)
+        except ValueError as e:
+            wrong.append((where, str(e)))
+    memory = int(out["memory"]) if "memory" in out else None
+    return Limits(out.get("wall"), memory), out.get("estimate")
+
+# %% ../../nbs/studies/05_study.ipynb #5255e718
+def _report(wrong: list[_Problem], lines: _Lines, path: Path) -> None:
+    "Raise StudyError if anything is wrong."
+
+    def line(where: _Where) -> int:
+        while where not in lines and where:
+            where = where[:-1]
+        return lines.get(where, 1)
+
+    found = sorted({(line(where), message) for where, message in wrong})
+    if found:
+        said = [f"{path.name}:{n}: {message}" for n, message in found]
+        raise StudyError("\n".join(said))
 
 # %% ../../nbs/studies/05_study.ipynb #8db06758
 def read_study(
     path: str | Path,
-    # parameters that replace those of every run
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,  # replace every run's own
 ) -> Study:
-    """Read and check a study file; raises FileNotFoundError, or StudyError that
-    names every problem with its line.
-    """
+    "Read and check a study file; raises FileNotFoundError or StudyError."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
-    data, lines = read_yaml(path.read_text(encoding="utf-8"), path.name)
-    wrong = list(check_keys(data))
+    data, lines = _read_yaml(path.read_text(encoding="utf-8"), path.name)
+    wrong = list(_check_keys(data))
     if not wrong and "template" not in data:
         wrong.append(((), "a study needs a 'template'"))
-    report(wrong, lines, path)
+    _report(wrong, lines, path)
     try:
         template = read_template(path.parent / data["template"])
     except (FileNotFoundError, ValueError) as e:
         raise StudyError(f"{path.name}:{lines[('template',)]}: {e}") from None
     cells: dict[str, Cell] = {}
-    for block, where, part in blocks(data, wrong):
-        for cell in expand(block, where, part, template, wrong):
+    for block, where, part in _blocks(data, wrong):
+        for cell in _expand(block, where, part, template, wrong):
             cells.setdefault(cell.hash, cell)
-    limits, estimate = read_limits(data, wrong)
-    report(wrong, lines, path)
-    found = sorted(
+    limits, estimate = _read_limits(data, wrong)
+    _report(wrong, lines, path)
+    if not cells:
+        raise StudyError(f"{path.name}:1: the study has no runs")
+    order = sorted(
         cells.values(), key=lambda c: (c.seed is not None, c.seed or 0)
     )
-    if not found:
-        raise StudyError(f"{path.name}:1: the study has no runs")
     study = Study(
         path.stem,
         template,
-        tuple(found),
+        tuple(order),
         data.get("title", ""),
         path,
         limits,
@@ -537,71 +504,20 @@ def read_study(
         data.get("record", True),
         path.parent / data["analysis"] if "analysis" in data else None,
     )
-    return override(study, overrides) if overrides else study
-
-
-def report(wrong: list[Problem], lines: Lines, path: Path) -> None:
-    """Raise StudyError if anything is wrong, each problem once, in the order of
-    the lines.
-    """
-
-    def line(where: tuple[Any, ...]) -> int:
-        while where not in lines and where:
-            where = where[:-1]
-        return lines.get(where, 1)
-
-    if wrong:
-        raise StudyError(
-            "\n".join(
-                f"{path.name}:{n}: {message}"
-                for n, message in sorted({(line(w), m) for w, m in wrong})
-            )
-        )
+    return _override(study, overrides) if overrides else study
 
 # %% ../../nbs/studies/05_study.ipynb #b71f5081
-def read_limits(
-    data: Mapping[str, Any], wrong: list[Problem]
-) -> tuple[Limits, float | None]:
-    "Limits and estimated time of one run."
-    entries, out = data.get("limits") or {}, {}
-    known = {"wall": SECONDS, "memory": BYTES}
-    for k, v in {
-        **entries,
-        **({"estimate": data["estimate"]} if "estimate" in data else {}),
-    }.items():
-        where = ("estimate",) if k == "estimate" else ("limits", k)
-        try:
-            out[k] = quantity(v, SECONDS if k == "estimate" else known[k])
-        except KeyError:
-            wrong.append(
-                (
-                    where,
-                    (
-                        f"unknown limit {k!r}{nearest(str(k), known)}; known:"
-                        " wall, memory"
-                    ),
-                )
-            )
-        except ValueError as e:
-            wrong.append((where, str(e)))
-    return Limits(
-        out.get("wall"), int(out["memory"]) if "memory" in out else None
-    ), out.get("estimate")
-
-
-def override(
+def _override(
     study: Study,
     given: Mapping[str, Any],  # parameter -> value, for every run
 ) -> Study:
-    """The same study with some parameters replaced; it has a name of its own,
-    since it is another one, and is not recorded.
-    """
-    wrong = problems(study.template, dict(given))
+    "The same study with some parameters replaced; raises ValueError."
+    wrong = problems(study.template, given)
     if wrong:
         raise ValueError("\n".join(m for _, m in wrong))
     cells: dict[str, Cell] = {}
     for c in study.cells:
-        new = resolve(study.template, dict(c.parameters) | dict(given))
+        new = resolve(study.template, {**c.parameters, **given})
         cell = Cell(c.part, c.arm, new.get("seed", c.seed), c.varied, new)
         if cell.hash in cells:
             raise ValueError(
@@ -610,20 +526,9 @@ def override(
                 f" {c.label!r} the same run"
             )
         cells[cell.hash] = cell
-    name = (
-        f"{study.name}+{'+'.join(f'{k}={v}' for k, v in sorted(given.items()))}"
-    )
-    return Study(
-        re.sub(r"[^A-Za-z0-9.=_+-]+", "-", name),
-        study.template,
-        tuple(cells.values()),
-        study.title,
-        study.path,
-        study.limits,
-        study.estimate_s,
-        False,
-        study.analysis,
-    )
+    values = "+".join(f"{k}={v}" for k, v in sorted(given.items()))
+    name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", f"{study.name}+{values}")
+    return replace(study, name=name, cells=tuple(cells.values()), record=False)
 
 # %% ../../nbs/studies/05_study.ipynb #f0b5400f
 @dataclass(frozen=True)
@@ -635,33 +540,24 @@ class Project:
     results: Path
     studies: Path
 
-
+# %% ../../nbs/studies/05_study.ipynb #686d468e
 def find_project(
-    # a folder inside the project; None: the current one
-    start: str | Path | None = None,
+    start: str | Path | None = None,  # a folder inside it; None: the current
     runs: str | Path | None = None,  # None: runs/ in the project
     results: str | Path | None = None,  # None: results/ in the project
 ) -> Project:
-    """The project around a folder: the nearest one above that has
-    `nbs/experiments/studies`; else the folder itself.
-    """
-    begin = Path(start or ".").absolute()
-    root = next(
-        (
-            p
-            for p in (begin, *begin.parents)
-            if (p / "nbs/experiments/studies").is_dir()
-        ),
-        begin,
-    )
+    "The project around a folder: the nearest one with studies, else itself."
+    begin, studies = Path(start or ".").absolute(), "nbs/experiments/studies"
+    above = (p for p in (begin, *begin.parents) if (p / studies).is_dir())
+    root = next(above, begin)
     return Project(
         root,
         Path(runs or root / "runs").absolute(),
         Path(results or root / "results").absolute(),
-        root / "nbs/experiments/studies",
+        root / studies,
     )
 
-
+# %% ../../nbs/studies/05_study.ipynb #62b1a044
 def list_studies(project: Project) -> list[Path]:
     "The study files of a project."
     return sorted(project.studies.glob("*.yaml"))
@@ -672,48 +568,22 @@ def find_study(
     project: Project,
     overrides: Mapping[str, Any] | None = None,
 ) -> Study:
-    """Read a study by name or path; raises FileNotFoundError naming those that
-    exist.
-    """
+    "Read a study by name or path; raises FileNotFoundError."
     if name.endswith(".ipynb"):
-        template = read_template(name)
-        parameters = resolve(template, dict(overrides or {}))
-        cell = Cell(
-            "", "", parameters.get("seed"), dict(overrides or {}), parameters
-        )
-        return Study(
-            template.path.stem, template, (cell,), path=None, record=False
-        )
+        template, varied = read_template(name), dict(overrides or {})
+        parameters = resolve(template, varied)
+        cell = Cell("", "", parameters.get("seed"), varied, parameters)
+        return Study(template.path.stem, template, (cell,), record=False)
     if name.endswith((".yaml", ".yml")):
         return read_study(name, overrides)
     known = {p.stem: p for p in list_studies(project)}
-    if name not in known:
-        raise FileNotFoundError(
-            f"no study {name!r}{nearest(name, known)} in {project.studies}"
-            + (
-                f"; there are {', '.join(known)}"
-                if known
-                else "; pass the path of a study file"
-            )
+    if name in known:
+        return read_study(known[name], overrides)
+    raise FileNotFoundError(
+        f"no study {name!r}{nearest(name, known)} in {project.studies}; "
+        + (
+            f"there are {', '.join(known)}"
+            if known
+            else "pass the path of a study file"
         )
-    return read_study(known[name], overrides)
-
-# %% ../../nbs/studies/05_study.ipynb #9660ae4c
-def load_results(
-    study: str | Study,  # name, path of a study file, or a study
-    project: Project | None = None,  # None: the one around the current folder
-    # "current": results of the present code; "any": of all versions, told apart
-    # by the column `code`
-    code: str = "current",
-) -> pd.DataFrame:
-    """One row for each cell of a study: parameters, metrics, status, identity;
-    raises FileNotFoundError for an unknown study.
-    """
-    from dmr.studies.plan import results_table
-
-    project = project or find_project()
-    return results_table(
-        find_study(study, project) if isinstance(study, str) else study,
-        project,
-        code,
     )

@@ -8,36 +8,34 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .identity import Identity, code_parts
 from ..files import locked, read_json, write_atomic, write_json
+from .identity import Identity, code_parts
 
 # %% auto #0
-__all__ = ['IDENTITY', 'significant', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'row_of', 'read_rows',
-           'rows_text', 'row_key', 'Ledger']
+__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'arm_label', 'flat',
+           'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key', 'CodeVersions', 'Ledger']
 
 # %% ../../nbs/studies/06_table.ipynb #bc879c6e
-def significant(x: Any, digits: int = 7) -> Any:
+#: Columns of a table that hold a run's matrix of losses.
+LOSS_COLUMNS = ("loss_rows", "loss_columns", "loss_matrix", "loss_untrained")
+
+
+def _significant(x: Any, digits: int = 7) -> Any:
     "A float with so many significant digits; anything else as it is."
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
-
+# %% ../../nbs/studies/06_table.ipynb #843882a9
 def pack_losses(
     # a run's records: stage, domain, trained_domain, eval_domain, loss
     records: Iterable[Mapping[str, Any]],
-) -> dict[
-    str,
-    Any,
-    # loss_rows (trained domains), loss_columns (evaluated ones), loss_matrix,
-    # loss_untrained (before any training)
-]:
-    """The loss matrix of a run's records; entries that were not measured are
-    None.
-    """
+) -> dict[str, Any]:  # the four LOSS_COLUMNS
+    "The loss matrix of a run's records; what was not measured is None."
     cells = {
         (int(r["stage"]), int(r["domain"])): r
         for r in records
@@ -49,34 +47,25 @@ def pack_losses(
     trained = {
         i: str(r.get("trained_domain", i)) for (i, _), r in cells.items()
     }
-    matrix = [
-        [
-            significant(cells[i, j]["loss"]) if (i, j) in cells else None
-            for j in columns
-        ]
-        for i in rows
-    ]
+    losses = {at: _significant(r["loss"]) for at, r in cells.items()}
+    matrix = [[losses.get((i, j)) for j in columns] for i in rows]
+    measured = any(x is not None for x in matrix[0])
     return dict(
         loss_rows=[trained.get(i, str(i)) for i in rows[1:]],
         loss_columns=[names.get(j, str(j)) for j in columns],
         loss_matrix=matrix[1:],
-        loss_untrained=(
-            matrix[0] if any(x is not None for x in matrix[0]) else []
-        ),
+        loss_untrained=matrix[0] if measured else [],
     )
 
-
+# %% ../../nbs/studies/06_table.ipynb #2ec6fcef
 def unpack_losses(
     packed: Mapping[str, Any],  # from `pack_losses`
 ) -> list[dict[str, Any]]:
     "Records from a loss matrix: the inverse of `pack_losses`."
-    rows = [
-        (-1, None, packed.get("loss_untrained") or []),
-        *(
-            (i, packed["loss_rows"][i], row)
-            for i, row in enumerate(packed.get("loss_matrix") or [])
-        ),
-    ]
+    untrained = packed.get("loss_untrained") or []
+    rows = [(-1, None, untrained)]
+    for i, row in enumerate(packed.get("loss_matrix") or []):
+        rows.append((i, packed["loss_rows"][i], row))
     return [
         dict(
             stage=i,
@@ -95,7 +84,7 @@ def pack_stages(stages: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     "What was measured once a stage, one list for each quantity."
     stages = list(stages)
     return {
-        k: [significant(s.get(k)) for s in stages]
+        k: [_significant(s.get(k)) for s in stages]
         for k in dict.fromkeys(k for s in stages for k in s)
     }
 
@@ -104,9 +93,119 @@ def unpack_stages(packed: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     "The inverse of `pack_stages`."
     return [dict(zip(packed, values)) for values in zip(*packed.values())]
 
+# %% ../../nbs/studies/06_table.ipynb #6b1862c4
+#: What a row takes from a run's stages: column -> how their values are joined.
+STAGE_COLUMNS: dict[str, str] = {
+    "horizon": "mean",
+    "steps": "sum",
+    "alpha_mean": "mean",
+    "overlap_mean": "mean",
+    "step_norm": "mean",
+    "protected_step_norm": "mean",
+    "rank_fraction": "last",
+    "train_loss": "last",
+    "tokens_per_s": "mean",
+}
+
+
+def _join_stages(
+    stages: Iterable[Mapping[str, Any]],
+) -> dict[str, float | None]:  # None: not measured
+    "What a row takes from the stages of a run."
+    stages, out = list(stages), {}
+    for name, how in STAGE_COLUMNS.items():
+        values = [float(s[name]) for s in stages if s.get(name) is not None]
+        joined = values[-1] if values else None
+        if values and how != "last":
+            joined = sum(values) / (len(values) if how == "mean" else 1)
+        out["steps_total" if name == "steps" else name] = joined
+    return out
+
+# %% ../../nbs/studies/06_table.ipynb #25f54fd5
+def arm_label(
+    parameters: Mapping[str, Any],  # a run's parameters
+    base_lr: float | None = None,  # the other arms' rate; adds `×0.5`
+) -> str:
+    "A short name for an arm, such as `adaptive decoupled projection`."
+    get = parameters.get
+    modification = get("modification") or "none"
+    routing = get("routing") or "decoupled"
+    lam, fraction = get("interpolate"), get("fraction")
+    if modification == "none":
+        words = ["interpolation" if lam is not None else "vanilla"]
+        if get("joint"):
+            words = ["joint training"]
+        if get("second_batch"):
+            words.append(f"with a second batch {get('second_batch'):g}")
+        if get("freeze_after") is not None:
+            words.append(f"frozen after {get('freeze_after')}")
+    else:
+        fixed = "fixed " if routing == "decoupled" else ""
+        adaptive = "adaptive " if get("strength") == "overlap" else ""
+        words = [f"{adaptive or fixed}{routing} {modification}"]
+        if modification == "replay" and fraction is not None:
+            words = [f"replay {100 * fraction:g} % {adaptive}{routing}"]
+        if lam is not None:
+            words.append("+ interpolation")
+    if lam is not None:
+        words.append(f"{lam:g}")
+    lr = get("lr")
+    if base_lr and lr and not math.isclose(lr, base_lr, rel_tol=1e-9):
+        words.append(f"×{lr / base_lr:g}")
+    return " ".join(words)
+
+# %% ../../nbs/studies/06_table.ipynb #cbe494b5
+def flat(value: Any) -> Any:
+    "A value that fits a table's cell: numbers, text, names joined, or JSON."
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(v, (str, int, float)) for v in value
+    ):
+        return ",".join(str(v) for v in value)
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def tidy_run(
+    result: Mapping[str, Any],  # without metrics if the run failed
+    base_lr: float | None = None,  # the study's rate, to name an arm
+) -> dict[str, Any]:
+    "One flat row: who, status, every parameter, metric, stage and version."
+    parameters = dict(result.get("parameters") or {})
+    metrics = dict(result.get("metrics") or {})
+    records = result.get("records") or []
+    finished = bool(records or metrics)
+    row: dict[str, Any] = {
+        "run_id": result.get("run_id"),
+        "study": result.get("study"),
+        "arm": parameters.get("arm") or arm_label(parameters, base_lr),
+        "seed": parameters.get("seed"),
+        "status": result.get("status") or ("ok" if finished else "missing"),
+        "error": result.get("error"),
+    }
+    row |= {k: flat(v) for k, v in parameters.items() if k not in row}
+    if records:
+        from dmr.training.metrics import loss_matrix, summarize
+
+        matrix = loss_matrix(records)
+        metrics = {**summarize(matrix.L, matrix.untrained), **metrics}
+        row["stages_finished"], row["domains_total"] = matrix.L.shape
+    groups = {
+        "metric": metrics,
+        "stage": _join_stages(result.get("stages") or []),
+        "identity": result.get("identity") or {},
+        "environment": result.get("environment") or {},
+    }
+    for group, entries in groups.items():
+        prefixed = group in ("identity", "environment")
+        for k, v in entries.items():
+            row[f"{group}_{k}" if prefixed or k in row else k] = flat(v)
+    row["wall_s"] = result.get("wall_s")
+    return row
+
 # %% ../../nbs/studies/06_table.ipynb #3bc42053
 #: Columns that say which run a row is, first in every table.
-IDENTITY = (
+_IDENTITY = (
     "run_id",
     "study",
     "part",
@@ -130,8 +229,7 @@ def row_of(
     result: Mapping[str, Any] | None,  # what the template emitted
 ) -> dict[str, Any]:
     "One row of the table."
-    from dmr.reporting.report import tidy_run
-
+    emitted = result or {}
     error = str(state.get("error") or "").splitlines()[:1]
     who = dict(
         run_id=about["run_id"],
@@ -139,33 +237,24 @@ def row_of(
         status=state["state"],
         error=error[0][:300] if error else None,
     )
-    flat = tidy_run(
-        {**(result or {}), **who, "parameters": dict(identity.parameters)}
-    )
-    packed = pack_losses((result or {}).get("records") or [])
-    stages = pack_stages((result or {}).get("stages") or [])
     row = {
-        **{k: about.get(k) for k in IDENTITY},
+        **{k: about.get(k) for k in _IDENTITY},
         **who,
         "stream_hash": identity.stream,
         "code": identity.code,
         "finished": state.get("finished") or state.get("ended"),
     }
-    row |= {k: v for k, v in flat.items() if k not in row}
-    row |= {
-        k: state[k]
-        for k in ("wall_s", "peak_memory", "attempts")
-        if state.get(k) is not None
-    }
-    long = {**packed, "stage_values": stages}
-    return row | {
-        k: (
-            json.dumps(v, separators=(",", ":"), ensure_ascii=False)
-            if v
-            else None
-        )
-        for k, v in long.items()
-    }
+    run = tidy_run({**emitted, **who, "parameters": dict(identity.parameters)})
+    row |= {k: v for k, v in run.items() if k not in row}
+    for k in ("wall_s", "peak_memory", "attempts"):
+        if state.get(k) is not None:
+            row[k] = state[k]
+    long = pack_losses(emitted.get("records") or [])
+    long["stage_values"] = pack_stages(emitted.get("stages") or [])
+    for k, v in long.items():
+        text = json.dumps(v, separators=(",", ":"), ensure_ascii=False)
+        row[k] = text if v else None
+    return row
 
 # %% ../../nbs/studies/06_table.ipynb #921b857a
 def read_rows(path: str | Path) -> list[dict[str, str]]:
@@ -190,59 +279,27 @@ def rows_text(rows: Iterable[Mapping[str, Any]]) -> str:
     )
     return out.getvalue()
 
-
-def row_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+# %% ../../nbs/studies/06_table.ipynb #b43c5017
+def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
     "What makes two rows the same run."
-    return tuple(str(row.get(k) or "") for k in ("cell", "stream_hash", "code"))  # type: ignore[return-value]
+    return tuple(str(row.get(k) or "") for k in ("cell", "stream_hash", "code"))
 
-# %% ../../nbs/studies/06_table.ipynb #8c6791b0
-@dataclass(frozen=True)
-class Ledger:
-    """What is known of a study beyond its run folders: its table, and the
-    versions of the code behind it.
-    """
+# %% ../../nbs/studies/06_table.ipynb #2b7ba453
+class CodeVersions:
+    "The versions of the code behind a study's results."
 
-    table: Path | None  # results/<study>.csv; None: this study keeps no table
-    codes: Path  # JSON: parts of each version of the code, and accepted changes
-
-    def rows(self) -> list[dict[str, str]]:
-        return read_rows(self.table) if self.table else []
-
-    def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows, each replacing an earlier row of the same run; raises
-        OSError and then leaves the table as it was.
-        """
-        new = {row_key(r): r for r in rows}
-        if not self.table or not new:
-            return
-        self.table.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.table.parent, wait=60):
-            old: dict[tuple[str, str, str], Mapping[str, Any]] = {
-                row_key(r): r for r in read_rows(self.table)
-            }
-            write_atomic(self.table, rows_text({**old, **new}.values()))
+    codes: Path  # JSON: parts of each version of the code, accepted changes
 
     def versions(self) -> dict[str, Any]:
-        """`codes`: hash -> parts of that version; `accepted`: changes that
-        leave results as they are.
-        """
+        "`codes`: hash -> parts of that version; `accepted`: harmless changes."
         found = read_json(self.codes)
         return found if isinstance(found, dict) else dict(codes={}, accepted=[])
 
     def remember(self, identity: Identity) -> None:
-        """Keep the parts of a version of the code, so that a later change can
-        be explained.
-        """
+        "Keep the parts of a version, so that a later change can be explained."
         if identity.code not in self.versions()["codes"]:
-            self.update(
-                lambda v: v["codes"].update(
-                    {
-                        identity.code: code_parts(
-                            identity.cells, identity.modules
-                        )
-                    }
-                )
-            )
+            parts = code_parts(identity.cells, identity.modules)
+            self.update(lambda v: v["codes"].update({identity.code: parts}))
 
     def accept(self, changes: Iterable[Mapping[str, Any]]) -> None:
         "Add accepted changes."
@@ -252,9 +309,32 @@ class Ledger:
             )
         )
 
-    def update(self, change: Any) -> None:
+    def update(self, change: Callable[[dict[str, Any]], None]) -> None:
+        "Read, change and write the file, under the folder's lock."
         self.codes.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.codes.parent, wait=60):
             versions = self.versions()
             change(versions)
             write_json(self.codes, versions)
+
+# %% ../../nbs/studies/06_table.ipynb #8c6791b0
+@dataclass(frozen=True)
+class Ledger(CodeVersions):
+    "A study's table, and the versions of the code behind it."
+
+    table: Path | None  # results/<study>.csv; None: this study keeps no table
+    codes: Path
+
+    def rows(self) -> list[dict[str, str]]:
+        return read_rows(self.table) if self.table else []
+
+    def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        "Add rows, each replacing an earlier row of its run; raises OSError."
+        new: dict[tuple[str, ...], Mapping[str, Any]]
+        new = {row_key(r): r for r in rows}
+        if not self.table or not new:
+            return
+        self.table.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.table.parent, wait=60):
+            old = {row_key(r): r for r in read_rows(self.table)}
+            write_atomic(self.table, rows_text({**old, **new}.values()))

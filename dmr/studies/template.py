@@ -12,27 +12,49 @@ import json
 import math
 import re
 import tokenize
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['INTERVAL', 'CHOICES', 'KINDS', 'ENGINE_PARAMETERS', 'Interval', 'read_range', 'Parameter', 'as_type', 'check_value',
-           'nearest', 'comments_by_line', 'read_parameters', 'CodeCell', 'Template', 'plain_python', 'read_template',
-           'problems', 'resolve', 'check_default']
+__all__ = ['write_template', 'Bounds', 'read_range', 'Parameter', 'nearest', 'CodeCell', 'Template', 'read_template', 'problems',
+           'resolve']
+
+# %% ../../nbs/studies/02_template.ipynb #f2113839
+def write_template(path: str | Path, *sources: str) -> Path:
+    "Write a notebook of code cells; the first is the parameters cell."
+    cells: list[dict[str, Any]] = [
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            source=source,
+            outputs=[],
+            execution_count=None,
+            metadata=dict(tags=["parameters"][i:]),
+        )
+        for i, source in enumerate(sources)
+    ]
+    kernel = dict(name="python3", language="python", display_name="python3")
+    meta = dict(kernelspec=kernel)
+    nb = dict(nbformat=4, nbformat_minor=5, metadata=meta, cells=cells)
+    Path(path).write_text(json.dumps(nb))
+    return Path(path)
 
 # %% ../../nbs/studies/02_template.ipynb #ecda6aa2
-#: A range in a parameter's comment, such as `[0, 1)`.
-INTERVAL = re.compile(
-    r"([\[(])\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*,\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*([\])])"
+#: An interval in a parameter's comment, such as `[0, 1)`.
+_INTERVAL = re.compile(
+    r"([\[(])\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*,"
+    r"\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*([\])])"
 )
 #: Choices in a parameter's comment, such as `{kept, reset}`.
-CHOICES = re.compile(r"\{([^{}]+)\}")
+_CHOICES = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
-class Interval:
-    "A range of numbers with open or closed ends."
+class Bounds:
+    "An interval of numbers with open or closed ends."
 
     low: float
     high: float
@@ -44,28 +66,22 @@ class Interval:
         return above and (x < self.high if self.open_high else x <= self.high)
 
     def __str__(self) -> str:
-        return (
-            f"{'(' if self.open_low else '['}{self.low:g},"
-            f" {self.high:g}{')' if self.open_high else ']'}"
-        )
+        left, right = "[("[self.open_low], "])"[self.open_high]
+        return f"{left}{self.low:g}, {self.high:g}{right}"
 
 # %% ../../nbs/studies/02_template.ipynb #810a83b4
 def read_range(
     comment: str,  # a parameter's comment
-    # the interval and the set of allowed words, where the comment names them
-) -> tuple[Interval | None, tuple[str, ...]]:
+) -> tuple[Bounds | None, tuple[str, ...]]:  # the interval, the allowed words
     "Read the interval or the set of words that a parameter's comment names."
-    choices = CHOICES.search(comment)
-    interval = INTERVAL.search(comment)
-    words = (
-        tuple(w.strip().strip("'\"") for w in choices[1].split(","))
-        if choices
-        else ()
-    )
+    choices = _CHOICES.search(comment)
+    words = choices[1].split(",") if choices else ()
+    allowed = tuple(w.strip().strip("'\"") for w in words)
+    interval = _INTERVAL.search(comment)
     if not interval:
-        return None, words
+        return None, allowed
     left, low, high, right = interval.groups()
-    return Interval(float(low), float(high), left == "(", right == ")"), words
+    return Bounds(float(low), float(high), left == "(", right == ")"), allowed
 
 # %% ../../nbs/studies/02_template.ipynb #33f1b89a
 @dataclass(frozen=True)
@@ -74,50 +90,46 @@ class Parameter:
 
     name: str
     default: Any
-    # annotation split at "|", such as ("int", "None"); empty: any
+    # the annotation split at "|", such as ("int", "None"); empty: any type
     types: tuple[str, ...] = ()
     help: str = ""
-    interval: Interval | None = None
+    interval: Bounds | None = None
     choices: tuple[str, ...] = ()
 
 # %% ../../nbs/studies/02_template.ipynb #7d6c7d70
-def as_type(
+def _is_number(value: Any) -> bool:
+    "Whether a value is a number; True and False are not."
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _as_type(
     value: Any,
-    # "int", "float", "str", "bool", "None", "list[str]", "dict", ...
-    kind: str,
-) -> Any:  # the value in that type
+    kind: str,  # "int", "float", "str", "bool", "None", "list[str]", "dict", …
+) -> Any:
     "Give `value` in the type `kind`; raises TypeError where it does not fit."
-    if kind == "None" and value is None:
-        return None
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if (
-        kind == "int"
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value == int(value)
-    ):
+    if kind == "int" and _is_number(value) and value == int(value):
         return int(value)
-    if (
-        kind == "float"
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-    ):
+    if kind == "float" and _is_number(value):
         return float(value)
-    if kind == "str" and isinstance(value, str):
+    plain = {"None": type(None), "bool": bool, "str": str}.get(kind)
+    if kind in ("Any", "object") or plain and isinstance(value, plain):
         return value
     if kind.startswith(("list", "tuple")) and isinstance(value, (list, tuple)):
         inner = kind.partition("[")[2].removesuffix("]").removesuffix(", ...")
-        return [as_type(v, inner) if inner else v for v in value]
+        return [_as_type(v, inner) if inner else v for v in value]
     if kind.startswith("dict") and isinstance(value, dict):
         return dict(value)
-    if kind in ("Any", "object"):
-        return value
     raise TypeError(kind)
+
+# %% ../../nbs/studies/02_template.ipynb #3d689993
+def nearest(word: str, words: Iterable[str]) -> str:
+    "The question 'did you mean ...?' where a known word is near, else nothing."
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 # %% ../../nbs/studies/02_template.ipynb #e01041b9
 #: Types of parameters as error messages call them.
-KINDS = {
+_KINDS = {
     "int": "a whole number",
     "float": "a number",
     "str": "text",
@@ -126,59 +138,41 @@ KINDS = {
 }
 
 
-def check_value(
-    p: Parameter,
-    value: Any,
-) -> Any:  # the value, in the declared type
-    "Check one value against its parameter's type and range; raises ValueError."
+def _typed(p: Parameter, value: Any) -> Any:
+    "The value in the first declared type that takes it; raises ValueError."
     for kind in p.types or ("Any",):
-        try:
-            value = as_type(value, kind)
-            break
-        except (TypeError, OverflowError, ValueError):
-            continue
-    else:
-        wanted = " or ".join(KINDS.get(k, k) for k in p.types)
-        raise ValueError(
-            f"{p.name}={value!r} is"
-            f" {KINDS.get(type(value).__name__, type(value).__name__)}, but"
-            f" {p.name} takes {wanted}"
-        )
-    if p.choices and value is not None:
-        unknown = [
-            v
-            for v in (value if isinstance(value, list) else [value])
-            if str(v) not in p.choices
-        ]
-        if unknown:
+        with suppress(TypeError, OverflowError, ValueError):
+            return _as_type(value, kind)
+    wanted = " or ".join(_KINDS.get(k, k) for k in p.types)
+    given = type(value).__name__
+    raise ValueError(
+        f"{p.name}={value!r} is {_KINDS.get(given, given)}, but {p.name} takes"
+        f" {wanted}"
+    )
+
+# %% ../../nbs/studies/02_template.ipynb #11660350
+def _check_value(p: Parameter, value: Any) -> Any:
+    "One value, in the type and range of its parameter; raises ValueError."
+    value = _typed(p, value)
+    words = [] if value is None or not p.choices else value
+    for word in words if isinstance(words, list) else [words]:
+        if str(word) not in p.choices:
             raise ValueError(
-                f"{p.name}={unknown[0]!r} is"
-                f" unknown{nearest(str(unknown[0]), p.choices)}; it takes one"
-                f" of {', '.join(p.choices)}"
+                f"{p.name}={word!r} is unknown{nearest(str(word), p.choices)};"
+                f" it takes one of {', '.join(p.choices)}"
             )
-    if (
-        p.interval
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value not in p.interval
-    ):
+    if p.interval and _is_number(value) and value not in p.interval:
+        help = f" ({p.help})" if p.help else ""
         raise ValueError(
-            f"{p.name}={value!r} lies outside"
-            f" {p.interval}{f' ({p.help})' if p.help else ''}"
+            f"{p.name}={value!r} lies outside {p.interval}{help}"
         )
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{p.name} is not a number (nan)")
     return value
 
-
-def nearest(word: str, words: Any) -> str:
-    "The question 'did you mean ...?' where a known word is near, else nothing."
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
 # %% ../../nbs/studies/02_template.ipynb #69134335
-def comments_by_line(source: str) -> dict[int, str]:
-    "The comment that ends each line, without the '#'."
+def _comments_by_line(source: str) -> dict[int, str]:
+    "The comment on each line, without the '#'."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {
         t.start[0]: t.string.lstrip("# ").rstrip()
@@ -187,58 +181,60 @@ def comments_by_line(source: str) -> dict[int, str]:
     }
 
 
-def read_parameters(
+def _comment_of(
+    node: ast.stmt,
+    comments: dict[int, str],  # of all lines
+    ends: set[int],  # lines on which a statement ends
+) -> str:
+    "The comment at a statement's end, after those on the lines right above."
+    said, line = [comments.get(node.end_lineno or 0, "")], node.lineno - 1
+    while line in comments and line not in ends:
+        said.insert(0, comments[line])
+        line -= 1
+    return " ".join(filter(None, said))
+
+# %% ../../nbs/studies/02_template.ipynb #3a63c5d8
+def _read_line(node: ast.stmt) -> tuple[str, tuple[str, ...], Any]:
+    "Name, types and default of one assignment; raises ValueError."
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.AnnAssign):
+        targets = [node.target]
+    elif isinstance(node, ast.Assign):
+        targets = node.targets
+    value = getattr(node, "value", None)
+    if len(targets) != 1 or not isinstance(targets[0], ast.Name) or not value:
+        raise ValueError("not an assignment of a value")
+    default = ast.literal_eval(value)
+    note = type(default).__name__
+    if isinstance(node, ast.AnnAssign):
+        note = ast.unparse(node.annotation).strip("'\"")
+    if note == "NoneType":
+        return targets[0].id, (), default
+    note = re.sub(r"Optional\[(.*)\]", r"\1 | None", note)
+    return targets[0].id, tuple(t.strip() for t in note.split("|")), default
+
+# %% ../../nbs/studies/02_template.ipynb #d4997c17
+def _read_parameters(
     source: str,  # source of the parameters cell
 ) -> dict[str, Parameter]:
-    """Read names, types, defaults, help and ranges from a parameters cell;
-    raises ValueError for anything but plain values.
-    """
-    out, comments = {}, comments_by_line(source)
-    for node in ast.parse(source).body:
+    "Read a parameters cell; raises ValueError for anything but plain values."
+    out, comments = {}, _comments_by_line(source)
+    body = ast.parse(source).body
+    ends = {node.end_lineno or 0 for node in body}
+    for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        targets = (
-            [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else node.targets
-            if isinstance(node, ast.Assign)
-            else []
-        )
-        target = targets[0] if len(targets) == 1 else None
         try:
-            if (
-                not isinstance(target, ast.Name)
-                or not isinstance(node, (ast.Assign, ast.AnnAssign))
-                or node.value is None
-            ):
-                raise ValueError("not an assignment of a value")
-            default = ast.literal_eval(node.value)
+            name, types, default = _read_line(node)
         except ValueError:
             raise ValueError(
                 f"line {node.lineno} of the parameters cell,"
                 f" {ast.unparse(node)!r}, is not 'name = plain value'; move it"
                 " to a cell of its own"
             ) from None
-        note = (
-            ast.unparse(node.annotation).strip("'\"")
-            if isinstance(node, ast.AnnAssign)
-            else type(default).__name__
-        )
-        types = (
-            ()
-            if note == "NoneType"
-            else tuple(
-                t.strip()
-                for t in re.sub(r"Optional\[(.*)\]", r"\1 | None", note).split(
-                    "|"
-                )
-            )
-        )
-        comment = comments.get(node.end_lineno or 0, "")
-        help = CHOICES.sub("", INTERVAL.sub("", comment)).strip(" ,;")
-        out[target.id] = Parameter(
-            target.id, default, types, help, *read_range(comment)
-        )
+        comment = _comment_of(node, comments, ends)
+        help = _CHOICES.sub("", _INTERVAL.sub("", comment)).strip(" ,;")
+        out[name] = Parameter(name, default, types, help, *read_range(comment))
     return out
 
 # %% ../../nbs/studies/02_template.ipynb #7b8dac87
@@ -259,8 +255,8 @@ class Template:
     parameters: dict[str, Parameter]
     cells: tuple[CodeCell, ...] = field(default_factory=tuple)
 
-
-def plain_python(source: str) -> str:
+# %% ../../nbs/studies/02_template.ipynb #0af22e5b
+def _plain_python(source: str) -> str:
     "Python source of a cell: IPython's magics become calls."
     try:
         ast.parse(source)
@@ -271,12 +267,8 @@ def plain_python(source: str) -> str:
         return TransformerManager().transform_cell(source)
 
 # %% ../../nbs/studies/02_template.ipynb #65940269
-def read_template(
-    path: str | Path,  # a notebook
-) -> Template:
-    """Read a template; raises FileNotFoundError, or ValueError where it has no
-    parameters cell or does not parse.
-    """
+def read_template(path: str | Path) -> Template:
+    "Read a notebook; raises FileNotFoundError, or ValueError if it is none."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no template notebook at {path}")
@@ -296,9 +288,9 @@ def read_template(
             " needs exactly one"
         )
     try:
-        parameters = read_parameters(tagged[0][1])
+        parameters = _read_parameters(tagged[0][1])
         others = tuple(
-            CodeCell(i, plain_python(s), "cosmetic" in tags)
+            CodeCell(i, _plain_python(s), "cosmetic" in tags)
             for i, s, tags in code
             if i != tagged[0][0] and s.strip()
         )
@@ -309,68 +301,58 @@ def read_template(
     return Template(path, parameters, others)
 
 # %% ../../nbs/studies/02_template.ipynb #f4d9d5bd
-# set by the engine, no part of what a run is
-ENGINE_PARAMETERS = ("checkpoint",)
+#: Parameters that the engine sets; they are no part of what a run is.
+_ENGINE_PARAMETERS = ("checkpoint",)
+
+
+def _problem(template: Template, name: str, value: Any) -> str | None:
+    "What is wrong with one given parameter."
+    if name in _ENGINE_PARAMETERS:
+        return (
+            f"{name} is set by the engine: it is a folder inside the run's own;"
+            " leave it out"
+        )
+    if name in template.parameters:
+        try:
+            _check_value(template.parameters[name], value)
+        except ValueError as e:
+            return str(e)
+        return None
+    known = [n for n in template.parameters if n not in _ENGINE_PARAMETERS]
+    return (
+        f"{template.path.name} has no parameter"
+        f" {name!r}{nearest(name, template.parameters)};"
+        f" it takes {', '.join(known)}"
+    )
 
 
 def problems(
     template: Template,
-    given: dict[str, Any],  # parameter name -> value
+    given: Mapping[str, Any],  # parameter name -> value
 ) -> list[tuple[str, str]]:  # (parameter name, what is wrong)
     "Everything wrong with the given parameters, by name."
-    out = []
-    for name, value in given.items():
-        if name in ENGINE_PARAMETERS:
-            out.append(
-                (
-                    name,
-                    (
-                        f"{name} is set by the engine: it is a folder inside"
-                        " the run's own; leave it out"
-                    ),
-                )
-            )
-        elif name not in template.parameters:
-            out.append(
-                (
-                    name,
-                    (
-                        f"{template.path.name} has no parameter"
-                        f" {name!r}{nearest(name, template.parameters)}; "
-                        "it takes"
-                        f" {', '.join(n for n in template.parameters if n not in ENGINE_PARAMETERS)}"
-                    ),
-                )
-            )
-        else:
-            try:
-                check_value(template.parameters[name], value)
-            except ValueError as e:
-                out.append((name, str(e)))
-    return out
+    found = [(name, _problem(template, name, v)) for name, v in given.items()]
+    return [(name, message) for name, message in found if message]
+
+# %% ../../nbs/studies/02_template.ipynb #0eb428f3
+def _check_default(p: Parameter) -> Any:
+    "The default in its declared type; raises ValueError."
+    try:
+        return _check_value(p, p.default)
+    except ValueError as e:
+        raise ValueError(f"the template's own default is wrong: {e}") from None
 
 
 def resolve(
     template: Template,
-    given: dict[str, Any],  # parameter name -> value
-    # every parameter but the engine's, in the template's order
-) -> dict[str, Any]:
-    """Defaults and given values together, in their declared types; raises
-    ValueError naming every problem.
-    """
+    given: Mapping[str, Any],  # parameter name -> value
+) -> dict[str, Any]:  # every parameter but the engine's, in template order
+    "Defaults and given values, in their types; raises ValueError if any fails."
     wrong = problems(template, given)
     if wrong:
         raise ValueError("\n".join(message for _, message in wrong))
     return {
-        n: check_value(p, given[n]) if n in given else check_default(p)
+        n: _check_value(p, given[n]) if n in given else _check_default(p)
         for n, p in template.parameters.items()
-        if n not in ENGINE_PARAMETERS
+        if n not in _ENGINE_PARAMETERS
     }
-
-
-def check_default(p: Parameter) -> Any:
-    "The default in its declared type."
-    try:
-        return check_value(p, p.default)
-    except ValueError as e:
-        raise ValueError(f"the template's own default is wrong: {e}") from None

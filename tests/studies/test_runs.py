@@ -14,38 +14,35 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny import BODY, EMIT, PARAMETERS, notebook, wait_for
+from tiny import BODY, EMIT, PARAMETERS, wait_for
 
+from dmr.files import is_locked, read_json, write_atomic
 from dmr.studies.run import (
     FAILED,
     KILLED,
     OK,
     OUT_OF_MEMORY,
     TIMEOUT,
-    Busy,
     Limits,
     Run,
     clear_leftovers,
-    is_locked,
     launch,
-    locked,
-    prepare,
-    read_json,
+    prepare_run,
     start,
-    write_atomic,
 )
+from dmr.studies.template import write_template
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     "Prepares a run of the tiny template."
     monkeypatch.setenv("DMR_TEST_JOURNAL", str(tmp_path / "journal.txt"))
-    template = notebook(tmp_path / "tiny.ipynb", PARAMETERS, BODY, EMIT)
+    template = write_template(tmp_path / "tiny.ipynb", PARAMETERS, BODY, EMIT)
 
     def made(
         name: str = "run", limits: Limits | None = None, **parameters
     ) -> Run:
-        return prepare(
+        return prepare_run(
             tmp_path / "runs" / name,
             template,
             parameters,
@@ -73,48 +70,6 @@ def kernel_of(run: Run) -> int:
             (read_json(run.folder / "state.json") or {}).get("kernel") or {}
         ).get("pid")
     )
-
-
-def test_a_file_is_whole_or_untouched(tmp_path):
-    path = tmp_path / "a.txt"
-    write_atomic(path, "old")
-    script = (
-        "import resource, signal, sys; from dmr.studies.run import"
-        " write_atomic\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        " resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\ntry:"
-        " write_atomic(sys.argv[1], 'x' * 5000)\nexcept OSError as e:"
-        " print(e.errno)"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", script, str(path)],
-        capture_output=True,
-        text=True,
-    )
-    assert out.stdout.strip().isdigit(), out.stderr
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_only_one_holds_a_lock_and_death_frees_it(tmp_path):
-    lock = tmp_path / "lock"
-    hold = (
-        "import sys, time; from dmr.studies.run import locked\nwith"
-        " locked(sys.argv[1]): print('have it', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(lock)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    holder.stdout.readline()
-    assert is_locked(lock)
-    with pytest.raises(Busy), locked(lock, wait=0.2):
-        pass
-    holder.kill()
-    holder.wait()
-    assert not is_locked(lock)
-    with locked(lock):
-        assert is_locked(lock)
 
 
 def test_a_finished_run(make):
@@ -237,7 +192,8 @@ def test_each_way_to_fail(make, mode, limits, state, error):
 @pytest.mark.slow
 def test_a_cell_that_runs_out_of_memory_says_so(make):
     run = make()
-    notebook(Path(run.spec["template"]), PARAMETERS, "bytearray(10**18)", EMIT)
+    too_much = "bytearray(10**18)"
+    write_template(run.spec["template"], PARAMETERS, too_much, EMIT)
     assert launch(run.folder)["state"] == OUT_OF_MEMORY
 
 

@@ -10,19 +10,14 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BODY, EMIT, PARAMETERS, notebook, project
+from tiny import BODY, EMIT, PARAMETERS, project
 
-from dmr.studies.identity import (
-    changed_parts,
-    code_digest,
-    module_hashes,
-    package_folder,
-)
+from dmr.reporting.results import load_results, results_of
+from dmr.studies.identity import changed_parts, package_folder
 from dmr.studies.plan import (
     accept,
     make_plan,
     prepare_planned,
-    results_of,
     table_rows,
     why,
 )
@@ -32,7 +27,6 @@ from dmr.studies.study import (
     combinations,
     find_project,
     list_studies,
-    load_results,
     read_study,
 )
 from dmr.studies.table import (
@@ -42,6 +36,7 @@ from dmr.studies.table import (
     row_key,
     unpack_losses,
 )
+from dmr.studies.template import read_template, write_template
 
 STUDY = "seeds: [0, 1]\narms: {slow: {lr: 1e-3}, fast: {lr: 1e-2}}\n"
 
@@ -158,48 +153,6 @@ def test_a_grid_is_the_whole_product_without_repeats(grid, n):
     assert all(dict(c).get("y") == dict(c).get("z") for c in found)
 
 
-SOURCES = [
-    "x = f(1, b=2)",
-    "def f(a, *b, c=1, **d):\n    return [i for i in a if i]",
-    "async def g():\n    await h()\n",
-    "x: int = 3\nx += 1",
-    "with a as b, c: pass",
-    "f'{x!r:>{w}} {y}'",
-    "lambda *, a: a",
-    "try:\n    pass\nexcept (A, B) as e:\n    raise C from e",
-    "match x:\n    case {'a': [1, *r]} if r: pass\n    case _: pass",
-    "a[1:2, ::3] = b @ c ** -d",
-    "x = 1; y = None; z = ...; w = 1j; v = b'a'",
-]
-
-
-def test_code_in_normal_form_tells_code_from_layout():
-    import ast
-
-    digests = [code_digest(s) for s in SOURCES]
-    assert len(set(digests)) == len(SOURCES)
-    for source, digest in zip(SOURCES, digests):
-        assert code_digest(ast.unparse(ast.parse(source))) == digest
-        assert code_digest(f"# note\n\n{source}\n\n'prose'  # more") == digest
-
-
-def test_identity_follows_the_imports_of_the_real_package():
-    found = module_hashes(["from dmr.training.loop import train_stream"])
-    assert {
-        "dmr.training.loop",
-        "dmr.routing.router",
-        "dmr.text.load",
-        "dmr.training.model",
-    } <= set(found)
-    assert not {
-        "dmr.reporting.report",
-        "dmr.reporting.figures",
-        "dmr.cli",
-        "dmr.studies.batch",
-        "dmr.book.site",
-    } & set(found)
-
-
 def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
@@ -256,7 +209,7 @@ def test_only_what_a_run_uses_invalidates_it(tmp_path, monkeypatch):
 def test_edits_of_the_template(tmp_path, edit, done):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders))
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb", *edit(PARAMETERS, BODY, EMIT)
     )
     assert plan_of(folders).counts() == ({"ok": 4} if done else {"waiting": 4})
@@ -274,7 +227,7 @@ def test_a_new_cell_leaves_the_others_done(tmp_path):
 def test_acceptance_is_one_way_and_needs_a_reason(tmp_path):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders))
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY.replace("0.05", "0.06"),
@@ -285,7 +238,7 @@ def test_acceptance_is_one_way_and_needs_a_reason(tmp_path):
         accept(plan, " ")
     accept(plan, "a pause does not count")
     assert plan_of(folders).counts() == {"ok": 4}
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY.replace("0.05", "0.07"),
@@ -318,7 +271,7 @@ def test_a_later_acceptance_leaves_the_reasons_of_earlier_ones():
 def test_results_of_two_versions_are_never_in_one_table(tmp_path):
     folders = project(tmp_path, STUDY)
     finish(plan_of(folders), loss=1.0)
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY + "\nx = 1",
@@ -359,7 +312,7 @@ def test_rows_count_as_done_on_a_new_machine(tmp_path):
     assert [r.get("metrics") for r in results_of(again)] == [
         {"loss": 1.0}
     ] * 3 + [None]
-    notebook(
+    write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY + "\nx = 1",
@@ -436,3 +389,20 @@ def test_a_plan_over_a_thousand_finished_runs_is_fast(tmp_path):
         times.append(time.process_time() - begin)
     assert plan.counts() == {"ok": 1000}
     assert min(times) < 2
+
+
+def test_a_comment_may_stand_above_its_parameter(tmp_path):
+    cell = """\
+# decay of the second moment; the horizon is
+# steps * (1 - beta2), [0, 1)
+beta2 = 0.95
+sizes = [  # one a layer
+    8,  # the first
+]
+rank = 8  # directions, [1, inf)
+"""
+    path = write_template(tmp_path / "t.ipynb", cell, "print(beta2)")
+    found = read_template(path).parameters
+    text = "decay of the second moment; the horizon is steps * (1 - beta2)"
+    assert found["beta2"].help == text and 1.0 not in found["beta2"].interval
+    assert found["sizes"].help == "" and found["rank"].help == "directions"
