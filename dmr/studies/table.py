@@ -8,17 +8,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .identity import Identity, code_parts
+from ..training.metrics import loss_matrix, summarize
 from ..files import locked, read_json, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['IDENTITY', 'significant', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'row_of', 'read_rows',
-           'rows_text', 'row_key', 'Ledger']
+__all__ = ['STAGE_COLUMNS', 'IDENTITY', 'significant', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'tidy_run',
+           'arm_label', 'row_of', 'read_rows', 'rows_text', 'row_key', 'Ledger']
 
 # %% ../../nbs/studies/06_table.ipynb #bc879c6e
 def significant(x: Any, digits: int = 7) -> Any:
@@ -104,6 +106,142 @@ def unpack_stages(packed: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     "The inverse of `pack_stages`."
     return [dict(zip(packed, values)) for values in zip(*packed.values())]
 
+# %% ../../nbs/studies/06_table.ipynb #418bb9f1
+#: What a row takes from a run's stages: column -> how the stages' values are
+#: joined.
+STAGE_COLUMNS: dict[str, str] = {
+    "horizon": "mean",
+    "steps": "sum",
+    "alpha_mean": "mean",
+    "overlap_mean": "mean",
+    "step_norm": "mean",
+    "protected_step_norm": "mean",
+    "rank_fraction": "last",
+    "train_loss": "last",
+    "tokens_per_s": "mean",
+}
+
+
+def _flat(value: Any) -> Any:
+    """A value that fits into a cell of a table: numbers and text as they are,
+    lists of names joined, the rest as JSON.
+    """
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(v, (str, int, float)) for v in value
+    ):
+        return ",".join(str(v) for v in value)
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def tidy_run(
+    # a run's result; failed runs have `parameters`, `status` and `error`, and
+    # no metrics
+    result: Mapping[str, Any],
+    # the study's rate, for the name of an arm without a label
+    base_lr: float | None = None,
+) -> dict[str, Any]:
+    """One flat row: run_id, study, arm, seed, status, error, every parameter,
+    every metric, stages, identity, machine.
+    """
+    parameters = dict(result.get("parameters") or {})
+    records, metrics = (
+        result.get("records") or [],
+        dict(result.get("metrics") or {}),
+    )
+    finished = bool(records or metrics)
+    row: dict[str, Any] = {
+        "run_id": result.get("run_id"),
+        "study": result.get("study"),
+        "arm": parameters.get("arm") or arm_label(parameters, base_lr),
+        "seed": parameters.get("seed"),
+        "status": result.get("status") or ("ok" if finished else "missing"),
+        "error": result.get("error"),
+    }
+    row |= {k: _flat(v) for k, v in parameters.items() if k not in row}
+    if records:
+        matrix = loss_matrix(records)
+        # what the run itself emitted comes first
+        metrics = {**summarize(matrix.L, matrix.untrained), **metrics}
+        row["stages_finished"], row["domains_total"] = matrix.L.shape
+    stages = list(result.get("stages") or [])
+    columns: dict[str, Any] = {}
+    for name, how in STAGE_COLUMNS.items():
+        values = [float(s[name]) for s in stages if s.get(name) is not None]
+        column = "steps_total" if name == "steps" else name
+        if not values:
+            columns[column] = None
+        else:
+            columns[column] = {
+                "mean": sum(values) / len(values),
+                "sum": sum(values),
+                "last": values[-1],
+            }[how]
+    groups = [
+        ("metric", metrics),
+        ("stage", columns),
+        ("identity", result.get("identity") or {}),
+        ("environment", result.get("environment") or {}),
+    ]
+    for group, entries in groups:
+        for k, v in entries.items():
+            name = (
+                f"{group}_{k}"
+                if group in ("identity", "environment") or k in row
+                else k
+            )
+            row[name] = _flat(v)
+    row["wall_s"] = result.get("wall_s")
+    return row
+
+
+def arm_label(
+    parameters: Mapping[str, Any],  # a run's parameters
+    # the rate of the other arms; adds `×0.5` where this run's differs
+    base_lr: float | None = None,
+) -> str:
+    """A short name for an arm, made of its own parameters: `adaptive decoupled
+    projection`, `replay shared ×0.5`.
+    """
+    get = parameters.get
+    modification, routing = (
+        get("modification") or "none",
+        get("routing") or "decoupled",
+    )
+    lam = get("interpolate")
+    fraction = get("fraction")
+    if modification == "none":
+        words = ["interpolation" if lam is not None else "vanilla"]
+        if get("joint"):
+            words = ["joint training"]
+        if get("second_batch"):
+            words.append(f"with a second batch {get('second_batch'):g}")
+        if get("freeze_after") is not None:
+            words.append(f"frozen after {get('freeze_after')}")
+    else:
+        strength = (
+            "adaptive "
+            if get("strength") == "overlap"
+            else "fixed "
+            if routing == "decoupled"
+            else ""
+        )
+        words = [f"{strength}{routing} {modification}"]
+        if modification == "replay" and fraction is not None:
+            words = [
+                f"replay {100 * fraction:g} %"
+                f" {strength if 'adaptive' in strength else ''}{routing}"
+            ]
+        if lam is not None:
+            words.append("+ interpolation")
+    if lam is not None:
+        words.append(f"{lam:g}")
+    lr = get("lr")
+    if base_lr and lr and not math.isclose(lr, base_lr, rel_tol=1e-9):
+        words.append(f"×{lr / base_lr:g}")
+    return " ".join(words)
+
 # %% ../../nbs/studies/06_table.ipynb #3bc42053
 #: Columns that say which run a row is, first in every table.
 IDENTITY = (
@@ -130,8 +268,6 @@ def row_of(
     result: Mapping[str, Any] | None,  # what the template emitted
 ) -> dict[str, Any]:
     "One row of the table."
-    from dmr.reporting.report import tidy_run
-
     error = str(state.get("error") or "").splitlines()[:1]
     who = dict(
         run_id=about["run_id"],
