@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from simulated import control, truth
 
 from dmr.reporting import statistics as S
 from dmr.reporting.statistics import Point
@@ -105,24 +106,6 @@ def test_minimum_detectable_difference_is_found_four_times_in_five(n):
 
 
 # matched learning accuracy
-
-
-def truth(a):
-    "A made-up law: forgetting as a function of learning accuracy (a loss)."
-    return 0.2 + 0.5 * np.exp(-4 * (a - 2.0))
-
-
-rates = {0.25: 2.5, 0.5: 2.35, 0.75: 2.25, 1.0: 2.18, 1.5: 2.1}
-
-
-def control(n=10, turn=True):
-    arms = {
-        r: {s: Point(a + 0.01 * s, truth(a)) for s in range(n)}
-        for r, a in rates.items()
-    }
-    if turn:  # beyond the optimum: learns less and forgets more
-        arms[2.0] = {s: Point(2.16 + 0.01 * s, 0.95) for s in range(n)}
-    return arms
 
 
 @settings(max_examples=200, deadline=None)
