@@ -73,7 +73,8 @@ def row(forgetting, learning_accuracy, domains=("a", "b", "c"), **about):
     """
     n = len(domains)
     a, f = learning_accuracy, forgetting
-    L = [[a + f * (j < i) if j <= i else 5.0 for j in range(n)] for i in range(n)]
+    loss = lambda i, j: a + f * (j < i) if j <= i else 5.0
+    L = [[loss(i, j) for j in range(n)] for i in range(n)]
     return {
         "loss_matrix": json.dumps(L),
         "loss_columns": json.dumps(list(domains)),

@@ -365,22 +365,23 @@ def _half_widths(curve: Curve, axis: int) -> list[float]:
         out.append(0.0 if i.n < 2 else i.high - i.estimate)
     return out
 
-# %% ../../nbs/reporting/04_arms.ipynb #b6485d52
+# %% ../../nbs/reporting/04_arms.ipynb #ac00c169
 def draw_control(
     ax: Any,  # matplotlib's axes
     control: Curve,  # rate -> seed -> point of plain training
     label: str | None = "control: vanilla over rates",
 ) -> list[Point]:  # means over seeds, by rate
-    "The control: a thin line for each seed, a thick one through the means."
+    "The control: a thick line through the means; its seeds or intervals."
     means = {rate: mean_point(at) for rate, at in sorted(control.items())}
     if len(control) < 2:
         return list(means.values())
-    for seed in sorted(set().union(*control.values())):
-        _draw_branch(ax, seed_branch(control, seed), linewidth=0.6)
     # the whole curve, dotted: what turns back is no control
     ax.plot(*zip(*means.values()), ":", color=GREY, linewidth=1, zorder=1)
     _draw_branch(ax, control_branch(means), linewidth=2.5, label=label)
-    if max(len(at) for at in control.values()) > EXPLORATORY:
+    if max(len(at) for at in control.values()) <= EXPLORATORY:
+        for seed in sorted(set().union(*control.values())):
+            _draw_branch(ax, seed_branch(control, seed), linewidth=0.8)
+    else:
         ax.errorbar(
             *zip(*means.values()),
             xerr=_half_widths(control, 0),

@@ -507,15 +507,15 @@ def _seed_table(study: Comparison) -> str:
     head = ["arm", "seed", *(m.replace("_", " ") for m in metrics), "seconds"]
     return _table("Every run, nats per byte", head, rows)
 
-# %% ../../nbs/reporting/05_report.ipynb #dbfce293
+# %% ../../nbs/reporting/05_report.ipynb #24810e21
 def _interval_table(study: Comparison) -> str:
     "The intervals by every method, from four seeds on; else nothing."
     if study.n <= EXPLORATORY:
         return ""
     rows = []
     for s in study.lines:
-        against = {"vanilla": s.delta["forgetting"], "matched vanilla": s.matched}
-        for what, i in against.items():
+        raw, matched = s.delta["forgetting"], s.matched
+        for what, i in (("vanilla", raw), ("matched vanilla", matched)):
             if i is None or i.exploratory:
                 continue
             numbers = [
@@ -551,8 +551,9 @@ def _step_table(study: Comparison) -> str:
 
     def cell(values: list[float]) -> str:
         mean = mean_or_nan(values)
-        large = abs(mean) >= 1000
-        return ("–" if not values else f"{mean:,.0f}" if large else f"{mean:.3g}")
+        if not values:
+            return "–"
+        return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
 
     rows = [
         [_name_cell(a), *(cell(known(a.runs.values(), k)) for k in names)]
@@ -565,7 +566,7 @@ def _step_table(study: Comparison) -> str:
         rows,
     )
 
-# %% ../../nbs/reporting/05_report.ipynb #9d2d1ce4
+# %% ../../nbs/reporting/05_report.ipynb #1b5c6f61
 def _show(value: Any) -> str:
     if value is None:
         return "none"
@@ -580,7 +581,8 @@ def _parameter_tables(study: Comparison) -> str:
     same = {k: v[0] for k, v in values.items() if all(x == v[0] for x in v)}
     differing = [k for k in keys if k not in same]
     common = [[escape(k), _show(v)] for k, v in same.items()]
-    parts = [_table("The same in all arms", ["parameter", "value"], common, True)]
+    head = ["parameter", "value"]
+    parts = [_table("The same in all arms", head, common, True)]
     if differing:
         rows = [
             [_name_cell(a), *(_show(a.parameters.get(k)) for k in differing)]
@@ -662,7 +664,7 @@ an arm is compared with vanilla at the learning rate that learned exactly as
 much, interpolated on the control curve of the same seed. Beyond that curve an
 arm is not comparable, and nothing is extrapolated.</li>"""
 
-# %% ../../nbs/reporting/05_report.ipynb #0a57c072
+# %% ../../nbs/reporting/05_report.ipynb #ffe9194d
 #: What a report shows of a figure: PNG, alternative text, caption.
 Picture = tuple[bytes, str, str]
 
@@ -684,7 +686,7 @@ def _list(items: Iterable[str]) -> str:
 def _opening(study: Comparison, title: str) -> str:
     "The page down to the results: title, headline, what failed."
     streams = sorted({str(r["stream"]) for r in study.rows if r.get("stream")})
-    sizes = {int(r["domains_total"]) for r in study.rows if r.get("domains_total")}
+    sizes = {int(r.get("domains_total") or 0) for r in study.rows} - {0}
     count = " or ".join(map(str, sorted(sizes)))
     what = ", ".join(streams) or "unnamed stream"
     what += f", {count} domains" if count else ""

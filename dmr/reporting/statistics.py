@@ -91,7 +91,8 @@ class Interval:
     def beside(self) -> dict[str, tuple[float, float]]:
         "The bounds by every method: 't', 'percentile', 'BCa'."
         x = np.asarray(self.values, dtype=np.float64)
-        return {m: _bounds(x, m, self.level) for m in ("t", "percentile", "BCa")}
+        methods = ("t", "percentile", "BCa")
+        return {m: _bounds(x, m, self.level) for m in methods}
 
     @property
     def brief(self) -> str:
@@ -470,7 +471,8 @@ def area_between(
 
 
 def _area(a: Branch, c: Branch) -> Area:
-    nothing = lambda why: Area(*[math.nan] * 4, why)
+    nan = math.nan
+    nothing = lambda why: Area(nan, nan, nan, nan, why)
     if a.reason:
         return nothing(f"arm: {a.reason}")
     if c.reason:

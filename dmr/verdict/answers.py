@@ -174,7 +174,7 @@ def _inflation(
     place = ("C6", "inflation_live", f"H = {horizon:g}")
     return Answer(*place, verdict_c6(ratios, horizon), source=source)
 
-# %% ../../nbs/making/03_answers.ipynb #2977adf0
+# %% ../../nbs/making/03_answers.ipynb #12e9b6c9
 _FAMILIES = {
     "penalty, EWC additive": "EWC additive",
     "penalty, EWC rescaling": "EWC rescaling",
@@ -191,10 +191,8 @@ def _family(table: Table, e: Evidence, family: str) -> Verdict:
     ended = {a: failed[a] for a in pair if a not in e.arms and a in failed}
     if not ended:
         return verdict_c7(e, *pair)
-    part = Part(
-        OPEN,
-        "; ".join(f"{a}: all {n} runs ended in an error" for a, n in ended.items()),
-    )
+    said = [f"{a}: all {n} runs ended in an error" for a, n in ended.items()]
+    part = Part(OPEN, "; ".join(said))
     parts = {"nominal": part, "matched": part}
     return decide("C7", parts, max(ended.values()), e.horizon, e.state)
 

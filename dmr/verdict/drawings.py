@@ -313,7 +313,7 @@ def _ratios(
         del out["at equal learning"]
     return out
 
-# %% ../../nbs/making/06_drawings.ipynb #d72e473a
+# %% ../../nbs/making/06_drawings.ipynb #c97ba501
 def draw_parts(
     # name of a part, such as 'rho 0.5' -> its evidence; None: not yet there
     found: Mapping[str, Evidence | None],
@@ -340,7 +340,8 @@ def draw_parts(
         for k, a in enumerate(shown):
             at, shift = of[a.name], _beside(k, len(shown), 0.09)
             _bars(ax, [i + shift for i in at], [*at.values()], a, a.name)
-            said += [f"{a.name}, {names[i]}, {what}: {r}" for i, r in at.items()]
+            for i, r in at.items():
+                said.append(f"{a.name}, {names[i]}, {what}: {r}")
         ax.set_title(what[0].upper() + what[1:], fontweight="normal")
         ax.set(ylabel="forgetting / control's")
     axes[-1].set_xticks(range(len(there)), names)
@@ -351,7 +352,7 @@ def draw_parts(
         f" interval over seeds. {'; '.join(said)}."
     )
 
-# %% ../../nbs/making/06_drawings.ipynb #4ca5fca3
+# %% ../../nbs/making/06_drawings.ipynb #0a35698e
 def draw_domains(
     table: Table,
     arms: Sequence[str] = ("vanilla", SHARED, FIXED, ADAPTIVE, REPLAY),
@@ -368,9 +369,9 @@ def draw_domains(
     fig, (ax,) = _figure(size=(7.2, 4.4))
     for k, (arm, values) in enumerate(lost.items()):
         shift = _beside(k, len(lost), 0.14)
-        x = [i + shift for i, n in enumerate(names) if n in values]
+        at = [i + shift for i, n in enumerate(names) if n in values]
         means = [mean_interval(values[n]) for n in names if n in values]
-        _bars(ax, x, means, table.arms[arm], arm)
+        _bars(ax, at, means, table.arms[arm], arm)
     of = next(iter(lost))
     worst = max(lost[of], key=lambda n: float(np.mean(lost[of][n])))
     ax.set(

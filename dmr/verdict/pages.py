@@ -252,7 +252,7 @@ def comparison_table(lines: Sequence[Line]) -> str:  # markdown
     rest = ["gap of the curves", "detectable"]
     return markdown_table(["arm", "n", *differences, *levels, *rest], rows)
 
-# %% ../../nbs/making/05_pages.ipynb #eb84ebbb
+# %% ../../nbs/making/05_pages.ipynb #d9dbde04
 def final_table(
     table: Table,
     part: str | None = None,
@@ -279,7 +279,8 @@ def final_table(
         means = {lr: mean(v) for lr, v in at[arm].items() if len(v) == n}
         best = min(means, key=lambda lr: means[lr])
         lowest = f"{means[best]:.3f} at {best:g}" if len(means) > 1 else "–"
-        gap = _cell(paired_difference(seeds, base), n) if arm != "vanilla" else ""
+        gap = _cell(paired_difference(seeds, base), n)
+        gap = "" if arm == "vanilla" else gap
         rows.append([arm, str(n), f"{means[rate]:.3f}", gap, lowest])
     head = ["arm", "n", "final average", "− vanilla", "lowest over rates"]
     return markdown_table(head, rows)
@@ -333,10 +334,11 @@ def recipe(
     lines.append(f"router.consolidate({given})  # at the end of each domain")
     return "\n".join(lines)
 
-# %% ../../nbs/making/05_pages.ipynb #8ccb981b
+# %% ../../nbs/making/05_pages.ipynb #f4b5abb3
 def _recommend(table: Table, arm: str) -> str:
     "The recipe of an arm, as a block of code."
-    p = next((r["parameters"] for r in nominal_rows(table, arm)), {})
+    rows = nominal_rows(table, arm)
+    p = rows[0]["parameters"] if rows else {}
     code = recipe(p) if "alpha" in p else ""
     return f"\n\n```python\n{code}\n```" if code else ""
 

@@ -90,7 +90,7 @@ class RoutedArm:
 def _setting(p: Any) -> tuple[str, str]:
     return p["optimizer"], p["state"]
 
-# %% ../../nbs/making/07_planes.ipynb #0592d047
+# %% ../../nbs/making/07_planes.ipynb #7fb4d089
 def _point(row: Any) -> Point:
     return Point(float(row["learning_accuracy"]), float(row["forgetting"]))
 
@@ -103,7 +103,7 @@ def routed_arms(
     ValueError for two runs of one seed.
     """
     arms: dict[Any, RoutedArm] = {}
-    wanted = list(methods)
+    wanted, settings = list(methods), list(SETTINGS)
     for row in (*table.rows, *table.lost):
         p, seed = row["parameters"], row["seed"]
         if p["modification"] not in wanted or seed >= _TUNING:
@@ -123,7 +123,7 @@ def routed_arms(
         arm.points[seed] = _point(row)
     place = lambda a: (
         wanted.index(a.fields.modification),
-        list(SETTINGS.values()).index(a.place[1]),
+        settings.index(a.setting),
         a.name,
         ROUTINGS.index(a.fields.routing),
     )
@@ -181,8 +181,8 @@ def _line(arm: RoutedArm, control: Curve) -> dict[str, Any]:
 def against_control(
     table: Table,  # of the study `families`
     methods: Iterable[str],  # keys of dmr.methods.registry.FAMILIES
-    # a line for each method, setting, arm and routing: means over seeds, and the
-    # control's forgetting
+    # a line for each method, setting, arm and routing: means over seeds, and
+    # the difference to the control
 ) -> pd.DataFrame:
     """Every routing of some methods against the learning-rate control at the
     same learning accuracy.
@@ -269,7 +269,7 @@ def finding(
     said += " would" + (f", {out} not comparable" if out else "")
     return said + (f", {lost} failed" if lost else "")
 
-# %% ../../nbs/making/07_planes.ipynb #2067722a
+# %% ../../nbs/making/07_planes.ipynb #1e682e86
 def draw_planes(
     table: Table,  # of the study `families`
     methods: Iterable[str],  # keys of dmr.methods.registry.FAMILIES
@@ -305,8 +305,10 @@ def draw_planes(
         ax.set_visible(False)
     for ax in axes[::across]:
         ax.set_ylabel("forgetting (nats/byte)", fontsize=9)
-    below = {"loc": "outside lower center", "ncols": 3, "fontsize": 8.5}
-    fig.legend(list(keys.values()), list(keys), **below)
+    handles, labels = list(keys.values()), list(keys)
+    fig.legend(
+        handles, labels, loc="outside lower center", ncols=3, fontsize=8.5
+    )
     lines = against_control(table, methods)
     bold = {"fontsize": 11, "fontweight": "bold", "x": 0.01, "ha": "left"}
     fig.suptitle(finding(lines), **bold)

@@ -506,7 +506,8 @@ def _inflation_part(
         s: np.abs(np.asarray(r, dtype=np.float64).ravel() * (1 - alpha) - 1)
         for s, r in seeds.items()
     }
-    bad = [s for s, e in errors.items() if not e.size or not np.isfinite(e).all()]
+    fine = lambda e: e.size and np.isfinite(e).all()
+    bad = [s for s, e in errors.items() if not fine(e)]
     if bad:
         raise ValueError(
             f"alpha={alpha}: seeds {bad} have no or non-finite ratios;"

@@ -145,7 +145,7 @@ def part_value(
     "The value of a part that is named by what varies and its value."
     return float(part.split()[-1])
 
-# %% ../../nbs/making/02_tables.ipynb #b7d9958e
+# %% ../../nbs/making/02_tables.ipynb #1950a530
 def _number(text: str) -> Any:
     try:
         return float(text)
@@ -160,8 +160,8 @@ def _alike(
 ) -> set[str]:
     "The versions that count as the one that is read."
     parts, accepted = known.get("codes", {}), known.get("accepted", [])
-    both_ways = lambda a, b: same_code(a, b, accepted) or same_code(
-        b, a, accepted
+    both_ways = lambda a, b: (
+        same_code(a, b, accepted) or same_code(b, a, accepted)
     )
     return {
         k
@@ -170,7 +170,7 @@ def _alike(
         or (k in parts and code in parts and both_ways(parts[k], parts[code]))
     }
 
-# %% ../../nbs/making/02_tables.ipynb #c9dcd377
+# %% ../../nbs/making/02_tables.ipynb #739566c3
 def read_table(
     study: str,  # its name
     project: Project | None = None,  # None: the one around the current folder
@@ -183,7 +183,8 @@ def read_table(
         plan = read_study(project.studies / f"{study}.yaml")
     except (FileNotFoundError, StudyError):
         return Table(study)
-    cells, parts = {c.hash: c for c in plan.cells}, {}
+    cells = {c.hash: c for c in plan.cells}
+    parts: dict[str, list[Mapping[str, Any]]] = {}
     for c in plan.cells:
         parts.setdefault(c.part, []).append(c.parameters)
     rates = {part: base_rate(given) for part, given in parts.items()}

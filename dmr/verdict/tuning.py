@@ -63,7 +63,7 @@ def _edge(
     side, add = ("lower", lr / 2) if lr == rates[0] else ("upper", lr * 2)
     return f"at the {side} edge: add lr={add:g}"
 
-# %% ../../nbs/making/04_tuning.ipynb #88b4555c
+# %% ../../nbs/making/04_tuning.ipynb #b235e863
 def _choice(
     arm: str,
     rows: Sequence[Mapping[str, Any]],  # its finished runs
@@ -80,8 +80,8 @@ def _choice(
             continue
         key = tuple(s.items())
         scores[key] = float(np.mean([float(r["final_average"]) for r in mine]))
-        used = [r.get("alpha_mean") for r in mine]
-        used = [x for x in used if isinstance(x, float)]
+        found = [r.get("alpha_mean") for r in mine]
+        used = [x for x in found if isinstance(x, float)]
         strengths[key] = float(np.mean(used)) if used else math.nan
     if not scores:
         return None

@@ -1,5 +1,5 @@
-"""Claims answered from tables with known answers: each word reached, missing and
-short tables, failed arms.
+"""Claims answered from tables with known answers: each word reached, missing
+and short tables, failed arms.
 """
 
 import csv
@@ -127,9 +127,8 @@ def test_c8_is_drawn_without_arms_of_two_seeds():
     assert (c8(rows).verdict, c8(rows).n) == (HOLDS, 5)
     better = simulated.table({REPLAY: 0.3}, seeds=5, study="lora").rows
     others = [r for r in rows if r["arm"] != REPLAY]
-    assert c8([*others, *(r for r in better if r["arm"] == REPLAY)]).verdict == (
-        FAILS
-    )
+    rival = [r for r in better if r["arm"] == REPLAY]
+    assert c8([*others, *rival]).verdict == FAILS
 
 
 def test_nothing_there_is_not_yet_run():
@@ -214,7 +213,8 @@ def test_c9_needs_every_cell(elsewhere, expected):
     "C4 holds on the main study; one backbone decides."
     eight, arms = simulated.table(ARMS), {**ARMS, ADAPTIVE: elsewhere}
     other = simulated.table(arms, seeds=5, study="backbones", part="RAdam")
-    c9, tables = answer("C9", eight, other), {"eight": eight, "backbones": other}
+    tables = {"eight": eight, "backbones": other}
+    c9 = answer("C9", eight, other)
     assert c9.verdict.verdict == expected
     assert set(c9.verdict.parts) == {"eight", "backbones RAdam"}
     box = claim_box("C9", [c9], tables)

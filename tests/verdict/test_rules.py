@@ -106,9 +106,7 @@ def test_c4_is_corrected_for_the_number_of_rivals():
         {**arms, "close 0": close["close 0"], **far}, control(6), 7.5
     )
     crowd = Evidence({**arms, **close, **far}, control(6), 7.5)
-    p = paired_p(
-        alone.nominal("close 0"), alone.nominal("adaptive decoupled")
-    )
+    p = paired_p(alone.nominal("close 0"), alone.nominal("adaptive decoupled"))
     assert 0.05 / 3 < p < 0.05
     assert S.verdict_c4(alone).verdict == HOLDS
     assert S.verdict_c4(crowd).verdict == UNDECIDED
@@ -191,8 +189,7 @@ def test_c7_to_c10():
     )
     assert S.verdict_c8(evidence(both, H=2.9)).verdict == UNTESTABLE
     assert (
-        c9({"a": evidence(both), "b": evidence(both, seed=1)}).verdict
-        == HOLDS
+        c9({"a": evidence(both), "b": evidence(both, seed=1)}).verdict == HOLDS
     )
     assert (
         c9(
@@ -201,8 +198,7 @@ def test_c7_to_c10():
         == FAILS
     )
     assert (
-        c9({"a": evidence(both), "b": evidence(both, n=3)}).verdict
-        == UNDECIDED
+        c9({"a": evidence(both), "b": evidence(both, n=3)}).verdict == UNDECIDED
     )
     rising = {
         r: evidence({"shared": 0.7 + 0.3 * r}, seed=k)
