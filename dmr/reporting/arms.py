@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['COLUMNS', 'GREY', 'Arm', 'read_arm', 'base_rate', 'ArmRuns', 'Comparison', 'group_arms', 'ArmSummary',
-           'summarize_arms', 'mean_or_nan', 'mean_point', 'draw_arm', 'draw_control', 'plane_finding', 'seeds_text',
-           'book_theme', 'plot_plane', 'number_text']
+__all__ = ['COLUMNS', 'Arm', 'read_arm', 'base_rate', 'ArmRuns', 'Comparison', 'group_arms', 'ArmSummary', 'summarize_arms',
+           'mean_or_nan', 'mean_point', 'draw_arm', 'draw_control', 'plane_finding', 'seeds_text', 'book_theme',
+           'plot_plane', 'number_text']
 
 # %% ../../nbs/reporting/04_arms.ipynb #c3f461fa
 @dataclass(frozen=True)
@@ -316,8 +316,8 @@ def _difference(
     except ValueError:  # no seed with both
         return None
 
-# %% ../../nbs/reporting/04_arms.ipynb #4f3ce60f
-GREY = "#8a8f96"
+# %% ../../nbs/reporting/04_arms.ipynb #32782aed
+_GREY = "#8a8f96"
 
 
 def mean_point(
@@ -365,7 +365,7 @@ def _half_widths(curve: Curve, axis: int) -> list[float]:
         out.append(0.0 if i.n < 2 else i.high - i.estimate)
     return out
 
-# %% ../../nbs/reporting/04_arms.ipynb #ac00c169
+# %% ../../nbs/reporting/04_arms.ipynb #2630e092
 def draw_control(
     ax: Any,  # matplotlib's axes
     control: Curve,  # rate -> seed -> point of plain training
@@ -376,7 +376,7 @@ def draw_control(
     if len(control) < 2:
         return list(means.values())
     # the whole curve, dotted: what turns back is no control
-    ax.plot(*zip(*means.values()), ":", color=GREY, linewidth=1, zorder=1)
+    ax.plot(*zip(*means.values()), ":", color=_GREY, linewidth=1, zorder=1)
     _draw_branch(ax, control_branch(means), linewidth=2.5, label=label)
     if max(len(at) for at in control.values()) <= EXPLORATORY:
         for seed in sorted(set().union(*control.values())):
@@ -386,7 +386,7 @@ def draw_control(
             *zip(*means.values()),
             xerr=_half_widths(control, 0),
             yerr=_half_widths(control, 1),
-            color=GREY,
+            color=_GREY,
             linestyle="",
             elinewidth=0.7,
         )
@@ -398,7 +398,7 @@ def _draw_branch(ax: Any, branch: Branch, **style: Any) -> None:
         return
     low, high = branch.learning_accuracy[0], branch.learning_accuracy[-1]
     x = [min(low + k * (high - low) / 100, high) for k in range(101)]
-    ax.plot(x, branch.interpolant()(x), color=GREY, zorder=2, **style)
+    ax.plot(x, branch.interpolant()(x), color=_GREY, zorder=2, **style)
 
 # %% ../../nbs/reporting/04_arms.ipynb #cc7f38df
 _MARGIN = 0.01  # nats: what the figure's title counts as below the control

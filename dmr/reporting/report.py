@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Picture', 'tidy', 'tidy_records', 'read_results', 'headline', 'text_table', 'stream_arms', 'stream_finding',
-           'plot_stream', 'html_report', 'Report', 'write_report']
+__all__ = ['tidy', 'tidy_records', 'read_results', 'headline', 'text_table', 'stream_arms', 'stream_finding', 'plot_stream',
+           'html_report', 'Report', 'write_report']
 
 # %% ../../nbs/reporting/05_report.ipynb #d50e1128
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -664,12 +664,12 @@ an arm is compared with vanilla at the learning rate that learned exactly as
 much, interpolated on the control curve of the same seed. Beyond that curve an
 arm is not comparable, and nothing is extrapolated.</li>"""
 
-# %% ../../nbs/reporting/05_report.ipynb #ffe9194d
+# %% ../../nbs/reporting/05_report.ipynb #9b5e301f
 #: What a report shows of a figure: PNG, alternative text, caption.
-Picture = tuple[bytes, str, str]
+_Picture = tuple[bytes, str, str]
 
 
-def _figure(picture: Picture) -> str:
+def _figure(picture: _Picture) -> str:
     png, alt, caption = picture
     data = base64.b64encode(png).decode()
     return (
@@ -728,10 +728,10 @@ def _results(study: Comparison) -> str:
 {why if notes else ""}
 {_main_table(study, "_ppl", 2, perplexity)}"""
 
-# %% ../../nbs/reporting/05_report.ipynb #f44fe8e9
+# %% ../../nbs/reporting/05_report.ipynb #626353bc
 def html_report(
     study: Comparison,
-    pictures: Iterable[Picture],
+    pictures: Iterable[_Picture],
     command: str,  # how to make it again
     title: str = "Routing an edited gradient through Adam",
 ) -> str:
@@ -818,8 +818,8 @@ _CAPTIONS = {
     ),
 }
 
-# %% ../../nbs/reporting/05_report.ipynb #ee234045
-def _pictures(study: Comparison) -> dict[str, Picture]:
+# %% ../../nbs/reporting/05_report.ipynb #a4dd15f2
+def _pictures(study: Comparison) -> dict[str, _Picture]:
     "The figures that the study's runs allow."
     drawn = {}
     if study.n:

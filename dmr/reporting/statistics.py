@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # %% auto #0
-__all__ = ['EXPLORATORY', 'Points', 'Curve', 'MISSING', 'SLOWER', 'FASTER', 'COMPARABLE_SHARE', 'Interval', 'mean_interval',
+__all__ = ['EXPLORATORY', 'Points', 'Curve', 'SLOWER', 'FASTER', 'COMPARABLE_SHARE', 'Interval', 'mean_interval',
            'interquartile_mean', 'shared_seeds', 'differences', 'paired_difference', 'paired_ratio', 'holm', 'paired_p',
            'paired_power', 'minimum_detectable_difference', 'Point', 'Branch', 'control_branch', 'matched_forgetting',
            'Matched', 'enough_seeds', 'match_control', 'seed_branch', 'Area', 'area_between']
@@ -297,7 +297,7 @@ Points = Mapping[Any, Point]
 Curve = Mapping[float, Points]
 
 #: A run that is not there.
-MISSING = Point(math.nan, math.nan)
+_MISSING = Point(math.nan, math.nan)
 
 
 class Branch(NamedTuple):
@@ -406,7 +406,7 @@ def enough_seeds(
     "True if at least 80 % of n seeds are comparable."
     return comparable >= COMPARABLE_SHARE * n - 1e-9
 
-# %% ../../nbs/reporting/02_statistics.ipynb #c89ad0fd
+# %% ../../nbs/reporting/02_statistics.ipynb #42eea63d
 def match_control(
     arm: Points,  # seed -> point
     control: Curve,  # rate -> seed -> point
@@ -422,7 +422,7 @@ def match_control(
     seeds = sorted(set(arm).union(*control.values()))
     difference, ratio, reasons = {}, {}, {}
     for s in seeds:
-        p = arm.get(s, MISSING)
+        p = arm.get(s, _MISSING)
         f, why = matched_forgetting(
             seed_branch(control, s), p.learning_accuracy
         )
@@ -442,7 +442,8 @@ def seed_branch(
     seed: Any,
 ) -> Branch:
     "The branch of one seed."
-    return control_branch({r: at.get(seed, MISSING) for r, at in curve.items()})
+    points = {rate: at.get(seed, _MISSING) for rate, at in curve.items()}
+    return control_branch(points)
 
 # %% ../../nbs/reporting/02_statistics.ipynb #c3280d68
 class Area(NamedTuple):

@@ -38,7 +38,7 @@ from .tables import Table, evidence, part_value, read_table, runs
 
 # %% auto #0
 __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPLED', 'INTERPOLATION', 'MAIN', 'STUDIES',
-           'NOT_RUN', 'Rule', 'Answer', 'answer_claims', 'read_inflation', 'read_answers', 'judged']
+           'NOT_RUN', 'Answer', 'answer_claims', 'read_inflation', 'read_answers', 'judged']
 
 # %% ../../nbs/making/03_answers.ipynb #29a00d78
 SHARED, FIXED = "shared projection", "fixed decoupled projection"
@@ -101,9 +101,9 @@ class Answer:
         "The tables that it was read from."
         return (self.source,) if self.source else self.studies or (self.study,)
 
-# %% ../../nbs/making/03_answers.ipynb #870bfa99
+# %% ../../nbs/making/03_answers.ipynb #24534684
 #: From evidence to a verdict.
-Rule = Callable[[Evidence], Verdict]
+_Rule = Callable[[Evidence], Verdict]
 
 
 def _preliminary(table: Table) -> str:
@@ -122,7 +122,7 @@ def _regime(table: Table, part: str | None) -> str:
 def _ask(
     claim: str,
     table: Table,
-    rule: Rule,
+    rule: _Rule,
     part: str | None = None,
     decides: bool = True,
     **read: Any,  # how to read: stage, without
@@ -138,12 +138,12 @@ def _ask(
         return Answer(*place, None, f"{table}; {error}", decides)
     return Answer(*place, verdict, _preliminary(table), decides)
 
-# %% ../../nbs/making/03_answers.ipynb #ae86eb9f
+# %% ../../nbs/making/03_answers.ipynb #0122e4b3
 def _main_claims(
     eight: Table, corners: Table, skip: Sequence[str]
 ) -> list[Answer]:
     rivals = [a for a in (*MAIN, "vanilla") if a != ADAPTIVE]
-    rules: dict[str, Rule] = {
+    rules: dict[str, _Rule] = {
         "C1": lambda e: verdict_c1(e, SHARED),
         "C2": lambda e: verdict_c2(e, REPLAY, (SHARED,)),
         "C3": lambda e: verdict_c3(e, FIXED),

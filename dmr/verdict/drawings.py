@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Drawing', 'draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
+__all__ = ['draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
 
 # %% ../../nbs/making/06_drawings.ipynb #9c37d07e
 #: A figure and its alternative text.
-Drawing = tuple["Figure", str]
+_Drawing = tuple["Figure", str]
 
 
 def _figure(*grid: int, size: tuple[float, float], **options: Any) -> Any:
@@ -105,8 +105,8 @@ def _plane_title(table: Table, part: str | None) -> str:
         return "Forgetting against learning accuracy, exploratory"
     return f"{lines[0].name}: lowest mean forgetting at equal learning"
 
-# %% ../../nbs/making/06_drawings.ipynb #c9e2428d
-def draw_plane(table: Table, part: str | None = None) -> Drawing | None:
+# %% ../../nbs/making/06_drawings.ipynb #2a8c42f8
+def draw_plane(table: Table, part: str | None = None) -> _Drawing | None:
     """Forgetting against learning accuracy with intervals over seeds, and the
     control's curve; arms on top of interpolation below.
     """
@@ -145,7 +145,7 @@ def draw_plane(table: Table, part: str | None = None) -> Drawing | None:
         f" curve over rates is the control. {'; '.join(spots.values())}."
     )
 
-# %% ../../nbs/making/06_drawings.ipynb #98c477d1
+# %% ../../nbs/making/06_drawings.ipynb #f6619f2a
 def _mean_matrix(table: Table, arm: str) -> tuple[Any, int]:
     """Mean loss by finished stage and by the domain's place in the run's own
     order; and over how many seeds.
@@ -165,7 +165,7 @@ def _heat(ax: Any, values: Any, **limits: float) -> Any:
 
 def draw_heat(
     table: Table, arms: Sequence[str] = ("vanilla", SHARED, ADAPTIVE)
-) -> Drawing | None:
+) -> _Drawing | None:
     """Perplexity by finished stage and by the domain's place in the run's
     order, of the mean loss over all seeds, one panel an arm.
     """
@@ -194,8 +194,8 @@ def draw_heat(
         f" in the order (columns). {'; '.join(said)}."
     )
 
-# %% ../../nbs/making/06_drawings.ipynb #1e15ccae
-def draw_growth(table: Table) -> Drawing | None:
+# %% ../../nbs/making/06_drawings.ipynb #86944237
+def draw_growth(table: Table) -> _Drawing | None:
     """Forgetting of each main arm after every stage from the second: does it
     grow?
     """
@@ -238,7 +238,7 @@ def draw_growth(table: Table) -> Drawing | None:
         f" the end. {told}."
     )
 
-# %% ../../nbs/making/06_drawings.ipynb #10a5a9f4
+# %% ../../nbs/making/06_drawings.ipynb #3bf7b34a
 def _best_over_rates(c: Choice) -> dict[tuple[float, float], float]:
     "(strength, rank) -> best score over the rates."
     best: dict[tuple[float, float], float] = {}
@@ -250,7 +250,7 @@ def _best_over_rates(c: Choice) -> dict[tuple[float, float], float]:
     return best
 
 
-def draw_maps(choices: Sequence[Choice]) -> Drawing | None:
+def draw_maps(choices: Sequence[Choice]) -> _Drawing | None:
     """Best final average over the rates for every strength and rank that tuning
     tried.
     """
@@ -313,14 +313,14 @@ def _ratios(
         del out["at equal learning"]
     return out
 
-# %% ../../nbs/making/06_drawings.ipynb #c97ba501
+# %% ../../nbs/making/06_drawings.ipynb #849473e4
 def draw_parts(
     # name of a part, such as 'rho 0.5' -> its evidence; None: not yet there
     found: Mapping[str, Evidence | None],
     arms: Sequence[TableArm],
     label: str = "",  # of the horizontal axis
     title: str = "",  # what it shows
-) -> Drawing | None:
+) -> _Drawing | None:
     """Forgetting relative to the control in every part of a study: at the
     nominal rate, and at equal learning if an arm is comparable.
     """
@@ -352,11 +352,11 @@ def draw_parts(
         f" interval over seeds. {'; '.join(said)}."
     )
 
-# %% ../../nbs/making/06_drawings.ipynb #0a35698e
+# %% ../../nbs/making/06_drawings.ipynb #939a313a
 def draw_domains(
     table: Table,
     arms: Sequence[str] = ("vanilla", SHARED, FIXED, ADAPTIVE, REPLAY),
-) -> Drawing | None:
+) -> _Drawing | None:
     "What each domain loses, mean over the seeds in which it was not the last."
     lost: dict[str, dict[str, list[float]]] = {}
     for arm in arms:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SETTINGS', 'GUESSING', 'cards', 'RoutedArm', 'routed_arms', 'setting_control', 'against_control', 'readable',
-           'finding', 'draw_planes']
+__all__ = ['cards', 'RoutedArm', 'routed_arms', 'setting_control', 'against_control', 'readable', 'finding', 'draw_planes']
 
 # %% ../../nbs/making/07_planes.ipynb #f712d685
 def cards(
@@ -49,7 +48,7 @@ def cards(
 
 # %% ../../nbs/making/07_planes.ipynb #35805fc1
 #: The settings by (optimizer, state).
-SETTINGS: dict[tuple[str, str], str] = {
+_SETTINGS: dict[tuple[str, str], str] = {
     ("adamw", "kept"): "AdamW",
     ("adamw", "reset"): "AdamW anew for each domain",
     ("sgd", "kept"): "SGD with momentum",
@@ -84,13 +83,13 @@ class RoutedArm:
     @property
     def place(self) -> tuple[str, str]:
         "The panel: method and setting, in words."
-        return self.fields.modification, SETTINGS[self.setting]
+        return self.fields.modification, _SETTINGS[self.setting]
 
 
 def _setting(p: Any) -> tuple[str, str]:
     return p["optimizer"], p["state"]
 
-# %% ../../nbs/making/07_planes.ipynb #7fb4d089
+# %% ../../nbs/making/07_planes.ipynb #2d43baab
 def _point(row: Any) -> Point:
     return Point(float(row["learning_accuracy"]), float(row["forgetting"]))
 
@@ -103,7 +102,7 @@ def routed_arms(
     ValueError for two runs of one seed.
     """
     arms: dict[Any, RoutedArm] = {}
-    wanted, settings = list(methods), list(SETTINGS)
+    wanted, settings = list(methods), list(_SETTINGS)
     for row in (*table.rows, *table.lost):
         p, seed = row["parameters"], row["seed"]
         if p["modification"] not in wanted or seed >= _TUNING:
@@ -221,7 +220,7 @@ def readable(
 
 # %% ../../nbs/making/07_planes.ipynb #f2ecd7fe
 #: Nats per byte of a guess among all 256.
-GUESSING = math.log(256)
+_GUESSING = math.log(256)
 
 
 def _draw_panel(ax: Any, arms: list[RoutedArm], control: Curve) -> str:
@@ -235,7 +234,7 @@ def _draw_panel(ax: Any, arms: list[RoutedArm], control: Curve) -> str:
             out["failed"].append(routing)
             continue
         mean = mean_point(a.points)
-        if mean.learning_accuracy > GUESSING:
+        if mean.learning_accuracy > _GUESSING:
             out["worse than guessing"].append(routing)
             continue
         draw_arm(ax, {1.0: a.points}, a.fields.style, routing)

@@ -32,8 +32,8 @@ from dmr.reporting.statistics import (
 
 # %% auto #0
 __all__ = ['CLAIMS', 'HOLDS', 'FAILS', 'UNDECIDED', 'UNTESTABLE', 'MET', 'CONTRARY', 'OPEN', 'Claim', 'Evidence', 'Part',
-           'Verdict', 'decide', 'Region', 'verdict_c1', 'verdict_c3', 'verdict_c2', 'verdict_c4', 'verdict_c5',
-           'verdict_c6', 'join_cells', 'verdict_c7', 'verdict_c8', 'verdict_c10']
+           'Verdict', 'decide', 'verdict_c1', 'verdict_c3', 'verdict_c2', 'verdict_c4', 'verdict_c5', 'verdict_c6',
+           'join_cells', 'verdict_c7', 'verdict_c8', 'verdict_c10']
 
 # %% ../../nbs/making/01_rules.ipynb #8f70a4ef
 class Claim(NamedTuple):
@@ -257,7 +257,7 @@ def _decide(
     return decide(claim, parts, n, e.horizon, e.state, minimum_horizon)
 
 # %% ../../nbs/making/01_rules.ipynb #c53ec78e
-class Region(NamedTuple):
+class _Region(NamedTuple):
     "Where the interval of a ratio must lie."
 
     low: float
@@ -278,7 +278,7 @@ class Region(NamedTuple):
 def _ratio(
     values: Mapping[Any, float],  # seed -> value
     reference: Mapping[Any, float],  # seed -> value that divides
-    region: Region,
+    region: _Region,
     what: str,
 ) -> Part:
     try:
@@ -289,7 +289,7 @@ def _ratio(
     return Part(outcome, f"{what} {i}", i)
 
 
-def _matched_ratio(m: Matched, region: Region, what: str) -> Part:
+def _matched_ratio(m: Matched, region: _Region, what: str) -> Part:
     "Open unless 80 % of the seeds are comparable and each has a ratio."
     if not m.enough:
         return Part(OPEN, f"not comparable: {m.fell_out()}")
@@ -304,8 +304,8 @@ def _matched_ratio(m: Matched, region: Region, what: str) -> Part:
     lost = f"; {m.fell_out()}" if m.reasons else ""
     return replace(part, text=part.text + lost)
 
-# %% ../../nbs/making/01_rules.ipynb #f7d5e92b
-def _ratio_parts(e: Evidence, arm: str, region: Region) -> dict[str, Part]:
+# %% ../../nbs/making/01_rules.ipynb #50fd7e8a
+def _ratio_parts(e: Evidence, arm: str, region: _Region) -> dict[str, Part]:
     here, vanilla = e.nominal(arm), e.nominal("vanilla")
     return {
         "nominal": _ratio(here, vanilla, region, f"{arm} / vanilla"),
@@ -319,7 +319,7 @@ def verdict_c1(
     minimum_horizon: float = 5.0,
 ) -> Verdict:
     "C1: the ratio of shared projection to vanilla lies inside [0.90, 1.05]."
-    parts = _ratio_parts(evidence, shared, Region(0.90, 1.05))
+    parts = _ratio_parts(evidence, shared, _Region(0.90, 1.05))
     arms = (shared, "vanilla")
     return _decide("C1", parts, evidence, arms, minimum_horizon)
 
@@ -331,7 +331,7 @@ def verdict_c3(
     """C3: the ratio of fixed-strength decoupled projection to vanilla lies
     above 1.
     """
-    parts = _ratio_parts(evidence, fixed, Region(1.0, math.inf, ends=False))
+    parts = _ratio_parts(evidence, fixed, _Region(1.0, math.inf, ends=False))
     return _decide("C3", parts, evidence, (fixed, "vanilla"))
 
 # %% ../../nbs/making/01_rules.ipynb #eb0fa2d6
@@ -651,7 +651,7 @@ def _matched_slope(matched: Mapping[float, Matched]) -> Part:
         return Part(OPEN, f"slope: not comparable at {'; '.join(lost)}")
     return _slope({rho: m.ratio for rho, m in matched.items()})
 
-# %% ../../nbs/making/01_rules.ipynb #32ad277c
+# %% ../../nbs/making/01_rules.ipynb #977b1237
 def verdict_c10(
     streams: Mapping[float, Evidence],  # overlap ρ -> evidence, ρ=0 among them
     shared: str = "shared",
@@ -678,7 +678,7 @@ def verdict_c10(
         ratios[rho] = {s: here[s] / vanilla[s] for s in seeds}
         matched[rho] = e.matched(shared)
     clean = streams[0.0]
-    zero = _ratio_parts(clean, shared, Region(-math.inf, 0.90, ends=False))
+    zero = _ratio_parts(clean, shared, _Region(-math.inf, 0.90, ends=False))
     parts = {
         "nominal": _both(zero["nominal"], _slope(ratios)),
         "matched": _both(zero["matched"], _matched_slope(matched)),

@@ -16,7 +16,7 @@ from ..studies.study import Project, find_project, read_study
 from .tables import Table, read_table
 
 # %% auto #0
-__all__ = ['Setting', 'expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text']
+__all__ = ['expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text']
 
 # %% ../../nbs/making/04_tuning.ipynb #5859cac7
 def expected_best(
@@ -31,8 +31,8 @@ def expected_best(
         x * math.comb(N - i, k - 1) for i, x in enumerate(s, 1)
     ) / math.comb(N, k)
 
-# %% ../../nbs/making/04_tuning.ipynb #69bf4d7d
-Setting = tuple[tuple[str, Any], ...]
+# %% ../../nbs/making/04_tuning.ipynb #fda64968
+_Setting = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Choice:
     mean_strength: float
     budget: tuple[float, ...]  # expected best after 1, 2, ... settings
     # setting -> mean final average
-    scores: Mapping[Setting, float] = field(default_factory=dict)
+    scores: Mapping[_Setting, float] = field(default_factory=dict)
 
 
 def _edge(
@@ -63,7 +63,7 @@ def _edge(
     side, add = ("lower", lr / 2) if lr == rates[0] else ("upper", lr * 2)
     return f"at the {side} edge: add lr={add:g}"
 
-# %% ../../nbs/making/04_tuning.ipynb #b235e863
+# %% ../../nbs/making/04_tuning.ipynb #c27e9d71
 def _choice(
     arm: str,
     rows: Sequence[Mapping[str, Any]],  # its finished runs
@@ -86,7 +86,7 @@ def _choice(
     if not scores:
         return None
 
-    def order(key: Setting) -> tuple[float, float, float]:
+    def order(key: _Setting) -> tuple[float, float, float]:
         s = dict(key)
         strength = s.get("alpha", s.get("interpolate", 0.0))
         return round(scores[key], 6), strength, s.get("rank", 0)
