@@ -214,7 +214,7 @@ def report(args: argparse.Namespace) -> int:
     if args.study == "claims":
         return report_claims(project)
     if args.study == "tuning":
-        from dmr.verdict.rules import tuning_choices, tuning_text
+        from dmr.verdict.tuning import tuning_choices, tuning_text
 
         print(tuning_text(*tuning_choices(project)))
         return 0

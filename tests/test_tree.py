@@ -121,7 +121,7 @@ def test_readme_is_its_notebook(rebuilt):
 def test_badges_say_what_is_so():
     from xml.etree import ElementTree
 
-    from dmr.verdict.rules import judged, read_answers
+    from dmr.verdict.answers import judged, read_answers
 
     text = (ROOT / "README.md").read_text()
     found = re.findall(

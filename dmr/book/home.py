@@ -109,8 +109,8 @@ def badges(
     """What the badges say, each read from the file that it leads to or from the
     committed tables.
     """
-    from dmr.verdict.rules import judged, read_answers
-    from dmr.reporting.statistics import CLAIMS
+    from dmr.verdict.answers import judged, read_answers
+    from dmr.verdict.rules import CLAIMS
     from dmr.studies.study import find_project
 
     parser = configparser.ConfigParser()

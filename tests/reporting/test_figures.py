@@ -77,33 +77,26 @@ def test_colours_stand_out_on_paper():
 
 
 def test_equal_routing_equal_hue_and_arms_stay_apart():
-    arms = [
-        "vanilla ½×",
-        "vanilla",
-        "vanilla 1.5×",
-        "shared",
-        "decoupled",
-        "adaptive decoupled",
-        "denominator",
-        "displacement",
-        "replay shared",
-        "replay decoupled",
-        "interpolation",
-        "shared + interpolation",
+    style = figures.arm_style
+    styles = [
+        style("vanilla", rate=0.5),
+        style("vanilla"),
+        style("vanilla", rate=1.5),
+        style("shared"),
+        style("decoupled"),
+        style("decoupled", adaptive=True),
+        style("denominator"),
+        style("displacement"),
+        style("shared", "replay"),
+        style("decoupled", "replay"),
+        style("interpolation", interpolate=0.3),
+        style("shared", interpolate=0.3),
     ]
-    styles = [tuple(figures.arm_style(a).values()) for a in arms]
-    assert len(set(styles)) == len(arms)
-    assert (
-        figures.arm_style("EWC shared")["marker"] == figures.MARKERS["penalty"]
-    )
-    assert (
-        figures.arm_style("shared", routing="decoupled")["color"]
-        == figures.PALETTE["decoupled"]
-    )
-    with pytest.raises(ValueError, match="no routing in the arm name 'frozen'"):
-        figures.arm_style("frozen")
-    with pytest.raises(ValueError, match="routing='sideways'"):
-        figures.arm_style("frozen", routing="sideways")
+    assert len({tuple(s.values()) for s in styles}) == len(styles)
+    assert style("shared", "ewc")["marker"] == figures.MARKERS["penalty"]
+    assert style("vanilla", "none") == style("none")
+    with pytest.raises(ValueError, match="routing='sideways' has no colour"):
+        style("sideways")
 
 
 def run_cells(*sources):

@@ -272,7 +272,7 @@ def test_the_template_runs_under_bare_papermill(tmp_path):
 def test_a_row_of_the_table_gives_the_claims_what_they_read(results):
     from dmr.studies.identity import Identity
     from dmr.studies.table import row_of
-    from dmr.verdict.rules import measure
+    from dmr.verdict.tables import measure
 
     r = results["shared"]
     about = {
@@ -304,7 +304,7 @@ def test_the_study_keeps_the_protocol():
     control, H >= 3, 256 tokens a step.
     """
     from dmr.studies.study import read_study
-    from dmr.verdict.rules import ADAPTIVE, REPLAY, SHARED
+    from dmr.verdict.answers import ADAPTIVE, REPLAY, SHARED
 
     study = read_study(ROOT / "nbs/experiments/studies/lora.yaml")
     seeds: dict[str, set] = {}

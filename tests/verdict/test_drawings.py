@@ -1,0 +1,63 @@
+"""Figures of tables with known answers."""
+
+import numpy as np
+import pytest
+import simulated
+
+from dmr.verdict.answers import ADAPTIVE, INTERPOLATION, SHARED
+from dmr.verdict.drawings import (
+    draw_domains,
+    draw_growth,
+    draw_heat,
+    draw_parts,
+    draw_plane,
+)
+from dmr.verdict.tables import evidence
+
+
+def test_the_figures_use_every_seed():
+    def lose(row, L):
+        # 2.0 to 4.0: mean 3.0 over five seeds
+        L[-1, 0] = 2.0 + 0.5 * row["seed"]
+
+    arms = {SHARED: 1.0, ADAPTIVE: 0.5}
+    table = simulated.change(simulated.table(arms, seeds=5), lose)
+    fig, alt = draw_heat(table)
+    # exp(2) and exp(3)
+    assert "vanilla (5 seeds): first domain 7.4, in the end 20.1" in alt
+    panel = fig.axes[0].images[0].get_array()
+    assert panel[-1, 0] == pytest.approx(np.exp(3.0))
+    fig, alt = draw_growth(table)
+    # bars for each arm
+    assert len(fig.axes[0].containers) == 3 and "(n=5, t)" in alt
+    fig, alt = draw_domains(table)
+    assert len(fig.axes[0].containers) == 3 and "vanilla a" in alt
+
+
+def test_arms_on_top_of_interpolation_have_a_panel_of_their_own():
+    both = f"{SHARED} + {INTERPOLATION}"
+    arms = {SHARED: 0.9, INTERPOLATION: 0.7, both: 0.6}
+    fig, alt = draw_plane(simulated.table(arms))
+    above, below = fig.axes
+    # vanilla, the edit or the sum, interpolation alone
+    assert len(above.containers) == 3 and len(below.containers) == 3
+    assert alt.count(both) == 1 and len(fig.legends[0].get_texts()) == 3
+    assert len(draw_plane(simulated.table({SHARED: 0.9}))[0].axes) == 1
+
+
+def test_parts_stand_side_by_side_with_those_that_are_there():
+    arms = {SHARED: 1.0, ADAPTIVE: 0.5}
+    near = simulated.table(arms, noise=0.001)
+    far = simulated.table({SHARED: 0.6}, noise=0.001)
+    parts = {"near": evidence(near), "far": evidence(far), "later": None}
+    both = [near.arms[a] for a in arms]
+    fig, alt = draw_parts(parts, both, label="part", title="Near and far")
+    for ax in fig.axes:
+        heights = [np.asarray(c[0].get_ydata()) for c in ax.containers]
+        assert heights[0] == pytest.approx([1.0, 0.6], abs=0.01)
+        assert heights[1] == pytest.approx([0.5], abs=0.01)
+    names = [t.get_text() for t in fig.axes[1].get_xticklabels()]
+    assert names == ["near", "far"] and "later" not in alt
+    assert f"{SHARED}, far, at equal learning: 0.6" in alt
+    assert fig.get_suptitle() == "Near and far"
+    assert draw_parts({"later": None}, both) is None
