@@ -70,7 +70,7 @@ class PerTensorAdam(Optimizer):
                 )
                 p.sub_(group["lr"] * (m_hat / (v_hat.sqrt() + 1e-8) + 0.01 * p))
 
-
+# %% ../../nbs/making/22_performance.ipynb #aab1d18e
 def naive_hook(
     optimizer: Optimizer,
     bases: Mapping[nn.Parameter, Tensor],  # parameter -> U
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             x = block(x, self.table[:, : tokens.shape[1]])  # type: ignore[index]
         return self.head(x)
 
-
+# %% ../../nbs/making/22_performance.ipynb #cd9567e4
 def random_bases(
     model: nn.Module,
     rank: int,
@@ -151,7 +151,7 @@ def with_gradients(
         p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
     return model
 
-
+# %% ../../nbs/making/22_performance.ipynb #17fee485
 def paired(
     a: Callable[[], Any],  # the yardstick
     b: Callable[[], Any],  # what is measured
@@ -225,7 +225,7 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, dict):
         yield from _tensors(list(x.values()))
 
-# %% ../../nbs/making/22_performance.ipynb #ba779f62
+# %% ../../nbs/making/22_performance.ipynb #99833f1a
 #: Targets by measure: a ratio of times, or a share.
 TARGETS = {
     "step": 3.0,
@@ -236,155 +236,151 @@ TARGETS = {
 }
 
 
-def _router(
+def _fused(model: nn.Module) -> Optimizer:
+    "The yardstick: torch's fused AdamW."
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def _routed(
     model: nn.Module,
     routing: str,
     strength: Strength | float,
     rank: int = 32,
     **options: Any,
-) -> Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+) -> tuple[Optimizer, MomentRouter]:
+    "The same with a router, which projects out random directions."
+    optimizer = _fused(model)
     projection = Projection(bases=random_bases(model, rank))
-    optimizer.router = MomentRouter(
+    router = MomentRouter(
         model, optimizer, projection, routing, strength, **options
-    )  # type: ignore[attr-defined]
-    return optimizer
-
-
-def _measure_steps(device: str, rounds: int = 25) -> list[dict]:
-    "Routed steps against fused AdamW, and the two baselines."
-    plain_model, model = (
-        with_gradients(Transformer(), device),
-        with_gradients(Transformer(), device),
     )
-    plain = torch.optim.AdamW(plain_model.parameters(), lr=1e-5, fused=True)
-    rows = []
+    return optimizer, router
 
-    def add(
-        case: str,
-        step: Callable[[], Any],
-        target: float | None = TARGETS["step"],
-        n: int = rounds,
-    ) -> None:
-        a, b, ratio, best = paired(plain.step, step, n, device)
-        rows.append({"measure": "step", "case": case, "value": ratio, "best": best, "unit": "× fused AdamW", "target": target,
-                     "ms": b * 1e3, "plain_ms": a * 1e3})  # fmt: skip
+# %% ../../nbs/making/22_performance.ipynb #8551f948
+def _variants(
+    routing: str,
+) -> Iterator[tuple[str, Strength, dict[str, bool]]]:
+    "The ways to take a routed step: case, strength, options of the router."
+    gives_back = routing in ("shared", "denominator")
+    for name, strength in (("fixed", Fixed), ("overlap", OverlapAware)):
+        for check in (False, True):
+            for restore in (True, False) if gives_back else (True,):
+                words = [routing, name, "check" if check else "no check"]
+                words += [] if restore else ["grad not restored"]
+                options = {"check_finite": check, "restore_grad": restore}
+                yield ", ".join(words), strength(0.5), options
 
-    strengths: list[tuple[str, Callable[[], Strength]]] = [
-        ("fixed", lambda: Fixed(0.5)),
-        ("overlap", lambda: OverlapAware(0.5)),
-    ]
 
-    def measure(routing: str, n: int = rounds) -> None:
-        for name, strength in strengths:
-            for check in (False, True):
-                for restore in (
-                    (True, False)
-                    if routing in ("shared", "denominator")
-                    else (True,)
-                ):
-                    optimizer = _router(
-                        model,
-                        routing,
-                        strength(),
-                        check_finite=check,
-                        restore_grad=restore,
-                    )
-                    case = ", ".join(
-                        [
-                            routing,
-                            name,
-                            "check" if check else "no check",
-                            *([] if restore else ["grad not restored"]),
-                        ]
-                    )
-                    add(case, optimizer.step, n=n)
-                    optimizer.router.close()  # type: ignore[attr-defined]
-
-    bases = random_bases(model, 32)
-    by_parameter = {
-        p: bases[n] for n, p in model.named_parameters() if n in bases
-    }
-    bare = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+def _floor(
+    model: nn.Module,
+    bases: Mapping[nn.Parameter, Tensor],
+    products: int,  # thin products a weight
+) -> Callable[[], None]:
+    "AdamW and some thin products, nothing else."
+    bare = _fused(model)
     bare.step()
 
     @torch.no_grad()
-    def floor(products: int = 2) -> None:
-        for p, U in by_parameter.items():
+    def step() -> None:
+        for p, U in bases.items():
             C = p.grad @ U  # type: ignore[operator]
             for _ in range(products - 1):
                 bare.state[p]["exp_avg"].addmm_(C, U.mT, alpha=-1e-9)
         bare.step()
 
-    add(
-        "floor: AdamW and two thin products, nothing else",
-        floor,
-        None,
-        2 * rounds,
-    )
+    return step
+
+# %% ../../nbs/making/22_performance.ipynb #3da38492
+def _measure_steps(device: str, rounds: int = 25) -> list[dict]:
+    "Routed steps against fused AdamW, and the two baselines."
+    other = with_gradients(Transformer(), device)
+    model = with_gradients(Transformer(), device)
+    plain, rows, target = _fused(other), [], TARGETS["step"]
+    drawn = random_bases(model, 32)
+    named = dict(model.named_parameters())
+    bases = {named[n]: U for n, U in drawn.items()}  # type: ignore[index]
+
+    def add(
+        case: str,
+        step: Callable[[], Any],
+        target: float | None = None,
+        n: int = rounds,
+    ) -> None:
+        a, b, ratio, best = paired(plain.step, step, n, device)
+        row = {"measure": "step", "case": case, "value": ratio, "best": best}
+        row |= {"unit": "× fused AdamW", "target": target}
+        rows.append(row | {"ms": b * 1e3, "plain_ms": a * 1e3})
+
+    def measure(routing: str, n: int = rounds) -> None:
+        for case, strength, options in _variants(routing):
+            optimizer, router = _routed(model, routing, strength, **options)
+            add(case, optimizer.step, target, n)
+            router.close()
+
+    two, three = (_floor(model, bases, products) for products in (2, 3))
+    only = "floor: AdamW and {} thin products, nothing else"
+    add(only.format("two"), two, n=2 * rounds)
     measure("decoupled", 2 * rounds)
-    add(
-        "floor: AdamW and three thin products, nothing else",
-        lambda: floor(3),
-        None,
-    )
+    add(only.format("three"), three)
     for routing in ("shared", "denominator", "displacement"):
         measure(routing)
-    guarded = _router(model, "decoupled", Fixed(0.5), guard="clamp")
-    add("decoupled, fixed, check, guard", guarded.step, None, 7)
-    guarded.router.close()  # type: ignore[attr-defined]
-    add(
-        "baseline: Adam in Python, edited gradient formed",
-        PerTensorAdam(model.parameters(), by_parameter, 0.5).step,
-        None,
-        5,
-    )
-    hooked = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    naive_hook(hooked, by_parameter, 0.5)
-    add("baseline: p.grad edited in a hook", hooked.step, None, 9)
+    guarded, router = _routed(model, "decoupled", Fixed(0.5), guard="clamp")
+    add("decoupled, fixed, check, guard", guarded.step, n=7)
+    router.close()
+    case = "baseline: Adam in Python, edited gradient formed"
+    add(case, PerTensorAdam(model.parameters(), bases, 0.5).step, n=5)
+    hooked = _fused(model)
+    naive_hook(hooked, bases, 0.5)
+    add("baseline: p.grad edited in a hook", hooked.step, n=9)
     return rows
 
-# %% ../../nbs/making/22_performance.ipynb #a30c48b1
-def _measure_training(
-    device: str, rounds: int = 5, tokens: int = 4096
-) -> list[dict]:
-    "Whole training steps, the share of sketch feeding, and a domain's end."
-    model = Transformer().to(device)
-    wait = torch.get_device_module(device).synchronize
-    text = torch.randint(
-        4096, (tokens // 256, 257), generator=torch.Generator().manual_seed(2)
-    ).to(device)
+# %% ../../nbs/making/22_performance.ipynb #3c175d55
+def _training_step(
+    model: nn.Module, device: str, tokens: int = 4096
+) -> Callable[[], None]:
+    "The forward and backward pass on some random text."
+    generator = torch.Generator().manual_seed(2)
+    shape = (tokens // 256, 257)
+    text = torch.randint(4096, shape, generator=generator).to(device)
 
     def backward() -> None:
         model.zero_grad(set_to_none=True)
-        logits = model(text[:, :-1])
-        nn.functional.cross_entropy(
-            logits.flatten(0, 1), text[:, 1:].flatten()
-        ).backward()
+        logits = model(text[:, :-1]).flatten(0, 1)
+        nn.functional.cross_entropy(logits, text[:, 1:].flatten()).backward()
 
-    plain_model = with_gradients(Transformer(), device)
-    plain = torch.optim.AdamW(plain_model.parameters(), lr=1e-5, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    every = 10
+    return backward
+
+
+def _timed(
+    run: Callable[[], Any],
+    device: str,
+) -> float:  # seconds
+    "Time a function once; the device is waited for at its end."
+    start = time.perf_counter()
+    run()
+    torch.get_device_module(device).synchronize()
+    return time.perf_counter() - start
+
+# %% ../../nbs/making/22_performance.ipynb #4b5cf5c0
+def _measure_training(device: str, rounds: int = 5) -> list[dict]:
+    "Whole training steps, the share of sketch feeding, and a domain's end."
+    model, every = Transformer().to(device), 10
+    backward = _training_step(model, device)
+    plain = _fused(with_gradients(Transformer(), device))
+    optimizer = _fused(model)
     projection = Projection(rank=32, every=every)
     router = MomentRouter(
         model, optimizer, projection, "decoupled", OverlapAware(0.5)
     )
     backward()
-    optimizer.step()
-    wait()
-    start = time.perf_counter()
-    router.consolidate()
-    wait()
-    boundary = time.perf_counter() - start
-    whole = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+    _timed(optimizer.step, device)
+    boundary = _timed(router.consolidate, device)
+
+    def whole() -> None:
         backward()
         plain.step()  # the other model's: the same work
-        wait()
-        whole.append(time.perf_counter() - start)
-    step = statistics.median(whole)
+
+    step = statistics.median(_timed(whole, device) for _ in range(rounds))
 
     def at(seen: int) -> Callable[[], None]:
         def run() -> None:
@@ -396,24 +392,33 @@ def _measure_training(
     a, b, *_ = paired(plain.step, at(1), 15, device)
     _, fed, *_ = paired(plain.step, at(0), 9, device)
     routed, feeding = b - a, max(fed - b, 0.0) / every
-    row = lambda measure, case, value, ms: {"measure": measure, "case": case, "value": value, "unit": "of a plain training step",
-                                            "target": TARGETS[measure], "ms": ms * 1e3, "plain_ms": step * 1e3}  # fmt: skip
-    return [
-        row("training", "decoupled, overlap, check", routed / step, routed),
-        row(
-            "training, sketch fed",
-            f"the same, rank 32, every {every}th gradient fed",
-            (routed + feeding) / step,
-            routed + feeding,
-        ),
-        row(
-            "consolidate",
-            "one call, in 500 steps",
-            boundary / (500 * step),
-            boundary,
-        )
-        | {"unit": "of a 500-step domain"},
+    fed_case = f"the same, rank 32, every {every}th gradient fed"
+    rows = [
+        ("training", "decoupled, overlap, check", routed, 1),
+        ("training, sketch fed", fed_case, routed + feeding, 1),
+        ("consolidate", "one call, in 500 steps", boundary, 500),
     ]
+    unit = {1: "of a plain training step", 500: "of a 500-step domain"}
+    return [
+        {"measure": measure, "case": case, "value": s / (steps * step)}
+        | {"unit": unit[steps], "target": TARGETS[measure]}
+        | {"ms": s * 1e3, "plain_ms": step * 1e3}
+        for measure, case, s, steps in rows
+    ]
+
+# %% ../../nbs/making/22_performance.ipynb #a12138f0
+def _memory_row(
+    case: str, value: float, unit: str, target: float | None = None
+) -> dict[str, Any]:
+    row = {"measure": "memory", "case": case, "value": value}
+    return {**row, "unit": unit, "target": target}
+
+
+def _peak(optimizer: Optimizer) -> int:
+    "Bytes held within a step, at their peak."
+    with Watch() as watch:
+        optimizer.step()
+    return watch.peak
 
 
 def _measure_memory(device: str) -> list[dict]:
@@ -421,109 +426,97 @@ def _measure_memory(device: str) -> list[dict]:
     bytes.
     """
     model = with_gradients(Transformer(), device)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows: list[dict] = []
-    for case, cap in (
-        ("max_rank=32", 32),
-        ("rank=32, capped at half of fan_in", None),
-    ):
-        optimizer: Optimizer = torch.optim.AdamW(
-            model.parameters(), lr=1e-5, fused=True
-        )
+    bytes_of = [p.numel() * p.element_size() for p in model.parameters()]
+    size, largest = sum(bytes_of), max(bytes_of)
+    rows, unit = [], "of the parameters' bytes"
+    caps = {"max_rank=32": 32, "rank=32, capped at half of fan_in": None}
+    for case, cap in caps.items():
+        optimizer = _fused(model)
+        projection = Projection(rank=32, max_rank=cap, every=1)
         router = MomentRouter(
-            model,
-            optimizer,
-            Projection(rank=32, max_rank=cap, every=1),
-            "decoupled",
-            OverlapAware(0.5),
+            model, optimizer, projection, "decoupled", OverlapAware(0.5)
         )
         optimizer.step()
         router.consolidate()
-        with Watch() as watch:
-            optimizer.step()
-        target = TARGETS["memory"] if case == "max_rank=32" else None
-        row: dict[str, Any] = {
-            "measure": "memory",
-            "unit": "of the parameters' bytes",
-        }
-        rows.append(
-            row
-            | {
-                "case": f"kept, {case}, after one domain",
-                "value": router.memory() / size,
-                "target": target,
-            }
-        )
-        rows.append(
-            row
-            | {
-                "case": f"held within a step that feeds the sketch, {case}",
-                "value": watch.peak / size,
-                "target": None,
-            }
-        )
+        peak, kept = _peak(optimizer) / size, router.memory() / size
+        target = TARGETS["memory"] if cap else None
+        after = f"kept, {case}, after one domain"
+        rows.append(_memory_row(after, kept, unit, target))
+        within = f"held within a step that feeds the sketch, {case}"
+        rows.append(_memory_row(within, peak, unit))
         router.close()
-    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    unit = "of the largest weight"
     for routing, guard in (
         ("decoupled", None),
         ("decoupled", "clamp"),
         ("shared", None),
         ("displacement", None),
     ):
-        optimizer = _router(model, routing, 0.5, guard=guard)
+        optimizer, router = _routed(model, routing, 0.5, guard=guard)
         optimizer.step()
-        with Watch() as watch:
-            optimizer.step()
         case = f"held within a step, {routing}{', guard' if guard else ''}"
-        rows.append(
-            {
-                "measure": "memory",
-                "case": case,
-                "value": watch.peak / largest,
-                "unit": "of the largest weight",
-                "target": None,
-            }
-        )
-        optimizer.router.close()  # type: ignore[attr-defined]
+        rows.append(_memory_row(case, _peak(optimizer) / largest, unit))
+        router.close()
     return rows
 
-# %% ../../nbs/making/22_performance.ipynb #9e13063e
+# %% ../../nbs/making/22_performance.ipynb #4d4ca0f0
+_SHAPES = (
+    (3, 160, 512),
+    (4, 256, 1024),
+    (6, 360, 2048),
+    (6, 512, 4096),
+    (9, 704, 4096),
+    (12, 832, 4096),
+)  # layers, width, vocabulary
+
+
 def _measure_scale(device: str, rounds: int = 7) -> list[dict]:
     "The cost of routing over the number of parameters and over the rank."
-    rows = []
-    shapes = [
-        (3, 160, 512),
-        (4, 256, 1024),
-        (6, 360, 2048),
-        (6, 512, 4096),
-        (9, 704, 4096),
-        (12, 832, 4096),
-    ]
+    rows: list[dict] = []
 
-    def one(
-        measure: str, layers: int, width: int, vocabulary: int, rank: int
-    ) -> None:
+    def one(measure: str, shape: tuple[int, int, int], rank: int) -> None:
         model, other = (
-            with_gradients(Transformer(layers, width, vocabulary), device)
-            for _ in range(2)
+            with_gradients(Transformer(*shape), device) for _ in range(2)
         )
-        plain = torch.optim.AdamW(other.parameters(), lr=1e-5, fused=True)
-        a, b, *_ = paired(
-            plain.step,
-            _router(model, "decoupled", 0.5, rank, check_finite=False).step,
-            rounds,
-            device,
+        optimizer, _ = _routed(
+            model, "decoupled", 0.5, rank, check_finite=False
         )
+        plain, step = _fused(other).step, optimizer.step
+        a, b, *_rest = paired(plain, step, rounds, device)
         n = sum(p.numel() for p in model.parameters())
-        rows.append({"measure": measure, "case": f"{n} parameters, r={rank}", "value": (b - a) * 1e3, "unit": "ms more per step",
-                     "target": None, "ms": b * 1e3, "plain_ms": a * 1e3, "parameters": n, "rank": rank})  # fmt: skip
+        case = f"{n} parameters, r={rank}"
+        row = {"measure": measure, "case": case, "value": (b - a) * 1e3}
+        row |= {"unit": "ms more per step", "target": None, "ms": b * 1e3}
+        rows.append(row | {"plain_ms": a * 1e3, "parameters": n, "rank": rank})
         gc.collect()
 
-    for layers, width, vocabulary in shapes:
-        one("parameters", layers, width, vocabulary, 32)
+    for shape in _SHAPES:
+        one("parameters", shape, 32)
     for rank in (4, 8, 16, 32, 64, 128):
-        one("rank", 6, 512, 4096, rank)
+        one("rank", (6, 512, 4096), rank)
     return rows
+
+# %% ../../nbs/making/22_performance.ipynb #9178f408
+#: Columns of the table that the benchmark writes.
+COLUMNS = (
+    "measure case value best unit target ms plain_ms parameters rank"
+    " torch threads processor load"
+).split()
+_PARTS: dict[str, Callable[[str], list[dict]]] = {
+    "steps": _measure_steps,
+    "training": _measure_training,
+    "memory": _measure_memory,
+    "scale": _measure_scale,
+}
+_PART_OF = {
+    "step": "steps",
+    "training": "training",
+    "training, sketch fed": "training",
+    "consolidate": "training",
+    "memory": "memory",
+    "parameters": "scale",
+    "rank": "scale",
+}
 
 
 def machine(device: str = "cpu") -> dict:
@@ -542,26 +535,16 @@ def machine(device: str = "cpu") -> dict:
     }
 
 
-#: Columns of the table that the benchmark writes.
-COLUMNS = [
-    "measure",
-    "case",
-    "value",
-    "best",
-    "unit",
-    "target",
-    "ms",
-    "plain_ms",
-    "parameters",
-    "rank",
-]
-COLUMNS += ["torch", "threads", "processor", "load"]
+def _line(row: Mapping[str, Any]) -> str:
+    "A row, as the benchmark prints it."
+    value, target, end = row["value"], row["target"], ""
+    if target is not None:
+        end = f"   target ≤ {target:g}{'  MISSED' * (value > target)}"
+    head = f"{row['measure']:>20}  {row['case']:<62}"
+    return f"{head} {value:8.3f} {row['unit']}{end}"
 
-
-def main(
-    arguments: list[str] | None = None,  # default: the command line's
-) -> None:
-    "Run the benchmark and write results/performance.csv."
+# %% ../../nbs/making/22_performance.ipynb #82cc3fcb
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dmr.book.performance", description=main.__doc__
     )
@@ -575,60 +558,35 @@ def main(
     parser.add_argument(
         "--only",
         nargs="*",
-        choices=["steps", "training", "memory", "scale"],
+        choices=[*_PARTS],
         help="these alone; keep other rows",
     )
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(
+    arguments: list[str] | None = None,  # default: the command line's
+) -> None:
+    "Run the benchmark and write results/performance.csv."
+    args = _options(arguments)
     torch.set_num_threads(args.threads)
-    args.out = (
-        args.out
-        or f"results/performance{'' if args.device == 'cpu' else '_' + args.device.partition(':')[0]}.csv"
-    )
-    parts = {
-        "steps": _measure_steps,
-        "training": _measure_training,
-        "memory": _measure_memory,
-        "scale": _measure_scale,
-    }
-    belongs = {"step": "steps", "training": "training", "training, sketch fed": "training", "consolidate": "training", "memory": "memory",
-               "parameters": "scale", "rank": "scale"}  # fmt: skip
-    path, rows = Path(args.out), []
+    kind = args.device.partition(":")[0]
+    name = "performance" if kind == "cpu" else f"performance_{kind}"
+    path, rows = Path(args.out or f"results/{name}.csv"), []
     if args.only and path.exists():
         with path.open(newline="") as file:
-            rows = [
-                row
-                for row in csv.DictReader(file)
-                if belongs[row["measure"]] not in args.only
-            ]
-    for name in args.only or parts:
-        for row in parts[name](args.device):
-            row |= machine(args.device)
-            rows.append(row)
-            missed = row["target"] is not None and row["value"] > row["target"]
-            target = (
-                ""
-                if row["target"] is None
-                else (
-                    "   target ≤"
-                    f" {row['target']:g}{'  MISSED' if missed else ''}"
-                )
-            )
-            print(
-                f"{row['measure']:>20}  {row['case']:<62} {row['value']:8.3f}"
-                f" {row['unit']}{target}",
-                flush=True,
-            )
+            kept = csv.DictReader(file)
+            rows = [r for r in kept if _PART_OF[r["measure"]] not in args.only]
+    for part in args.only or _PARTS:
+        for row in _PARTS[part](args.device):
+            rows.append(row | machine(args.device))
+            print(_line(row), flush=True)
+    short = lambda x: f"{x:.5g}" if isinstance(x, float) else x
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    k: f"{x:.5g}" if isinstance(x, float) else x
-                    for k, x in row.items()
-                }
-            )
+        writer.writerows({k: short(x) for k, x in r.items()} for r in rows)
     print(f"wrote {path}")
 
 # %% ../../nbs/making/22_performance.ipynb #69e2ff1b
