@@ -275,7 +275,7 @@ def _write_styles(site: Path) -> None:
         css = subset_icons(icons.read_text(encoding="utf-8"), used)
         icons.write_text(css, encoding="utf-8")
 
-
+# %% ../../nbs/making/20_finish.ipynb #9ac65a04
 def finish_site(
     root: Path,  # the project
     site: Path,  # the rendered site

@@ -325,7 +325,7 @@ def _notebook(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "nbformat_minor": 5,
     }
 
-
+# %% ../../nbs/making/19_pages.ipynb #a3da3ef7
 def prepare_chapter(
     chapter: Chapter,  # what to prepare
     book: Book,
@@ -342,7 +342,7 @@ def prepare_chapter(
     titled = (
         c for c in shown if not c.is_code and re.search("^# ", c.text, re.M)
     )
-    title, pictures = next(titled, None), []
+    title, pictures = next(titled, None), list[Picture]()
     cells = [_first_cell(chapter, book)]
     for number, cell in enumerate(shown):
         if not cell.is_code:

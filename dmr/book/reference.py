@@ -67,7 +67,7 @@ class Comments:
         mark: str = "#",  # what each begins with
     ) -> str:
         "Join the comments that stand directly above a line."
-        lines = []
+        lines: list[str] = []
         while self.alone.get(line - 1, "").startswith(mark):
             line -= 1
             lines.insert(0, self.alone[line].lstrip("#: ").strip())
@@ -411,7 +411,8 @@ def example_of(
     ]
     own = [u for u in using if u.chapter.module == symbol.module]
     candidates = own or using
-    return next((u for u in candidates if u.output), (candidates or [None])[0])
+    best = [u for u in candidates if u.output] or candidates
+    return best[0] if best else None
 
 # %% ../../nbs/making/17_reference.ipynb #420dbddf
 def inline_html(
