@@ -92,7 +92,7 @@ def _show_plan(args: argparse.Namespace, study: Study, project: Project) -> int:
         print(f"  {p.state['state']:14} {p.cell.label}{changed}")
     return 0
 
-
+# %% ../nbs/making/23_cli.ipynb #740a4abd
 def _make_runs(
     args: argparse.Namespace, study: Study, project: Project
 ) -> Batch:
@@ -420,7 +420,7 @@ def _offer(
     print("\n".join(table) or json.dumps(rows(), indent=1))
     return 0
 
-
+# %% ../nbs/making/23_cli.ipynb #7bcc079f
 def _streams(args: argparse.Namespace) -> int:
     """`dmr streams`: the streams on offer; `dmr streams fetch NAME` brings one
     here.

@@ -30,11 +30,10 @@ from ..routing.router import MomentRouter
 from ..routing.strength import Fixed, OverlapAware, Strength
 
 # %% auto #0
-__all__ = ['TARGETS', 'COLUMNS', 'PerTensorAdam', 'naive_hook', 'Transformer', 'random_bases', 'with_gradients', 'paired',
-           'Watch', 'machine', 'main']
+__all__ = ['TARGETS', 'COLUMNS', 'random_bases', 'paired', 'Watch', 'machine', 'main']
 
 # %% ../../nbs/making/22_performance.ipynb #3a9b1aa3
-class PerTensorAdam(Optimizer):
+class _PerTensorAdam(Optimizer):
     """Baseline: decoupled routing written the obvious way, with the edited
     gradient formed and Adam in Python.
     """
@@ -71,7 +70,7 @@ class PerTensorAdam(Optimizer):
                 p.sub_(group["lr"] * (m_hat / (v_hat.sqrt() + 1e-8) + 0.01 * p))
 
 # %% ../../nbs/making/22_performance.ipynb #aab1d18e
-def naive_hook(
+def _naive_hook(
     optimizer: Optimizer,
     bases: Mapping[nn.Parameter, Tensor],  # parameter -> U
     alpha: float,  # strength
@@ -96,7 +95,7 @@ def naive_hook(
     optimizer.register_step_post_hook(after)
 
 # %% ../../nbs/making/22_performance.ipynb #97d60641
-class Transformer(nn.Module):
+class _Transformer(nn.Module):
     "A decoder with the blocks of `dmr.training.model` and any vocabulary."
 
     def __init__(
@@ -141,7 +140,7 @@ def random_bases(
     }
 
 
-def with_gradients(
+def _with_gradients(
     model: nn.Module,  # is moved to the device
     device: str = "cpu",
 ) -> nn.Module:
@@ -293,8 +292,8 @@ def _floor(
 # %% ../../nbs/making/22_performance.ipynb #3da38492
 def _measure_steps(device: str, rounds: int = 25) -> list[dict]:
     "Routed steps against fused AdamW, and the two baselines."
-    other = with_gradients(Transformer(), device)
-    model = with_gradients(Transformer(), device)
+    other = _with_gradients(_Transformer(), device)
+    model = _with_gradients(_Transformer(), device)
     plain, rows, target = _fused(other), [], TARGETS["step"]
     drawn = random_bases(model, 32)
     named = dict(model.named_parameters())
@@ -328,9 +327,9 @@ def _measure_steps(device: str, rounds: int = 25) -> list[dict]:
     add("decoupled, fixed, check, guard", guarded.step, n=7)
     router.close()
     case = "baseline: Adam in Python, edited gradient formed"
-    add(case, PerTensorAdam(model.parameters(), bases, 0.5).step, n=5)
+    add(case, _PerTensorAdam(model.parameters(), bases, 0.5).step, n=5)
     hooked = _fused(model)
-    naive_hook(hooked, bases, 0.5)
+    _naive_hook(hooked, bases, 0.5)
     add("baseline: p.grad edited in a hook", hooked.step, n=9)
     return rows
 
@@ -364,9 +363,9 @@ def _timed(
 # %% ../../nbs/making/22_performance.ipynb #4b5cf5c0
 def _measure_training(device: str, rounds: int = 5) -> list[dict]:
     "Whole training steps, the share of sketch feeding, and a domain's end."
-    model, every = Transformer().to(device), 10
+    model, every = _Transformer().to(device), 10
     backward = _training_step(model, device)
-    plain = _fused(with_gradients(Transformer(), device))
+    plain = _fused(_with_gradients(_Transformer(), device))
     optimizer = _fused(model)
     projection = Projection(rank=32, every=every)
     router = MomentRouter(
@@ -425,7 +424,7 @@ def _measure_memory(device: str) -> list[dict]:
     """What is kept between steps, and held within one, over the parameters'
     bytes.
     """
-    model = with_gradients(Transformer(), device)
+    model = _with_gradients(_Transformer(), device)
     bytes_of = [p.numel() * p.element_size() for p in model.parameters()]
     size, largest = sum(bytes_of), max(bytes_of)
     rows, unit = [], "of the parameters' bytes"
@@ -476,7 +475,7 @@ def _measure_scale(device: str, rounds: int = 7) -> list[dict]:
 
     def one(measure: str, shape: tuple[int, int, int], rank: int) -> None:
         model, other = (
-            with_gradients(Transformer(*shape), device) for _ in range(2)
+            _with_gradients(_Transformer(*shape), device) for _ in range(2)
         )
         optimizer, _ = _routed(
             model, "decoupled", 0.5, rank, check_finite=False
