@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'OPENING_PAGES', 'CLOSING_PAGES', 'Chapter', 'read_chapter', 'read_book', 'project_root', 'sidebar',
-           'site_configuration', 'write_site_configuration', 'front_matter', 'reading_minutes', 'builds_on']
+           'site_configuration', 'write_site_configuration', 'front_matter', 'reading_minutes', 'modules_used',
+           'builds_on']
 
 # %% ../../nbs/making/13_chapters.ipynb #292405c3
 import json
@@ -293,7 +294,7 @@ def reading_minutes(
     return max(1, round(words / 220 + lines / 30))
 
 # %% ../../nbs/making/13_chapters.ipynb #4dae8ce6
-def _modules_used(
+def modules_used(
     chapter: Chapter,
 ) -> set[str]:  # such as {'dmr.theory'}, and names that may be modules
     "List what a chapter's code imports from the package."
@@ -313,7 +314,7 @@ def builds_on(
     chapters: list[Chapter],  # the book
 ) -> list[Chapter]:  # in reading order
     "List the earlier chapters whose modules this one imports."
-    used = _modules_used(chapter)
+    used = modules_used(chapter)
     return [c for c in chapters if c.module in used and c.order < chapter.order]
 
 # %% ../../nbs/making/13_chapters.ipynb #b2111822

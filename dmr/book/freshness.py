@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmr.book.chapters import (
     Chapter,
+    modules_used,
     project_root,
     read_book,
     read_chapter,
@@ -144,7 +145,9 @@ def chapter_hash(
     """
     sources = [c.text for c in chapter.cells if c.is_code]
     python = [s for s in sources if _is_python(s)]
-    modules = module_hashes(python, folder=root / "dmr")
+    # a room hands on names of the first edition, which no import shows
+    named = [f"import {name}" for name in modules_used(chapter) - {"dmr"}]
+    modules = module_hashes([*python, *named], folder=root / "dmr")
     parts = [code_digest(s) if s in python else s for s in sources]
     parts += [f"{name} {found}" for name, found in modules.items()]
     parts += [f"{name} {_input_hash(name, root)}" for name in sorted(read)]

@@ -50,7 +50,7 @@ class Symbol:
         return f"reference/{self.module.removeprefix('dmr.')}.html#{self.name}"
 
 # %% ../../nbs/making/17_reference.ipynb #b2992cbc
-_FOR_TOOLS = re.compile(r"\s*#?\s*(?:type: ignore|fmt: |noqa|pragma:).*$")
+_FOR_TOOLS = re.compile(r"\s*#?\s*(?:type: ignore|fmt: |noqa|%%).*$")
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,9 @@ def _value(node: ast.Assign | ast.AnnAssign, module: _Module) -> Symbol:
         name, kind = ast.unparse(node.target), ast.unparse(node.annotation)
     else:
         name, kind = ast.unparse(node.targets[0]), ""
-    behind = module.comments.behind.get(node.end_lineno or 0, "")
-    doc = module.comments.above(node.lineno, "#:") or behind
+    said, last = module.comments, node.end_lineno or 0
+    marked = said.above(node.lineno, "#:")
+    doc = marked or said.of(node.lineno, last)
     source = "\n".join(module.lines[node.lineno - 1 : node.end_lineno])
     signature = f"{name}: {kind}" if kind else name
     return Symbol(name, module.name, "value", signature, doc, source)
