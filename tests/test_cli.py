@@ -34,6 +34,9 @@ def call(capsys, root, *argv):
         ["status"],
         ["batch", "--list"],
         ["batch", "--help"],
+        ["report"],
+        ["why"],
+        ["tail"],
     ],
 )
 def test_looking_needs_no_torch(argv, tmp_path):
@@ -41,7 +44,8 @@ def test_looking_needs_no_torch(argv, tmp_path):
     code = (
         "import sys\nfrom dmr.cli import main\ntry: main(sys.argv[1:])\nexcept"
         " SystemExit: pass\nprint('loaded', [m for m in ('torch', 'numpy',"
-        " 'pandas', 'papermill', 'matplotlib') if m in sys.modules])"
+        " 'pandas', 'papermill', 'matplotlib', 'dmr.book', 'dmr.verdict')"
+        " if m in sys.modules])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code, *argv],
@@ -83,6 +87,37 @@ def test_a_report_of_nothing_says_so_and_writes_nothing(
         and "dmr batch tiny" in out
     )
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "why", "tail"])
+def test_a_command_that_lacks_its_argument_says_what_there_is(
+    capsys, tmp_path, monkeypatch, command
+):
+    project(tmp_path, "seeds: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, tmp_path, command)
+    assert code == 0 and "no batch was started" in out and "dmr run" in out
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    run = {"run": "a", "label": "a", "recorded": True, "state": "ok"}
+    plan = json.dumps({"runs": [run, {**run, "state": "failed"}]})
+    (tmp_path / "runs/tiny/plan.json").write_text(plan)
+    code, out, _ = call(capsys, tmp_path, command)
+    assert code == 0 and "tiny: 1 of 2 done, 1 failed" in out
+    assert f"dmr {command} {'RUN' if command == 'tail' else 'tiny'}" in out
+
+
+@pytest.mark.parametrize("what", ["claims", "tuning"])
+def test_verdicts_need_a_checkout(capsys, tmp_path, monkeypatch, what):
+    project(tmp_path, "seeds: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    if what == "claims":  # here is the package, but not the notebooks
+        code, _, err = call(capsys, tmp_path, "report", what)
+        assert code == 2 and f"{tmp_path} is none" in err
+    # as in an installed package
+    monkeypatch.setattr("dmr.cli.find_spec", lambda name: None)
+    code, _, err = call(capsys, tmp_path, "report", what)
+    assert code == 2 and err.count("\n") == 1
+    assert f"`dmr report {what}` needs a checkout of the project" in err
 
 
 @pytest.mark.parametrize(

@@ -118,27 +118,6 @@ def test_readme_is_its_notebook(rebuilt):
         assert (ROOT / figure).read_bytes() == (rebuilt / figure).read_bytes()
 
 
-def test_badges_say_what_is_so():
-    from xml.etree import ElementTree
-
-    from dmr.verdict.answers import judged, read_answers
-
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(
-        r"\[!\[([^\]]+)\]\((nbs/assets/badge-[a-z]+\.svg)\)\]\(([^)]+)\)", text
-    )
-    assert len(found) == 5
-    for words, picture, link in found:
-        drawn = ElementTree.parse(ROOT / picture).getroot()  # well-formed
-        assert (
-            drawn.get("aria-label").replace(":", "") == words
-            and (ROOT / link).is_file()
-        )
-    assert f"claims judged {len(judged(read_answers()[1]))} of 10" in {
-        words for words, *_ in found
-    }
-
-
 def test_no_notebook_holds_an_error_or_lacks_its_opening():
     for path in project_files():
         if path.suffix != ".ipynb":
@@ -186,9 +165,14 @@ def test_words_that_must_not_be_there():
         ):
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".ipynb":  # outputs may carry base64 figures
-                text = "\n".join("".join(c["source"]) + json.dumps([{k: v for k, v in o.items() if k != "data"} | {"data": {
-                    m: d for m, d in o.get("data", {}).items() if not m.startswith("image/")}} for o in c.get("outputs", [])])
-                    for c in json.loads(text)["cells"])  # fmt: skip
+                cells = json.loads(text)["cells"]
+                outputs = [o for c in cells for o in c.get("outputs", [])]
+                for output in outputs:
+                    for kind in [*output.get("data", {})]:
+                        if kind.startswith("image/"):
+                            del output["data"][kind]
+                sources = ["".join(c["source"]) for c in cells]
+                text = "\n".join([*sources, json.dumps(outputs)])
             found += [
                 f"{path.relative_to(ROOT)}: {m.group(0)}"
                 for m in pattern.finditer(text)
@@ -229,7 +213,7 @@ def test_no_cell_needs_the_environment_on_the_path():
     programs are started by the interpreter's own path.
     """
     started = re.compile(
-        r"""(?:subprocess\.\w+|Popen)\(\s*\[\s*["'](?!git\b|sleep\b)\w|^\s*!|^%%(?:bash|sh)\b""",
+        r"""(?:subprocess\.\w+|Popen)\(\s*\[\s*["'](?!git\b|sleep\b)\w|^\s*!(?!=)|^%%(?:bash|sh)\b""",
         re.MULTILINE,
     )
     assert started.search(
@@ -359,7 +343,8 @@ def test_the_core_imports_without_the_extras():
     "With every extra hidden, `import dmr` and a routed step still work."
     code = """
 import sys, torch._dynamo  # torch looks for some of them itself
-extras = 'papermill pandas seaborn matplotlib scipy tqdm yaml nbformat nbdev fastcore IPython'.split()
+extras = ('papermill pandas seaborn matplotlib scipy tqdm yaml nbformat nbdev '
+          'fastcore IPython').split()
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in extras:
@@ -382,19 +367,23 @@ print(router.summary())
     assert "protected    1" in done.stdout
 
 
-def test_every_public_function_and_class_has_an_example():
+def test_what_users_call_has_an_example():
+    """The public names of `dmr`, and all of the rooms that a reader learns
+    from: theory, routing, methods. The workshop's names need none.
+    """
+    import dmr
     from dmr.book.chapters import read_book
     from dmr.book.reference import example_of, public_modules, read_usages
-    from dmr.book.site import is_shown
 
-    usages = read_usages(read_book(ROOT / "nbs"), is_shown)
-    public = [
+    usages = read_usages(read_book(ROOT / "nbs"))
+    wanted = [
         s
-        for symbols in public_modules(ROOT).values()
+        for name, symbols in public_modules(ROOT).items()
         for s in symbols
         if s.kind != "value"
+        if name.split(".")[0] in ("theory", "routing", "methods")
+        or dmr._HOME.get(s.name) == name
     ]
-    assert len(public) > 400
-    assert [
-        f"{s.module}.{s.name}" for s in public if example_of(s, usages) is None
-    ] == []
+    assert len(wanted) > 100
+    missing = [s for s in wanted if example_of(s, usages) is None]
+    assert not missing, [f"{s.module}.{s.name}" for s in missing]

@@ -83,7 +83,7 @@ def pretended(mode, routing, strength, check, capturable=False, **options):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("check", [False, True])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_at_most_one_transfer_a_step_and_none_with_a_fixed_strength_and_no_check(
+def test_the_finite_check_is_the_one_transfer_of_a_step(
     routing, overlap, check, capturable
 ):
     """Sketches are fed and the strength follows the overlap meanwhile, on the

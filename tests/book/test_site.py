@@ -13,8 +13,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from dmr.book.chapters import chapters as book
-from dmr.book.chapters import freshness, hero, reference, site
+from dmr.book import chapters as book
+from dmr.book import (
+    figures,
+    finish,
+    freshness,
+    home,
+    notebook,
+    pages,
+    reference,
+    references,
+    site,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,25 +113,21 @@ def test_every_public_name_says_what_it_is():
 def test_every_figure_has_an_alternative_text():
     missing = []
     for chapter in book.read_book(ROOT / "nbs"):
-        for cell in filter(site.is_shown, chapter.cells):
-            directives, code = site.split_directives(book.cell_source(cell))
-            for output in cell.get("outputs", []):
-                if "image/png" in output.get(
-                    "data", {}
-                ) and not site.picture_alt(directives, output):
-                    missing.append(f"{chapter.path}: {code.splitlines()[0]}")
+        for cell in (c for c in chapter.cells if c.shown):
+            for output in cell.outputs:
+                if output.png and not figures.picture_alt(cell, output):
+                    first = cell.text.splitlines()[0]
+                    missing.append(f"{chapter.path}: {first}")
     assert not missing, f"add `#| fig-alt: …` or a title: {missing}"
 
 
 def test_references_of_the_book_resolve():
     chapters = book.read_book(ROOT / "nbs")
-    targets = {t.label: t for c in chapters for t in site.find_targets(c)}
+    anchors = pages.Book(chapters).anchors
     for chapter in chapters:
         for cell in chapter.cells:
-            if cell["cell_type"] == "markdown":
-                site.resolve_references(
-                    book.cell_source(cell), chapter.page, targets
-                )
+            if cell.kind == "markdown":
+                references.resolve_references(cell.text, chapter.page, anchors)
 
 
 def test_links_in_prose_lead_somewhere():
@@ -129,39 +135,60 @@ def test_links_in_prose_lead_somewhere():
     for chapter in book.read_book(ROOT / "nbs"):
         here = (ROOT / "nbs" / chapter.path).parent
         for cell in chapter.cells:
-            if cell["cell_type"] != "markdown":
+            if cell.kind != "markdown":
                 continue
-            prose = re.sub(
-                r"```.*?```|`[^`\n]*`|\$[^$]*\$",
-                "",
-                book.cell_source(cell),
-                flags=re.S,
-            )
+            code = r"```.*?```|`[^`\n]*`|\$[^$]*\$"
+            prose = re.sub(code, "", cell.text, flags=re.S)
             for link in re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", prose):
                 if not (here / link).exists():
                     broken.append(f"{chapter.path}: {link}")
     assert not broken, f"links to files that are not there: {broken}"
 
 
-def test_ways_through_the_book_name_its_pages():
-    pages = {c.page for c in book.read_book(ROOT / "nbs")}
-    unknown = (
-        ({p for _, way in site.PATHS for p in way} | set(book.READING_ORDER))
-        - pages
-        - set(book.ELSEWHERE)
-    )
-    assert not unknown, f"no such pages: {unknown}"
+#: Addresses of the first edition; each must still lead somewhere.
+FIRST_EDITION = """
+agem api batch book boundary callbacks cancellation claims cli clusters
+conformance controls displacement experiments/adapters experiments/backbones
+experiments/claims experiments/confirm experiments/conflict
+experiments/continual_lm experiments/eight experiments/families
+experiments/inflation_causal experiments/inflation_live
+experiments/inflation_monte_carlo experiments/lora experiments/overlap
+experiments/protocol experiments/regimes experiments/scale experiments/sixteen
+families families/conflict families/penalty families/projection families/replay
+figures finetuning freshness gpm guides/cluster guides/lightning guides/trainer
+guides/your_loop guides/your_method guides/your_text hero identity index
+inflation inputs leak live lora methods metrics mirror model modification
+moments ogd penalty performance planes plans pretrained probes projection rates
+readme reference replay report routing runs sharding site statistics streams
+strength strength_law studies subspace synthetic tables templates time training
+""".split()
 
 
-#: Chapters that a machine of two cores executes in seconds.
+def test_every_address_of_the_first_edition_leads_somewhere():
+    chapters = book.read_book(ROOT / "nbs")
+    moved = yaml.safe_load((ROOT / "nbs/moved.yml").read_text())
+    made = [*book.OPENING_PAGES, *book.CLOSING_PAGES]
+    there = {c.page for c in chapters} | {page for page, _ in made}
+    there |= {
+        f"reference/{c.module.removeprefix('dmr.')}"
+        for c in chapters
+        if c.module
+    }
+    astray = {old: new for old, new in moved.items() if new not in there}
+    assert not astray, f"nbs/moved.yml leads to no page: {astray}"
+    assert not set(moved) & there, "these are pages: take them out"
+    lost = set(FIRST_EDITION) - set(moved) - there
+    assert not lost, f"nbs/moved.yml lacks {lost}"
+
+
+#: Modules whose chapters a machine of two cores executes in seconds.
 FAST = (
-    "11_modification.ipynb",
-    "15_projection.ipynb",
-    "50_book.ipynb",
-    "51_freshness.ipynb",
-    "52_reference.ipynb",
-    "53_site.ipynb",
-    "55_hero.ipynb",
+    "dmr.book.chapters",
+    "dmr.book.freshness",
+    "dmr.book.home",
+    "dmr.book.reference",
+    "dmr.methods.projection",
+    "dmr.routing.modification",
 )
 
 
@@ -172,8 +199,9 @@ def test_every_page_is_fresh():
     assert not stale, f"run `make book` and commit the notebooks: {stale}"
     changed = [
         difference
-        for path in FAST
-        for difference in freshness.rerun(path, ROOT)
+        for chapter in book.read_book(ROOT / "nbs")
+        if chapter.module in FAST
+        for difference in freshness.rerun(chapter.path, ROOT)
     ]
     assert not changed, "\n".join(changed)
 
@@ -265,7 +293,7 @@ def project(tmp_path):
         "data": {"image/png": png()},
     }
     write(
-        nbs / "10_damping.ipynb",
+        nbs / "routing/10_damping.ipynb",
         prose(
             "# Damping: less of it\n\n> Make a step smaller.\n\nBy $a_1 < b$"
             " and\n\n$$u = (1-\\alpha) g$$ {#eq-damp}\n\nuse `damp`.\n\n:::"
@@ -291,8 +319,8 @@ def project(tmp_path):
         prose(
             "# Study: eight domains\n\n> What happened.\n- skip_exec: true\n\n-"
             " kept: a list\n\nAs in arXiv:2103.09762v2, see @eq-damp,"
-            " @fig-white, [the chapter](../10_damping.ipynb#why) and [the"
-            " table](../../results/table.csv)."
+            " @fig-white, [the chapter](../routing/10_damping.ipynb#why) and"
+            " [the table](../../results/table.csv)."
         ),
         code("import dmr.damping\nseed = 7\ndmr.damping.damp(2.0)"),
         code(
@@ -323,21 +351,25 @@ def project(tmp_path):
             },
         ),
     )
+    (nbs / "moved.yml").write_text("old/damping: routing/damping\n")
     book.write_site_configuration(tmp_path)
     return tmp_path
 
 
 def test_small_book(project):
-    pages, problems = site.build(project)
+    written, problems = site.build(project)
     assert problems == []
     docs = project / "_docs"
     text = {
         p.relative_to(docs).as_posix(): p.read_text()
         for p in docs.rglob("*.html")
     }
-    assert pages == len(text) and {
+    moved = text.pop("old/damping.html")
+    assert 'url=../routing/damping.html"' in moved
+    assert '"../routing/damping.html" + location.hash' in moved
+    assert written == len(text) and {
         "index.html",
-        "damping.html",
+        "routing/damping.html",
         "experiments/eight.html",
         "reference/damping.html",
         "contents.html",
@@ -346,12 +378,15 @@ def test_small_book(project):
         "cite.html",
         "reference/index.html",
     } == set(text)
-    damping, eight = text["damping.html"], text["experiments/eight.html"]
+    damping, eight = (
+        text["routing/damping.html"],
+        text["experiments/eight.html"],
+    )
 
     # what Quarto would read: each page that the configuration names is there
     prepared = project / "_proc"
     named = re.findall(r"href: (\S+)", (prepared / "_quarto.yml").read_text())
-    assert "damping.ipynb" in named and not [
+    assert "routing/damping.ipynb" in named and not [
         n for n in named if not (prepared / n).is_file()
     ]
     for folder in re.findall(
@@ -367,7 +402,7 @@ def test_small_book(project):
         and 'id="eq-damp"' in damping
     )
     assert "katex.min.js" not in damping and not any(
-        site.other_hosts(t) for t in text.values()
+        finish.other_hosts(t) for t in text.values()
     )
     assert (docs / "assets/katex/fonts/KaTeX_Main-Regular.woff2").is_file()
 
@@ -393,7 +428,7 @@ def test_small_book(project):
     # figures: a file with its size, words for who cannot see it, a caption with
     # a number
     image = re.search(
-        r'<img src="(figures/\w+\.webp)" width="200" height="100" alt="A:'
+        r'<img src="\.\./(figures/\w+\.webp)" width="200" height="100" alt="A:'
         r' &quot;white&quot; box"',
         damping,
     )
@@ -402,20 +437,20 @@ def test_small_book(project):
         and (docs / image[1]).is_file()
         and "<b>Figure 1.</b> White as paper" in damping
     )
-    assert 'href="damping.html#fig-white"' in text["gallery.html"]
+    assert 'href="routing/damping.html#fig-white"' in text["gallery.html"]
 
     # references and links, across folders
     assert (
-        'href="../damping.html#eq-damp"' in eight
+        'href="../routing/damping.html#eq-damp"' in eight
         and "Equation 1 of Damping" in eight
-        and 'href="../damping.html#fig-white"' in eight
+        and 'href="../routing/damping.html#fig-white"' in eight
     )
     assert (
-        'href="../damping.html#why"' in eight
+        'href="../routing/damping.html#why"' in eight
         and 'href="../results/table.csv"' in eight
         and (docs / "results/table.csv").is_file()
     )
-    assert 'href="reference/damping.html#damp"' in damping.replace("./", "")
+    assert 'href="../reference/damping.html#damp"' in damping
 
     # in what code wrote, too
     assert (
@@ -480,8 +515,10 @@ def test_small_book(project):
     assert "Damp a step." in text["reference/index.html"]
 
     # Markdown copies and their index
-    assert "damping.llms.md" in (docs / "llms.txt").read_text()
-    assert "Make a step smaller" in (docs / "damping.llms.md").read_text()
+    assert "routing/damping.llms.md" in (docs / "llms.txt").read_text()
+    assert (
+        "Make a step smaller" in (docs / "routing/damping.llms.md").read_text()
+    )
     copy = (docs / "reference/damping.llms.md").read_text()
     assert (
         "{=html}" not in copy and "```\n0.5\n\n[nor](this.ipynb)\n```" in copy
@@ -507,14 +544,14 @@ def test_figures_link_their_tables_and_what_made_them(project, monkeypatch):
         ("nbs/", "results/table.csv"),
     )
     monkeypatch.setattr(
-        site,
+        pages,
         "read_executions",
-        lambda root: {"10_damping.ipynb": (made, False)},
+        lambda *_: {"routing/10_damping.ipynb": (made, False)},
     )
     assert site.build(project)[1] == []
-    page = (project / "_docs/damping.html").read_text()
+    page = (project / "_docs/routing/damping.html").read_text()
     source = (
-        '<a href="results/table.csv">table.csv</a> (<code>dmr batch'
+        '<a href="../results/table.csv">table.csv</a> (<code>dmr batch'
         " table</code>)"
     )
     assert re.search(
@@ -541,7 +578,7 @@ def test_pictures_keep_the_colours_of_the_routings(tmp_path):
         [[0.1 * i + 0.03 * j for j in range(20)] for i in range(20)],
         cmap="cividis_r",
     )
-    name, *_ = site.store_picture(figure_png(fig), tmp_path)
+    name, *_ = figures.store_picture(figure_png(fig), tmp_path)
     plt.close(fig)
     plt.rcParams.update(before)
     seen = {
@@ -561,10 +598,10 @@ def test_pictures_keep_the_colours_of_the_routings(tmp_path):
 def test_every_table_in_results_says_what_makes_it():
     for path in (ROOT / "results").glob("*.csv"):
         study = (ROOT / f"nbs/experiments/studies/{path.stem}.yaml").is_file()
-        made = site.MADE_BY.get(path.stem)
+        made = pages.MADE_BY.get(path.stem)
         assert study != bool(made), (
             f"{path.name}: a study has its command, any other table needs an"
-            " entry in dmr.book.site.MADE_BY"
+            " entry in dmr.book.pages.MADE_BY"
         )
         if made and made.startswith("experiments/"):
             template = (ROOT / f"nbs/{made}.ipynb").read_text()
@@ -585,12 +622,19 @@ def test_a_second_build_replaces_the_first(project):
 @pytest.mark.parametrize(
     "cell, message",
     [
-        (prose("$\\frac{1}{$"), r"damping2: ParseError.*\\\\frac"),
-        (prose("see @eq-nowhere"), "damping2: @eq-nowhere names no formula"),
+        (prose("$\\frac{1}{$"), r"routing/damping2: ParseError.*\\\\frac"),
+        (
+            prose("see @eq-nowhere"),
+            "routing/damping2: @eq-nowhere names no formula",
+        ),
     ],
 )
 def test_what_cannot_be_read_stops_the_build(project, cell, message):
-    write(project / "nbs/11_damping2.ipynb", prose("# Two\n\n> Two."), cell)
+    write(
+        project / "nbs/routing/11_damping2.ipynb",
+        prose("# Two\n\n> Two."),
+        cell,
+    )
     with pytest.raises(ValueError, match=message):
         site.build(project)
 
@@ -602,7 +646,7 @@ def test_problems_are_reported(project, capsys, monkeypatch):
         "data": {"image/png": png(), "text/plain": "<Figure size 1x1>"},
     }
     write(
-        project / "nbs/11_plain.ipynb",
+        project / "nbs/routing/11_plain.ipynb",
         prose("# Plain\n\n> P.\n\n[gone](12_gone.ipynb), arXiv:0000.00001"),
         code("draw_it()", picture),
     )
@@ -610,13 +654,13 @@ def test_problems_are_reported(project, capsys, monkeypatch):
     assert site.main(["build"]) == 0
     words = capsys.readouterr().err
     assert (
-        "no alternative text: 11_plain.ipynb: the figure of the cell that"
-        " begins 'draw_it()'"
+        "no alternative text: routing/11_plain.ipynb: the figure of the cell"
+        " that begins 'draw_it()'"
         in words
         and "12_gone.ipynb" in words
     )
     assert (
-        "plain.html cites arXiv:0000.00001, which nbs/sources.yml lacks"
+        "routing/plain.html cites arXiv:0000.00001, which nbs/sources.yml lacks"
         in words
     )
     assert site.main(["build", "--strict"]) == 1
@@ -635,20 +679,20 @@ def test_quarto_is_asked_for_by_name(project, monkeypatch, capsys):
 def test_execute_records_and_changes_go_stale(project):
     (project / "nbs/experiments/03_eight.ipynb").unlink()
     write(
-        project / "nbs/11_sum.ipynb",
+        project / "nbs/routing/11_sum.ipynb",
         prose("# Sum\n\n> S."),
         code("from pathlib import Path\nfrom dmr.damping import damp"),
-        code("print(1 + 1, Path('../results/table.csv').read_text()[:1])"),
+        code("print(1 + 1, Path('../../results/table.csv').read_text()[:1])"),
         code("#| eval: false\nraise SystemExit"),
     )
     write(
-        project / "nbs/12_broken.ipynb",
+        project / "nbs/routing/12_broken.ipynb",
         prose("# Broken\n\n> B."),
         code("1 / 0"),
     )
-    before = (project / "nbs/12_broken.ipynb").read_text()
-    (project / "nbs/11_sum.ipynb").write_text(
-        (project / "nbs/11_sum.ipynb")
+    before = (project / "nbs/routing/12_broken.ipynb").read_text()
+    (project / "nbs/routing/11_sum.ipynb").write_text(
+        (project / "nbs/routing/11_sum.ipynb")
         .read_text()
         .replace("from dmr.damping import damp", "pass")
     )
@@ -656,23 +700,30 @@ def test_execute_records_and_changes_go_stale(project):
         RuntimeError,
         match="1 notebook.* failed(?s:.*)12_broken.ipynb: ZeroDivisionError",
     ):
-        freshness.execute(["12_broken.ipynb", "11_sum.ipynb"], project)
-    assert (project / "nbs/12_broken.ipynb").read_text() == before
-    stored = json.loads((project / "nbs/11_sum.ipynb").read_text())["cells"]
+        freshness.execute(
+            ["routing/12_broken.ipynb", "routing/11_sum.ipynb"], project
+        )
+    assert (project / "nbs/routing/12_broken.ipynb").read_text() == before
+    stored = json.loads((project / "nbs/routing/11_sum.ipynb").read_text())[
+        "cells"
+    ]
     assert (
         "".join(stored[2]["outputs"][0]["text"]) == "2 a\n"
         and "tags" not in stored[3]["metadata"]
     )
 
-    stale = lambda: "11_sum.ipynb" in freshness.stale_chapters(project)
-    assert not stale() and "12_broken.ipynb" in freshness.stale_chapters(
-        project
+    stale = lambda: "routing/11_sum.ipynb" in freshness.stale_chapters(project)
+    assert (
+        not stale()
+        and "routing/12_broken.ipynb" in freshness.stale_chapters(project)
     )
-    assert freshness.rerun("11_sum.ipynb", project) == []
+    assert freshness.rerun("routing/11_sum.ipynb", project) == []
     (project / "results/table.csv").write_text("b,a\n")
     assert stale()
-    assert "text changed" in freshness.rerun("11_sum.ipynb", project)[0]
-    execution, is_stale = freshness.read_executions(project)["11_sum.ipynb"]
+    assert "text changed" in freshness.rerun("routing/11_sum.ipynb", project)[0]
+    execution, is_stale = freshness.read_executions(project)[
+        "routing/11_sum.ipynb"
+    ]
     assert (
         is_stale
         and execution.wall_s > 0
@@ -682,41 +733,41 @@ def test_execute_records_and_changes_go_stale(project):
 
 def test_data_read_through_functions_makes_a_page_stale(project):
     (project / "nbs/experiments/03_eight.ipynb").unlink()
-    read = "def table(name): return Path(f'../results/{name}.csv')\n"
+    read = "def table(name): return Path(f'../../results/{name}.csv')\n"
     # none of them names a file, so only what they do tells what they depend on
-    pages = {
+    made = {
         "11_read": read + "print(table('table').read_text())",
         "12_absent": (
             read + "try: print(table('later').read_text())\nexcept"
             " FileNotFoundError: print('not yet')"
         ),
         "13_child": (
-            "import subprocess, sys\nchild = \"print(open('../results/' +"
+            "import subprocess, sys\nchild = \"print(open('../../results/' +"
             " 'table' +"
             " '.csv').read())\"\nprint(subprocess.run([sys.executable, '-c',"
             " child], capture_output=True, text=True, check=True).stdout)"
         ),
         "14_listed": (
-            "print(len(list(Path('..').resolve().joinpath('nbs').rglob('*.ipynb'))),"
+            "print(len(list(Path('../..').resolve().joinpath('nbs').rglob('*.ipynb'))),"
             " 'notebooks')"
         ),
         "15_apart": (
-            "Path('../results', 'own' + '.csv').write_text('1')\nprint(1)"
+            "Path('../../results', 'own' + '.csv').write_text('1')\nprint(1)"
         ),
     }
-    for name, code_ in pages.items():
+    for name, code_ in made.items():
         write(
-            project / f"nbs/{name}.ipynb",
+            project / f"nbs/routing/{name}.ipynb",
             prose(f"# {name}\n\n> P."),
             code("from pathlib import Path"),
             code(code_),
         )
     assert len(
-        freshness.execute([f"{name}.ipynb" for name in pages], project)
-    ) == len(pages)
+        freshness.execute([f"routing/{name}.ipynb" for name in made], project)
+    ) == len(made)
     (project / "results/own.csv").unlink()
     read = {
-        path.removesuffix(".ipynb"): x.read
+        Path(path).stem: x.read
         for path, (x, _) in freshness.read_executions(project).items()
     }
     assert read == {
@@ -728,7 +779,9 @@ def test_data_read_through_functions_makes_a_page_stale(project):
     }
 
     stale = lambda: [
-        p[:-6] for p in freshness.stale_chapters(project) if p[:-6] in pages
+        Path(p).stem
+        for p in freshness.stale_chapters(project)
+        if Path(p).stem in made
     ]
     assert stale() == []
     (project / "results/table.csv").write_text("a,b\n1,3\n")
@@ -740,40 +793,26 @@ def test_data_read_through_functions_makes_a_page_stale(project):
 
 
 def test_modules_behind_modules_count(project):
-    from dmr.book.chapters import chapters as book
-
     (project / "dmr/outer.py").write_text("from .damping import damp\n")
     chapter = lambda text: book.Chapter(
-        "10_a.ipynb", "A", "", "Routing", (0, 0, ""), (code(text),)
+        "routing/11_a.ipynb", "A", cells=(notebook.read_cell(code(text)),)
     )
-    files = lambda text: [
-        f.name
-        for f in freshness.module_files(book.imported_modules(text), project)
-    ]
-    assert files("import dmr.outer") == ["damping.py", "outer.py"]
-    before = freshness.chapter_hash(
-        chapter("from dmr.outer import damp"), project
-    )
-    (project / "dmr/damping.py").write_text(
-        MODULE.replace("1 - alpha", "2 - alpha")
-    )
-    assert (
-        freshness.chapter_hash(chapter("from dmr.outer import damp"), project)
-        != before
-    )
-    (project / "dmr/routing/router.py").write_text("x = 1\n")
-    assert (
-        files("from dmr import MomentRouter")
-        == files("import dmr\ndmr.MomentRouter(1)")
-        == ["routing.py"]
-    )
+    hashed = lambda text: freshness.chapter_hash(chapter(text), project)
+    direct, behind = "from dmr.damping import damp", "import dmr.outer"
+    before = hashed(direct), hashed(behind), hashed("import torch")
+    module = project / "dmr/damping.py"
+    module.write_text(MODULE.replace("Damp a step.", "Say it otherwise."))
+    assert (hashed(direct), hashed(behind), hashed("import torch")) == before
+    module.write_text(MODULE.replace("1 - alpha", "2 - alpha"))
+    after = hashed(direct), hashed(behind), hashed("import torch")
+    assert [a != b for a, b in zip(after, before)] == [True, True, False]
 
 
 def test_stale_page_says_so(project):
     chapter = next(
         c
         for c in book.read_book(project / "nbs")
-        if c.path == "10_damping.ipynb"
+        if c.path == "routing/10_damping.ipynb"
     )
     entry = freshness.Execution(
         freshness.chapter_hash(chapter, project),
@@ -784,15 +823,15 @@ def test_stale_page_says_so(project):
         3.2,
     )
     (project / "nbs/_executed.json").write_text(
-        json.dumps({"10_damping.ipynb": vars(entry)})
+        json.dumps({"routing/10_damping.ipynb": vars(entry)})
     )
     site.build(project)
-    page = project / "_docs/damping.html"
+    page = project / "_docs/routing/damping.html"
     assert (
         "Executed from top to bottom on 2026-01-01" in page.read_text()
         and "have changed since" not in page.read_text()
     )
-    file = project / "nbs/10_damping.ipynb"
+    file = project / "nbs/routing/10_damping.ipynb"
     file.write_text(file.read_text().replace("damp(1.0)", "damp(3.0)"))
     site.build(project)
     assert "have changed since" in page.read_text()
@@ -804,13 +843,13 @@ def test_stale_page_says_so(project):
 def test_hero_table_is_the_law():
     from dmr.theory import transient_inflation
 
-    table = hero.hero_table()
+    table = home.hero_table()
     for i, j, k, n in ((0, 0, 0, 0), (4, 5, 1, 20), (9, 10, 3, 36)):
         alpha, kappa, beta2, steps = (
-            hero.ALPHAS[i],
-            hero.KAPPAS[j],
-            hero.BETA2S[k],
-            hero.STEPS[n],
+            home.ALPHAS[i],
+            home.KAPPAS[j],
+            home.BETA2S[k],
+            home.STEPS[n],
         )
         expected = (1 - alpha) * float(
             transient_inflation(steps, beta2, alpha, kappa)
@@ -819,5 +858,5 @@ def test_hero_table_is_the_law():
             1000 * expected, abs=0.51
         )
     assert (
-        list(hero.STEPS) == sorted(set(hero.STEPS)) and hero.STEPS[-1] == 10_000
+        list(home.STEPS) == sorted(set(home.STEPS)) and home.STEPS[-1] == 10_000
     )
