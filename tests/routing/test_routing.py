@@ -737,7 +737,7 @@ def test_under_a_recorded_graph_nothing_is_read_and_no_gradient_checked(
     model.weight.grad = torch.full_like(model.weight, float("nan"))
     with pytest.raises(ValueError, match="NaN or infinite"):
         optimizer.step()
-    monkeypatch.setattr("dmr.routing.router._capturing", lambda: True)
+    monkeypatch.setattr("dmr.routing.router.capturing", lambda: True)
     optimizer.step()
     assert bool(model.weight.isnan().all())
 
@@ -1756,7 +1756,7 @@ def test_gradients_need_not_be_given_back(routing):
 
 def test_the_clamp_guard_keeps_every_coordinate_between_zero_and_the_gradient():
     from dmr.routing.modification import LowRank
-    from dmr.routing.router import clamped
+    from dmr.routing.step import clamped
 
     g, U = gradients((7, 12), 1)[0], basis()
     edited = g - clamped(LowRank(g @ U, U), g, 0.9).d
