@@ -288,8 +288,6 @@ class NSCL(InputProjection):
     `samples` examples and one eigendecomposition per layer.
     """
 
-    native_routing = "displacement"
-
     def __init__(
         self,
         # batch -> scalar; it is called to run the model

@@ -401,10 +401,12 @@ class SI(Penalty):
         }
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
-        for name, before in {} if grads is None else self._before.items():
-            moved = self._params[name].detach().to(before) - before
-            self.path[name].addcmul_(grads[name].to(before), moved, value=-1)
-        self._before = {}
+        before, self._before = self._before, {}
+        if grads is None:
+            return
+        for name, old in before.items():
+            moved = self._params[name].detach().to(old) - old
+            self.path[name].addcmul_(grads[name].to(old), moved, value=-1)
 
     def consolidate(self) -> dict:
         if not self.start:

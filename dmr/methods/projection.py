@@ -61,7 +61,7 @@ def importances(
     largest = sigma.max().clamp_min(torch.finfo(sigma.dtype).tiny)
     return (scale + 1) * sigma / (scale * sigma + largest)
 
-# %% ../../nbs/methods/02_projection.ipynb #c06fcc40
+# %% ../../nbs/methods/02_projection.ipynb #52e491d3
 def component(
     target: Target,
     x: Tensor,  # of the weight's shape
@@ -70,7 +70,7 @@ def component(
     "x U, in the type of the basis."
     return target.matrix(x).to(U.dtype) @ U
 
-
+# %% ../../nbs/methods/02_projection.ipynb #18d2f245
 def components(
     vectors: Vectors,
     bases: Mapping[str, Tensor],  # U (fan_in, r) of each name that is wanted
@@ -467,21 +467,19 @@ def check_rank(
             stacklevel=5,
         )
 
-# %% ../../nbs/methods/02_projection.ipynb #fb4bef0a
+# %% ../../nbs/methods/02_projection.ipynb #bdb9d682
 class _Attached(_Streaming):
     "Meets a model and starts with the bases it was given, or with none."
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
-        self.fed = self.seen = 0
         self.bases, self.energies, self.sketches = {}, {}, {}
+        self._groups, self.fed, self.seen = {}, 0, 0
         inputs = self.source == "inputs" and self.grows
         targets = catchable(targets) if inputs else targets
-        self.targets, given = chosen(
-            model, targets, self._given, only=not self.grows
-        )
+        known = chosen(model, targets, self._given, only=not self.grows)
+        self.targets, given = known
         check_rank(self.rank, self.targets)
-        self._groups = {}
         for name, t in self.targets.items():
             if over := shard_groups(name, t.param, t.transposed):
                 self._groups[name] = over
@@ -491,15 +489,14 @@ class _Attached(_Streaming):
         if inputs:
             self._hooks = catch_inputs(self, model, self.targets)
 
-    def _start(self, name: str, target: Target, U: Tensor) -> None:
-        dtype, device = accumulator(target.param.dtype), target.param.device
-        U = U.detach().to(device=device, dtype=dtype).clone()
-        self.bases[name] = U
+    def _start(self, name: str, t: Target, U: Tensor) -> None:
+        dtype, device = accumulator(t.param.dtype), t.param.device
+        self.bases[name] = U.detach().to(device, dtype).clone()
         self.energies[name] = torch.ones(U.shape[1], dtype=dtype, device=device)
         if self.grows:
-            size = self._sketch_size(target)
-            self.sketches[name] = Sketch(target.fan_in, size, dtype, device)
-        if U.shape[1] == target.fan_in:
+            size = self._sketch_size(t)
+            self.sketches[name] = Sketch(t.fan_in, size, dtype, device)
+        if U.shape[1] == t.fan_in:
             self._warn_full(name)
 
 # %% ../../nbs/methods/02_projection.ipynb #ad46c831

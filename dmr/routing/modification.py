@@ -198,7 +198,7 @@ class Target:
 # %% ../../nbs/routing/01_modification.ipynb #7fe38079
 def _input_weights(
     module: nn.Module,
-) -> list[tuple[nn.Parameter | None, bool]]:  # weight, is it transposed?
+) -> list[tuple[Any, bool]]:  # weight (or None), is it transposed?
     "The weights of this module, not of its children, that have an input side."
     if isinstance(module, nn.Linear):
         # a flat shard of a weight is no matrix
@@ -210,7 +210,7 @@ def _input_weights(
         parts = ("in_proj", "q_proj", "k_proj", "v_proj")
         return [(getattr(module, f"{part}_weight"), False) for part in parts]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return [(module.weight, True)]  # type: ignore[list-item]
+        return [(module.weight, True)]
     return []
 
 # %% ../../nbs/routing/01_modification.ipynb #816669e2

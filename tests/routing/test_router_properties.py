@@ -2,8 +2,11 @@
 for a counterexample.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from conftest import basis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,10 +37,6 @@ def draw(*shape, seed, dtype=torch.float64):
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float64,
     ).to(dtype)
-
-
-def basis(fan_in, r, seed):
-    return torch.linalg.qr(draw(fan_in, min(r, fan_in), seed=seed)).Q
 
 
 @given(out=sizes, fan_in=sizes, r=sizes, seed=seeds, alpha=alphas)
@@ -109,14 +108,6 @@ def test_a_routing_is_its_float64_reference(
     torch.testing.assert_close(
         layer.weight.detach(), expected, rtol=1e-10, atol=1e-12
     )
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -327,7 +318,7 @@ def test_a_non_finite_entry_is_found_wherever_it_hides(
     layer = nn.Linear(8, 5, bias=False)
     U = torch.eye(8)[:, :r] if axis else basis(8, r, 3).float()
     optimizer = torch.optim.Adam(layer.parameters())
-    with pytest.warns(UserWarning, match="spans all") if r == 8 else _nothing():
+    with pytest.warns(UserWarning, match="spans all") if r == 8 else nullcontext():
         dmr.MomentRouter(
             layer,
             optimizer,
