@@ -119,9 +119,13 @@ def test_a_consolidation_is_saved_and_refuses_by_name():
     other = MomentRouter(model, adam(), consolidation=Watched())
     other.load_state_dict(state)
     assert set(other.consolidation.before) == set(router.consolidation.before)
-    with pytest.raises(ValueError, match="consolidation='Watched', this router"):
+    with pytest.raises(
+        ValueError, match="consolidation='Watched', this router"
+    ):
         MomentRouter(model, adam()).load_state_dict(state)
-    with pytest.raises(TypeError, match="is no Consolidation; pass for example"):
+    with pytest.raises(
+        TypeError, match="is no Consolidation; pass for example"
+    ):
         MomentRouter(model, adam(), consolidation=0.5)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="needs a second moment"):

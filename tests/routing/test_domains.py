@@ -43,8 +43,13 @@ def test_the_first_domain_is_still_protected_after_three():
             (model(x) - y).square().mean().backward()
             optimizer.step()
         report = router.consolidate()
-        assert report["layers"]["weight"] == {"rank": 3 * (domain + 1), "fan_in": 20, "added": 3, "captured": pytest.approx(1, abs=1e-4),
-                                              "lost": 0.0}  # fmt: skip
+        assert report["layers"]["weight"] == {
+            "rank": 3 * (domain + 1),
+            "fan_in": 20,
+            "added": 3,
+            "captured": pytest.approx(1, abs=1e-4),
+            "lost": 0.0,
+        }
     U = router.modification.bases["weight"]
     torch.testing.assert_close(U.T @ U, torch.eye(9), atol=1e-5, rtol=0)
     for domain in range(3):  # every direction of every past domain lies inside

@@ -27,7 +27,9 @@ def test_a_closure_is_routed_after_it_ran(routing, keyword):
         MomentRouter(
             model,
             optimizer,
-            dmr.Projection(bases={"0.weight": basis(6, 2, dtype=torch.float32)}),
+            dmr.Projection(
+                bases={"0.weight": basis(6, 2, dtype=torch.float32)}
+            ),
             routing,
             0.7,
         )
@@ -108,7 +110,7 @@ def test_grad_scaler_changes_nothing_and_skips_infinities(routing, fused):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_accumulated_and_clipped_gradients_are_routed_as_the_optimizer_would_see_them(
+def test_accumulated_and_clipped_gradients_are_routed(
     routing,
 ):
     """Four backward passes and a clip before each step: one routed step on the

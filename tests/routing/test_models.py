@@ -134,11 +134,17 @@ def test_convolutions_attention_and_transposed_linears():
             )
 
     torch.manual_seed(0)
-    model = nn.ModuleDict({
-        "conv": nn.Conv2d(3, 5, 2, bias=False, dtype=torch.float64).to(memory_format=torch.channels_last),
-        "attention": nn.MultiheadAttention(6, 2, bias=False, dtype=torch.float64),
-        "turned": Conv1D(4, 7),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 5, 2, bias=False, dtype=torch.float64).to(
+                memory_format=torch.channels_last
+            ),
+            "attention": nn.MultiheadAttention(
+                6, 2, bias=False, dtype=torch.float64
+            ),
+            "turned": Conv1D(4, 7),
+        }
+    )
     bases = {
         "conv.weight": basis(12, 3),
         "attention.in_proj_weight": basis(6, 2),

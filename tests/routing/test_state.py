@@ -90,7 +90,7 @@ def test_save_and_load_in_the_middle_of_a_domain_continues_bit_for_bit(
     assert through[2].inflation() == resumed[2].inflation()
 
 
-def test_a_state_of_another_model_names_the_first_mismatch_and_changes_nothing():
+def test_a_state_of_another_model_names_the_first_mismatch():
     model, loss = regression()
     optimizer = torch.optim.Adam(model.parameters())
     router = MomentRouter(model, optimizer, dmr.Projection(rank=2))
@@ -273,7 +273,9 @@ def through_a_file(router):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [through_pickle, through_a_file, copy.deepcopy])
+@pytest.mark.parametrize(
+    "copied", [through_pickle, through_a_file, copy.deepcopy]
+)
 @pytest.mark.parametrize("source", ["gradients", "inputs"])
 def test_a_router_goes_along_with_its_model_and_optimizer(copied, source):
     model, _ = regression()
