@@ -336,10 +336,10 @@ class _FollowsPath(Penalty):
         self._before = {n: _wide(params[n]) for n in grads if n in params}
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
-        for name, before in {} if grads is None else self._before.items():
-            moved = self._params[name].detach().to(before) - before
-            self.path[name].addcmul_(grads[name].to(before), moved, value=-1)
-        self._before = {}
+        before, self._before = self._before, {}
+        for name, old in before.items() if grads is not None else ():
+            moved = self._params[name].detach().to(old) - old
+            self.path[name].addcmul_(grads[name].to(old), moved, value=-1)
 
 # %% ../../nbs/methods/08_penalty.ipynb #79862373
 class _WeighsPath(_FollowsPath):

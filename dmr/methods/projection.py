@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import catchable, input_rows
+from .subspace import Growth, Sketch, grow
 from dmr.routing.modification import (
     Edit,
     LowRank,
     Modification,
     Target,
+    accumulator,
+    share_of,
     square_norms,
     stacks,
 )
-from ..routing.step import as_vectors
 from dmr.routing.sharding import (
     data_groups,
     local,
@@ -29,45 +31,596 @@ from dmr.routing.sharding import (
     sum_over,
     total,
 )
+from ..routing.step import Vectors, as_vectors
 from ..routing.strength import check_fraction
-from .subspace import Sketch, grow
 
 # %% auto #0
-__all__ = ['project', 'importances', 'Projection']
+__all__ = ['project', 'importances', 'component', 'components', 'energy_share', 'gathered', 'catch_inputs', 'growth_report',
+           'check_basis', 'chosen', 'check_rank', 'check_fit', 'Projection']
 
 # %% ../../nbs/methods/02_projection.ipynb #b800fce6
 def project(
     g: Tensor,  # (out, fan_in)
     U: Tensor,  # (fan_in, r), orthonormal columns
-    # (r,), importance of each direction in [0, 1]; None: 1
-    lam: Tensor | None = None,
+    lam: Tensor | None = None,  # (r,), importances in [0, 1]; None: 1
     alpha: float = 1.0,  # strength in [0, 1]
 ) -> Tensor:
     "g - α g U Λ Uᵀ."
     C = g @ U  # (out, fan_in) @ (fan_in, r) -> (out, r)
     return g - alpha * (C if lam is None else C * lam) @ U.mT
 
-
+# %% ../../nbs/methods/02_projection.ipynb #2c89a308
 def importances(
     energy: Tensor,  # (r,), accumulated energy σ² along each direction
-    # SGP's scale coefficient a >= 0; large: all directions count fully
-    scale: float,
-    # (r,), in [0, 1]: 1 for the strongest direction, 0 for one without energy
-) -> Tensor:
-    """λ = (a + 1)σ / (aσ + σ_max), SGP's scaling (Saha and Roy, AAAI 2023), on
-    accumulated energies.
-    """
+    scale: float,  # SGP's scale coefficient a >= 0
+) -> Tensor:  # (r,), in [0, 1]
+    "λ = (a + 1)σ / (aσ + σ_max), SGP's scaling (Saha and Roy, AAAI 2023)."
     sigma = energy.clamp_min(0).sqrt()
-    return (
-        (scale + 1)
-        * sigma
-        / (scale * sigma + sigma.max().clamp_min(torch.finfo(sigma.dtype).tiny))
-        if len(sigma)
-        else sigma
+    if not len(sigma):
+        return sigma
+    largest = sigma.max().clamp_min(torch.finfo(sigma.dtype).tiny)
+    return (scale + 1) * sigma / (scale * sigma + largest)
+
+# %% ../../nbs/methods/02_projection.ipynb #52e491d3
+def component(
+    target: Target,
+    x: Tensor,  # of the weight's shape
+    U: Tensor,  # (fan_in, r)
+) -> Tensor:  # (out, r)
+    "x U, in the type of the basis."
+    return target.matrix(x).to(U.dtype) @ U
+
+# %% ../../nbs/methods/02_projection.ipynb #18d2f245
+def components(
+    vectors: Vectors,
+    bases: Mapping[str, Tensor],  # U (fan_in, r) of each name that is wanted
+    targets: Mapping[str, Target],
+    remember: bool,  # is ‖x‖² wanted soon, too?
+) -> dict[str, Tensor]:  # (out, r) by name
+    "x U for every basis."
+    found: dict[str, Tensor] = {}
+    alone = list(bases)
+    if bases and not vectors.made:
+        odd = lambda n, x: targets[n].transposed or x.dtype != bases[n].dtype
+        agree = lambda n, x: n if odd(n, x) else bases[n].shape
+        grouped, alone = stacks({n: vectors[n] for n in bases}, agree)
+        for names in grouped:  # (n, out, fan_in) @ (n, fan_in, r)
+            X = torch.stack([vectors[n] for n in names])
+            U = torch.stack([bases[n] for n in names])
+            found |= zip(names, (X @ U).unbind())
+    for n in alone:
+        found[n] = component(targets[n], vectors[n], bases[n])
+        if remember:
+            vectors.remember(n)
+    return found
+
+# %% ../../nbs/methods/02_projection.ipynb #481521fe
+def energy_share(
+    components: Mapping[str, Tensor],  # g U (out, r) by name
+    wholes: Tensor,  # ‖g‖² in the same order
+    groups: Mapping[str, tuple],  # where the rows of sharded weights are
+) -> Tensor:  # 0-dim, in [0, 1]
+    "The share of energy in the protected subspaces."
+    parts = list(components.values())
+    squares = square_norms(parts, parts[0].dtype)
+    over = lambda x: total(dict(zip(components, x.unbind())), groups)
+    inside, whole = (
+        over(x) if groups else x.sum() for x in (squares, wholes)
     )
+    return share_of(inside, whole).nan_to_num(1.0).clamp(0, 1)
+
+# %% ../../nbs/methods/02_projection.ipynb #4784bd9d
+class _Settings(Modification):
+    "What the layers of a projection share."
+
+    # what the user asked for
+    rank: int | None
+    max_rank: int | None
+    energy: float | None
+    importance: float | None
+    every: int
+    sketch_size: int | None
+    source: str  # "gradients" or "inputs"
+    consolidate_every: int | None
+    grows: bool  # does it learn at all?
+    _given: Mapping[nn.Parameter | str, Tensor]  # bases handed over
+    # what is protected, by name
+    bases: dict[str, Tensor]  # U (fan_in, r)
+    energies: dict[str, Tensor]  # (r,), accumulated
+    _lam: dict[str, Tensor]  # (r,), importances
+    _groups: dict[str, tuple]  # where the rows of sharded weights are
+    # what is sketched of the running domain
+    sketches: dict[str, Sketch]
+    fed: int  # gradients in the sketches
+    seen: int  # steps
+    _hooks: list  # on the layers, for inputs
+    # what was computed of the present step
+    _measures: bool = False  # was the overlap asked for in the last one?
+    _of: Mapping[str, Tensor] | None = None  # what was looked at
+    _C: dict[str, tuple[Tensor, Tensor]]  # name -> (U, x U)
+
+# %% ../../nbs/methods/02_projection.ipynb #3d26202f
+class _Looking(_Settings):
+    "A look at all tensors of a step."
+
+    def _look(self, vectors: Vectors) -> dict[str, Tensor]:
+        "x U for every protected tensor, made once in a step."
+        if self._of is not vectors:
+            self._C, self._of = {}, vectors
+        bases = {n: U for n, U in self.bases.items() if U.shape[1]}
+        bases = {n: U for n, U in bases.items() if n in vectors}
+        known = lambda n, U: n in self._C and self._C[n][0] is U
+        missing = {n: U for n, U in bases.items() if not known(n, U)}
+        made = components(vectors, missing, self.targets, self._measures)
+        self._C |= {n: (missing[n], C) for n, C in made.items()}
+        return {n: self._C[n][1] for n in bases}
+
+    def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # a NaN in a row of g is one in that row of g U
+        found = self._look(as_vectors(grads))
+        # the overlap takes each ‖g‖² anyway, and the router finds it
+        return {} if self._measures else found
+
+# %% ../../nbs/methods/02_projection.ipynb #106c54e3
+class _Editing(_Looking):
+    "Takes the protected directions out of a gradient or a step."
+
+    def edited(self) -> Collection[str]:
+        return [name for name, U in self.bases.items() if U.shape[1]]
+
+    def begin(
+        self, vectors: Mapping[str, Tensor], overlap: bool
+    ) -> Tensor | None:
+        vectors = as_vectors(vectors)
+        self._measures = overlap
+        if self._of is not vectors:
+            self._C, self._of = {}, None
+        found = self._look(vectors) if overlap else {}
+        if not found:
+            return None
+        wholes = vectors.square_norms(list(found))
+        return energy_share(found, wholes, self._groups)
+
+    def edit(self, name: str, x: Tensor) -> Edit | None:
+        U, target = self.bases.get(name), self.targets.get(name)
+        if U is None or target is None or not U.shape[1]:
+            return None
+        V, C = self._C.get(name, (None, None))
+        if C is None or V is not U:
+            C = component(target, x, U)
+        C = C * self._lam[name] if name in self._lam else C
+        return LowRank(C, U, target.transposed)
+
+# %% ../../nbs/methods/02_projection.ipynb #9151ad84
+def gathered(
+    sketches: Mapping[str, Sketch],  # of this process
+    over: Mapping[str, tuple],  # the processes over which each is a sum
+) -> dict[str, dict]:  # their states, summed
+    "The states of all sketches over all processes that feed them."
+    state = {name: sketch.state_dict() for name, sketch in sketches.items()}
+    kinds: dict[tuple, list[str]] = {}
+    for name, sketch in sketches.items():
+        kinds.setdefault((over[name], sketch.sums.dtype), []).append(name)
+    for (groups, _), names in kinds.items():
+        if not groups:
+            continue
+        parts = [state[n]["sums"].flatten() for n in names]
+        sums = sum_over(torch.cat(parts), groups)
+        energies = torch.stack([state[n]["energy"] for n in names])
+        energies = sum_over(energies, groups)
+        pieces = sums.split([len(x) for x in parts])
+        for n, part, energy in zip(names, pieces, energies):
+            part = part.view_as(state[n]["sums"])
+            state[n] = {"sums": part, "energy": energy.clone()}
+    return state
+
+# %% ../../nbs/methods/02_projection.ipynb #9d049240
+class _InputHook:
+    "Feeds a layer's inputs to its sketch."
+
+    def __init__(self, projection: _Learning, target: Target):
+        self.projection, self.target = projection, target
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        projection = self.projection
+        training = module.training and torch.is_grad_enabled()
+        if not projection.feeds() or not training:
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows = input_rows(self.target, local(x.detach()))
+            projection.sketches[self.target.name].update(rows)
+        projection.fed = 1
+
+# %% ../../nbs/methods/02_projection.ipynb #a3a0c15e
+def catch_inputs(
+    projection: _Learning,  # whose sketches are fed
+    model: nn.Module,
+    targets: Mapping[str, Target],
+) -> list:  # of handles, to take the hooks off again
+    "Hooks on every layer that uses one of the weights."
+    handles = []
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        for name, t in targets.items():
+            if getattr(module, "weight", None) is t.param:
+                here = Target(name, t.param, module, t.transposed)
+                hook = _InputHook(projection, here)
+                handles.append(
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                )
+    return handles
+
+# %% ../../nbs/methods/02_projection.ipynb #42ff5d39
+class _Learning(_Editing):
+    "Feeds a sketch of each layer, every so many steps."
+
+    def feeds(self) -> bool:
+        "Does this step feed the sketches?"
+        return self.grows and self.seen % self.every == 0
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        if self.feeds() and self.source == "gradients":
+            fed = [name for name in self.sketches if name in grads]
+            norms = as_vectors(grads).square_norms(fed) if fed else ()
+            for name, energy in zip(fed, norms):
+                rows = self.targets[name].matrix(grads[name])
+                self.sketches[name].update(rows, energy)
+            self.fed += bool(fed)
+        self.seen += 1
+
+    def detach(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+
+    def _fed_over(self, name: str) -> tuple:
+        if self.source == "inputs":
+            return data_groups(self.targets[name].param, self.group)
+        return self._groups.get(name, ())
+
+    def _gather(self) -> dict[str, dict]:
+        over = {name: self._fed_over(name) for name in self.sketches}
+        return gathered(self.sketches, over)
+
+# %% ../../nbs/methods/02_projection.ipynb #28c43d82
+def growth_report(
+    bases: Mapping[str, Tensor],  # U (fan_in, r), after the boundary
+    growths: Mapping[str, Growth],  # of the layers that grew
+) -> dict:
+    "The report of a boundary, as plain numbers."
+    layers: dict[str, dict] = {}
+    for name, U in bases.items():
+        layers[name] = {"rank": U.shape[1], "fan_in": U.shape[0]}
+        if name in growths:
+            grown = growths[name]
+            layers[name] |= {
+                "added": grown.added,
+                "captured": grown.captured,
+                "lost": grown.lost,
+            }
+    inputs = sum(U.shape[0] for U in bases.values())
+    ranks = sum(U.shape[1] for U in bases.values())
+    share = ranks / inputs if inputs else 0.0
+    return {"layers": layers, "rank_fraction": share}
+
+# %% ../../nbs/methods/02_projection.ipynb #f077ed7a
+class _Sizing(_Learning):
+    "How much a layer may hold, and what counts how much."
+
+    def cap(self, target: Target) -> int:
+        "The most directions that a layer may protect."
+        fan_in = target.fan_in
+        return min(self.max_rank or max(fan_in // 2, 1), fan_in)
+
+    def _sketch_size(self, target: Target) -> int:
+        cap, asked = self.cap(target), self.sketch_size
+        wanted = asked or (2 * self.rank if self.rank else cap)
+        most = target.fan_in if asked else max(cap, self.rank or 1)
+        return max(1, min(wanted, most))
+
+    def _refresh(self) -> None:
+        "Importances follow the energies."
+        kept = {} if self.importance is None else self.energies
+        a = self.importance or 0.0
+        self._lam = {name: importances(e, a) for name, e in kept.items()}
+
+    def _warn_full(self, name: str) -> None:
+        warnings.warn(
+            f"the basis of {name!r} spans all of"
+            f" fan_in={self.targets[name].fan_in}: at full strength this layer"
+            " cannot learn; lower rank or max_rank",
+            stacklevel=5,
+        )
+
+# %% ../../nbs/methods/02_projection.ipynb #15ec99ca
+class _Growing(_Sizing):
+    "Lets the bases grow at a boundary."
+
+    def _grown(self, name: str, sketch: Sketch) -> Growth:
+        if not bool(sketch.energy.isfinite()):
+            for each in self.sketches.values():
+                each.clear()
+            self.fed = self.seen = 0
+            raise ValueError(
+                f"the sketch of {name!r} has taken in NaN or infinite"
+                f" {self.source}; this domain's sketches were emptied. Train on"
+                " before the next consolidate(), and leave check_finite=True to"
+                " find the step"
+            )
+        return grow(
+            self.bases[name],
+            self.energies[name],
+            sketch.root(),
+            rank=self.rank,
+            threshold=self.energy,
+            max_rank=self.cap(self.targets[name]),
+            total=float(sketch.energy),
+        )
+
+    def _report(self, growths: Mapping[str, Growth]) -> dict:
+        return growth_report(self.bases, growths)
+
+# %% ../../nbs/methods/02_projection.ipynb #87dc94fe
+class _Bounded(_Growing):
+    "What happens when a domain ends."
+
+    def consolidate(self) -> dict:
+        if not self.grows:
+            return self._report({})
+        if not self.fed:
+            raise ValueError(
+                "consolidate() came before any optimizer step of this domain,"
+                " so there is nothing to protect yet; train first"
+            )
+        if self._groups or self.group is not None:
+            for name, state in self._gather().items():
+                self.sketches[name].load_state_dict(state)
+        growths = {n: self._grown(n, x) for n, x in self.sketches.items()}
+        for name, growth in growths.items():
+            self.bases[name], self.energies[name] = growth.U, growth.energy
+            self.sketches[name].clear()
+            if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
+                self._warn_full(name)
+        self.fed = self.seen = 0
+        self._refresh()
+        return self._report(growths)
+
+    def share(self) -> None:
+        for kept in (self.bases, self.energies, self._lam):
+            kept.update(same_everywhere(kept, self.group))
+
+# %% ../../nbs/methods/02_projection.ipynb #6ad89353
+class _Streaming(_Bounded):
+    "Forgets a step, and may end a domain by itself."
+
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        self._C, self._of = {}, None
+        due = self.consolidate_every and self.seen >= self.consolidate_every
+        if grads is not None and due and self.fed:
+            self.consolidate()
+            if self.group is not None:
+                self.share()
+
+# %% ../../nbs/methods/02_projection.ipynb #1594b39e
+def check_basis(
+    target: Target,
+    U: Tensor,  # (fan_in, r)
+) -> None:
+    "Raise ValueError unless U is an orthonormal basis of inputs of the weight."
+    name, fan_in, shape = target.name, target.fan_in, tuple(U.shape)
+    if U.ndim != 2 or U.shape[0] != fan_in or U.shape[1] > fan_in:
+        raise ValueError(
+            f"the basis of {name!r} has shape {shape}; it must be (fan_in, r) ="
+            f" ({fan_in}, r) with r <= fan_in"
+        )
+    gram = U.double().mT @ U.double()
+    unit = torch.eye(len(gram), dtype=torch.float64, device=U.device)
+    error = float((gram - unit).abs().max()) if len(gram) else 0.0
+    if not error < 1e-4:
+        raise ValueError(
+            f"the basis of {name!r} is not orthonormal (error of UᵀU"
+            f" {error:.2g}); pass torch.linalg.qr(U).Q"
+        )
+
+# %% ../../nbs/methods/02_projection.ipynb #444765b1
+def chosen(
+    model: nn.Module,
+    targets: dict[str, Target],
+    bases: Mapping[nn.Parameter | str, Tensor],  # that the user gave
+    only: bool,  # protect the weights that have a given basis, and no others?
+) -> tuple[dict[str, Target], dict[str, Tensor]]:  # and the bases, by name
+    "The weights that are protected, and the bases that were given."
+    names = {id(p): n for n, p in model.named_parameters()}
+    name = lambda k: k if isinstance(k, str) else names.get(id(k), "?")
+    given = {name(key): U for key, U in bases.items()}
+    if given and only:
+        targets = {n: t for n, t in targets.items() if n in given}
+    for n, U in given.items():
+        if n not in targets:
+            raise ValueError(
+                f"bases name {n!r}, which is not the weight of a linear or"
+                " convolutional layer of the model; the layers are"
+                f" {list(targets)[:5]}"
+            )
+        check_basis(targets[n], U)
+    return targets, given
+
+# %% ../../nbs/methods/02_projection.ipynb #deea96e7
+def check_rank(
+    rank: int | None,  # directions a domain
+    targets: Mapping[str, Target],
+) -> None:
+    "ValueError for more directions than a named layer has inputs."
+    for target in targets.values():
+        fan_in = target.fan_in
+        if target.named and rank is not None and rank > fan_in:
+            raise ValueError(
+                f"rank={rank} exceeds fan_in={fan_in} of {target.name!r}; pass"
+                f" rank<={fan_in}, or energy=0.95"
+            )
+    if not targets:
+        warnings.warn(
+            "nothing to protect: the model has no linear or convolutional"
+            " weight that include/exclude leave in",
+            stacklevel=5,
+        )
+
+# %% ../../nbs/methods/02_projection.ipynb #bdb9d682
+class _Attached(_Streaming):
+    "Meets a model and starts with the bases it was given, or with none."
+
+    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
+        super().attach(model, targets)
+        self.bases, self.energies, self.sketches = {}, {}, {}
+        self._groups, self.fed, self.seen = {}, 0, 0
+        inputs = self.source == "inputs" and self.grows
+        targets = catchable(targets) if inputs else targets
+        known = chosen(model, targets, self._given, only=not self.grows)
+        self.targets, given = known
+        check_rank(self.rank, self.targets)
+        for name, t in self.targets.items():
+            if over := shard_groups(name, t.param, t.transposed):
+                self._groups[name] = over
+            self._start(name, t, given.get(name, torch.zeros(t.fan_in, 0)))
+        self._refresh()
+        self.detach()
+        if inputs:
+            self._hooks = catch_inputs(self, model, self.targets)
+
+    def _start(self, name: str, t: Target, U: Tensor) -> None:
+        dtype, device = accumulator(t.param.dtype), t.param.device
+        self.bases[name] = U.detach().to(device, dtype).clone()
+        self.energies[name] = torch.ones(U.shape[1], dtype=dtype, device=device)
+        if self.grows:
+            size = self._sketch_size(t)
+            self.sketches[name] = Sketch(t.fan_in, size, dtype, device)
+        if U.shape[1] == t.fan_in:
+            self._warn_full(name)
+
+# %% ../../nbs/methods/02_projection.ipynb #ad46c831
+def check_fit(
+    state: dict,  # as a projection wrote it
+    bases: Mapping[str, Tensor],  # of this one
+    sketches: Mapping[str, Sketch],
+) -> None:
+    "Raise ValueError naming the first layer that does not fit."
+    for name, U in bases.items():
+        saved = state["bases"].get(name)
+        if saved is None or saved.shape[0] != U.shape[0]:
+            raise ValueError(
+                f"the state protects {sorted(state['bases'])[:3]}..., but this"
+                f" model needs a basis with fan_in={U.shape[0]} for {name!r};"
+                " load it into the model it was saved from"
+            )
+    for name in state["bases"]:
+        if name not in bases:
+            raise ValueError(
+                f"the state protects {name!r}, which this router leaves out;"
+                " make it with the same include and exclude"
+            )
+    for name, sketch in sketches.items():
+        saved = state["sketches"].get(name)
+        if saved is None or saved["sums"].shape != sketch.sums.shape:
+            raise ValueError(
+                f"the state's sketch of {name!r} has another size; make the"
+                " Projection with the same rank, max_rank and sketch_size"
+            )
+
+# %% ../../nbs/methods/02_projection.ipynb #12ff30c3
+class _Saved(_Attached):
+    "The state of a projection."
+
+    def state_dict(self) -> dict:
+        """Every process must call it if parameters are sharded or inputs are
+        sketched: the sketches are summed over processes.
+        """
+        return {
+            "bases": {n: U.clone() for n, U in self.bases.items()},
+            "energies": {n: e.clone() for n, e in self.energies.items()},
+            "sketches": self._gather(),
+            "fed": self.fed,
+            "seen": self.seen,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        check_fit(state, self.bases, self.sketches)
+        for name, U in self.bases.items():
+            self.bases[name] = state["bases"][name].to(U, copy=True)
+            self.energies[name] = state["energies"][name].to(U, copy=True)
+        for name, sketch in self.sketches.items():
+            sketch.load_state_dict(state["sketches"][name])
+            # the sum is kept by the first process
+            if any(group.rank() for group in self._fed_over(name)):
+                sketch.clear()
+        self.fed, self.seen = state["fed"], state["seen"]
+        self._refresh()
+
+# %% ../../nbs/methods/02_projection.ipynb #c304b328
+class _Told(_Saved):
+    "What a projection costs and protects."
+
+    def memory(self) -> int:
+        sketches = self.sketches.values()
+        probes = {id(s.probe): s.probe for s in sketches if s.probe is not None}
+        kept = [*self.bases.values(), *self.energies.values(), *probes.values()]
+        own = sum(x.numel() * x.element_size() for x in kept)
+        return own + sum(s.memory() for s in sketches)
+
+    def summary_lines(self) -> list[str]:
+        "One line per layer, for the router's summary."
+        width = max([len(n) for n in self.bases], default=0)
+        line = "  {:{width}}  fan_in {:5}  protected {:4}  cap {:5}"
+        return [
+            line.format(n, *U.shape, self.cap(self.targets[n]), width=width)
+            for n, U in self.bases.items()
+        ]
+
+    def __repr__(self) -> str:
+        given = {
+            "rank": self.rank,
+            "max_rank": self.max_rank,
+            "energy": self.energy,
+            "importance": self.importance,
+        }
+        inside = [f"{k}={v:g}" for k, v in given.items() if v is not None]
+        if self._given:
+            inside.append(f"bases of {len(self._given)} tensors")
+        return f"Projection({', '.join(inside)})"
+
+# %% ../../nbs/methods/02_projection.ipynb #4328eb2e
+def _positive(name: str, value: int | None) -> int | None:
+    "Return the whole number, or raise a ValueError that names it."
+    wrong = isinstance(value, bool) or not isinstance(value, int)
+    if value is not None and (wrong or value < 1):
+        raise ValueError(
+            f"{name}={value!r} is not a positive whole number; pass for example"
+            f" {name}=32"
+        )
+    return value
+
+
+def _share(energy: float | None) -> float | None:
+    "Return the share of energy to capture, in (0, 1]."
+    if energy is not None and check_fraction("energy", energy) == 0.0:
+        raise ValueError(
+            "energy=0 protects nothing; pass a share in (0, 1], for example"
+            " 0.95"
+        )
+    return None if energy is None else float(energy)
+
+
+def _source(source: str) -> str:
+    "Return what the sketch is fed with."
+    if source not in ("gradients", "inputs"):
+        raise ValueError(
+            f"source={source!r} is unknown; choose gradients or inputs"
+        )
+    return source
 
 # %% ../../nbs/methods/02_projection.ipynb #85826003
-class Projection(Modification):
+class Projection(_Told):
     """Project gradients (or steps) off the input directions that earlier
     domains used.
 
@@ -104,562 +657,26 @@ class Projection(Modification):
             raise ValueError(
                 f"rank={rank} and energy={energy}: pass one of the two"
             )
-        self.rank = (
-            _positive("rank", rank)
-            if rank is not None or energy is not None or bases is not None
-            else 32
-        )
+        if rank is None and energy is None and bases is None:
+            rank = 32
+        self.rank = _positive("rank", rank)
         self.max_rank = _positive("max_rank", max_rank)
-        self.energy = (
-            None if energy is None else check_fraction("energy", energy)
-        )
-        if self.energy == 0.0:
-            raise ValueError(
-                "energy=0 protects nothing; pass a share in (0, 1], for example"
-                " 0.95"
-            )
-        self.importance = (
-            None
-            if importance is None
-            else check_fraction("importance", importance, high=float("inf"))
-        )
+        self.energy = _share(energy)
+        a = importance
+        if a is not None:
+            a = check_fraction("importance", a, high=float("inf"))
+        self.importance = a
         self.every = _positive("every", every) or 1
         self.sketch_size = _positive("sketch_size", sketch_size)
-        if source not in ("gradients", "inputs"):
-            raise ValueError(
-                f"source={source!r} is unknown; choose gradients or inputs"
-            )
-        self.source, self.consolidate_every = (
-            source,
-            _positive("consolidate_every", consolidate_every),
-        )
+        self.source = _source(source)
+        every_so_many = _positive("consolidate_every", consolidate_every)
+        self.consolidate_every = every_so_many
         self.grows = self.rank is not None or self.energy is not None
-        self.needs_consolidate = (
-            self.grows and bases is None and consolidate_every is None
-        )
+        alone = bases is None and consolidate_every is None
+        self.needs_consolidate = self.grows and alone
         # not for subclasses that look at data themselves
         self.shards = self.grows or bool(bases)
-        self._hooks: list = []
-        self._measures = False  # was the overlap asked for in the last step?
         self._given = dict(bases or {})
-        self.bases: dict[str, Tensor] = {}  # name -> U (fan_in, r)
-        self.energies: dict[str, Tensor] = {}  # name -> (r,)
-        self.sketches: dict[str, Sketch] = {}
-        # gradients in the sketches; steps in this domain
-        self.fed = self.seen = 0
-        self._lam: dict[str, Tensor] = {}
-        # name -> (U, gU), within a step
-        self._C: dict[str, tuple[Tensor, Tensor]] = {}
-        self._of: Mapping[str, Tensor] | None = None
-
-    def __repr__(self) -> str:
-        given = {
-            "rank": self.rank,
-            "max_rank": self.max_rank,
-            "energy": self.energy,
-            "importance": self.importance,
-        }
-        inside = [f"{k}={v:g}" for k, v in given.items() if v is not None]
-        return f"Projection({', '.join(inside + [f'bases of {len(self._given)} tensors'] * bool(self._given))})"
-
-    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        super().attach(model, targets)
-        self.fed = self.seen = 0
         self.bases, self.energies, self.sketches = {}, {}, {}
-        targets = (
-            catchable(targets)
-            if self.source == "inputs" and self.grows
-            else targets
-        )
-        self.targets = targets
-        names = {id(p): n for n, p in model.named_parameters()}
-        given = {
-            key if isinstance(key, str) else names.get(id(key), "?"): U
-            for key, U in self._given.items()
-        }
-        if self._given and not self.grows:
-            self.targets = targets = {
-                n: t for n, t in targets.items() if n in given
-            }
-        for name, U in given.items():
-            if name not in targets:
-                raise ValueError(
-                    f"bases name {name!r}, which is not the weight of a linear"
-                    " or convolutional layer of the model; the layers are"
-                    f" {list(targets)[:5]}"
-                )
-            self._check_basis(targets[name], U)
-        for target in targets.values():
-            if (
-                target.named
-                and self.rank is not None
-                and self.rank > target.fan_in
-            ):
-                fan_in = target.fan_in
-                raise ValueError(
-                    f"rank={self.rank} exceeds fan_in={fan_in} of"
-                    f" {target.name!r}; pass rank<={fan_in}, or energy=0.95"
-                )
-        if not targets:
-            message = (
-                "nothing to protect: the model has no linear or convolutional"
-                " weight that include/exclude leave in"
-            )
-            warnings.warn(message, stacklevel=4)
-        split = {
-            name: shard_groups(name, target.param, target.transposed)
-            for name, target in targets.items()
-        }
-        self._groups = {name: over for name, over in split.items() if over}
-        for name, target in targets.items():
-            dtype = (
-                torch.float64
-                if target.param.dtype == torch.float64
-                else torch.float32
-            )
-            device = target.param.device
-            U = (
-                given.get(name, torch.zeros(target.fan_in, 0))
-                .detach()
-                .to(device=device, dtype=dtype)
-                .clone()
-            )
-            self.bases[name], self.energies[name] = (
-                U,
-                torch.ones(U.shape[1], dtype=dtype, device=device),
-            )
-            if self.grows:
-                self.sketches[name] = Sketch(
-                    target.fan_in, self._sketch_size(target), dtype, device
-                )
-            if U.shape[1] == target.fan_in:
-                self._warn_full(name)
-        self._refresh()
-        if self.source == "inputs" and self.grows:
-            self._catch_inputs()
-
-    def _catch_inputs(self) -> None:
-        """Feed the sketches from hooks on the layers, in training passes of
-        every `every`-th step.
-        """
-        self.detach()
-        for module in self.model.modules():
-            for name, target in self.targets.items():
-                if getattr(
-                    module, "weight", None
-                ) is target.param and not isinstance(
-                    module, (nn.Embedding, nn.EmbeddingBag)
-                ):
-                    here = Target(name, target.param, module, target.transposed)
-                    self._hooks.append(
-                        module.register_forward_pre_hook(
-                            _InputHook(self, here), with_kwargs=True
-                        )
-                    )
-
-    def detach(self) -> None:
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks = []
-
-    def _check_basis(self, target: Target, U: Tensor) -> None:
-        name, fan_in, shape = target.name, target.fan_in, tuple(U.shape)
-        if U.ndim != 2 or U.shape[0] != fan_in or U.shape[1] > fan_in:
-            raise ValueError(
-                f"the basis of {name!r} has shape {shape}; it must be (fan_in,"
-                f" r) = ({fan_in}, r) with r <= fan_in"
-            )
-        gram = U.double().mT @ U.double()
-        error = (
-            float(
-                (
-                    gram
-                    - torch.eye(len(gram), dtype=torch.float64, device=U.device)
-                )
-                .abs()
-                .max()
-            )
-            if len(gram)
-            else 0.0
-        )
-        if not error < 1e-4:
-            raise ValueError(
-                f"the basis of {name!r} is not orthonormal (error of UᵀU"
-                f" {error:.2g}); pass torch.linalg.qr(U).Q"
-            )
-
-    def cap(self, target: Target) -> int:
-        "The most directions that a layer may protect."
-        return min(self.max_rank or max(target.fan_in // 2, 1), target.fan_in)
-
-    def _sketch_size(self, target: Target) -> int:
-        wanted = self.sketch_size or (
-            2 * self.rank if self.rank else self.cap(target)
-        )
-        return max(
-            1,
-            min(
-                wanted,
-                (
-                    target.fan_in
-                    if self.sketch_size
-                    else max(self.cap(target), self.rank or 1)
-                ),
-            ),
-        )
-
-    def _refresh(self) -> None:
-        "Importances follow the energies."
-        self._lam = (
-            {}
-            if self.importance is None
-            else {
-                n: importances(e, self.importance)
-                for n, e in self.energies.items()
-            }
-        )
-
-    def _warn_full(self, name: str) -> None:
-        fan_in = self.targets[name].fan_in
-        message = (
-            f"the basis of {name!r} spans all of fan_in={fan_in}: at full"
-            " strength this layer cannot learn; lower rank or max_rank"
-        )
-        warnings.warn(message, stacklevel=5)
-
-    # -- the step
-
-    def edited(self) -> Collection[str]:
-        return [name for name, U in self.bases.items() if U.shape[1]]
-
-    def feeds(self) -> bool:
-        "Does this step feed the sketches?"
-        return self.grows and self.seen % self.every == 0
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        if self.feeds() and self.source == "gradients":
-            fed = [name for name in self.sketches if name in grads]
-            norms = as_vectors(grads).square_norms(fed) if fed else ()
-            for name, energy in zip(fed, norms):
-                self.sketches[name].update(
-                    self.targets[name].matrix(grads[name]), energy
-                )
-            self.fed += bool(fed)
-        self.seen += 1
-
-    def _look(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "x U for every protected tensor, made once in a step."
-        vectors = as_vectors(vectors)
-        if self._of is not vectors:
-            self._C, self._of = {}, vectors
-        names = [
-            n for n in self.bases if n in vectors and self.bases[n].shape[1]
-        ]
-        missing = [
-            n
-            for n in names
-            if n not in self._C or self._C[n][0] is not self.bases[n]
-        ]
-        # they are there already: equal small ones in one product
-        if missing and not vectors.made:
-            odd = lambda n, x: (
-                self.targets[n].transposed or x.dtype != self.bases[n].dtype
-            )
-            agree = lambda n, x: n if odd(n, x) else self.bases[n].shape
-            grouped, missing = stacks({n: vectors[n] for n in missing}, agree)
-            for some in grouped:
-                # (n, out, r)
-                C = torch.stack([vectors[n] for n in some]) @ torch.stack(
-                    [self.bases[n] for n in some]
-                )
-                self._C |= {
-                    n: (self.bases[n], part)
-                    for n, part in zip(some, C.unbind())
-                }
-        for n in missing:
-            self._C[n] = (self.bases[n], self._components(n, vectors[n]))
-            if self._measures:
-                vectors.remember(n)  # now, while the gradient is in the cache
-        return {n: self._C[n][1] for n in names}
-
-    def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # a NaN or infinity in a row of g is one in that row of g U
-        components = self._look(grads)
-        # the overlap takes each ‖g‖² anyway, and the router finds it
-        return {} if self._measures else components
-
-    def begin(
-        self, vectors: Mapping[str, Tensor], overlap: bool
-    ) -> Tensor | None:
-        self._measures = overlap
-        if self._of is not vectors:
-            self._C, self._of = {}, vectors
-        if not overlap:
-            return None
-        components = self._look(vectors)
-        if not components:
-            return None
-        names = list(components)
-        squared = square_norms(
-            list(components.values()), components[names[0]].dtype
-        )
-        parts = dict(zip(names, squared.unbind())) if self._groups else None
-        wholes = as_vectors(vectors).square_norms(names)
-        inside = squared.sum() if parts is None else total(parts, self._groups)
-        whole = (
-            wholes.sum()
-            if parts is None
-            else total(dict(zip(names, wholes)), self._groups)
-        )
-        share = torch.where(
-            whole > 0,
-            inside / whole.clamp_min(torch.finfo(whole.dtype).tiny),
-            torch.zeros_like(whole),
-        )
-        # energies beyond the largest number: count as all
-        return share.nan_to_num(1.0).clamp(0, 1)
-
-    def _components(self, name: str, x: Tensor) -> Tensor:
-        U = self.bases[name]
-        # (out, fan_in) @ (fan_in, r) -> (out, r)
-        return self.targets[name].matrix(x).to(U.dtype) @ U
-
-    def edit(self, name: str, x: Tensor) -> Edit | None:
-        U = self.bases.get(name)
-        if U is None or not U.shape[1]:
-            return None
-        kept = self._C.get(name)
-        C = (
-            kept[1]
-            if kept is not None and kept[0] is U
-            else self._components(name, x)
-        )
-        return LowRank(
-            C * self._lam[name] if name in self._lam else C,
-            U,
-            self.targets[name].transposed,
-        )
-
-    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
-        self._C, self._of = {}, None
-        if (
-            grads is not None
-            and self.consolidate_every
-            and self.seen >= self.consolidate_every
-            and self.fed
-        ):
-            self.consolidate()
-            if self.group is not None:
-                self.share()
-
-    # -- the boundary
-
-    def _fed_over(self, name: str) -> tuple:
-        "The groups of processes over which a sketch is a sum."
-        return (
-            data_groups(self.targets[name].param, self.group)
-            if self.source == "inputs"
-            else self._groups.get(name, ())
-        )
-
-    def _gather(self) -> dict[str, dict]:
-        """The sketches' sums over all processes that hold other rows or, for
-        inputs, other data.
-        """
-        over = {n: self._fed_over(n) for n in self.sketches}
-        kinds: dict[tuple, list[str]] = {}
-        for name in self.sketches:
-            kinds.setdefault(
-                (over[name], self.sketches[name].sums.dtype), []
-            ).append(name)
-        state = {
-            name: sketch.state_dict() for name, sketch in self.sketches.items()
-        }
-        for (groups, _), names in kinds.items():
-            if groups:  # one reduction for all layers
-                parts = [state[n]["sums"].flatten() for n in names]
-                sums, energies = (
-                    sum_over(torch.cat(parts), groups),
-                    sum_over(
-                        torch.stack([state[n]["energy"] for n in names]), groups
-                    ),
-                )
-                for n, part, energy in zip(
-                    names, sums.split([len(x) for x in parts]), energies
-                ):
-                    state[n] = {
-                        "sums": part.view_as(state[n]["sums"]),
-                        "energy": energy.clone(),
-                    }
-        return state
-
-    def consolidate(self) -> dict:
-        if not self.grows:
-            return self._report({})
-        if not self.fed:
-            raise ValueError(
-                "consolidate() came before any optimizer step of this domain,"
-                " so there is nothing to protect yet; train first"
-            )
-        for name, state in (
-            self._gather() if self._groups or self.group is not None else {}
-        ).items():
-            self.sketches[name].load_state_dict(state)
-        growths = {}
-        for name, sketch in self.sketches.items():
-            if not bool(sketch.energy.isfinite()):
-                for each in self.sketches.values():
-                    each.clear()
-                self.fed = self.seen = 0
-                raise ValueError(
-                    f"the sketch of {name!r} has taken in NaN or infinite"
-                    f" {self.source}; this domain's sketches were emptied."
-                    " Train on before the next consolidate(), and leave"
-                    " check_finite=True to find the step"
-                )
-            target = self.targets[name]
-            growths[name] = grow(
-                self.bases[name], self.energies[name], sketch.root(), rank=self.rank, threshold=self.energy,
-                max_rank=self.cap(target), total=float(sketch.energy),
-            )  # fmt: skip
-        for name, growth in growths.items():
-            self.bases[name], self.energies[name] = growth.U, growth.energy
-            self.sketches[name].clear()
-            if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
-                self._warn_full(name)
         self.fed = self.seen = 0
-        self._refresh()
-        return self._report(growths)
-
-    def _report(self, growths: Mapping) -> dict:
-        layers = {}
-        for name, U in self.bases.items():
-            layers[name] = {"rank": U.shape[1], "fan_in": U.shape[0]}
-            if name in growths:
-                layers[name] |= {
-                    "added": growths[name].added,
-                    "captured": growths[name].captured,
-                    "lost": growths[name].lost,
-                }
-        total = sum(U.shape[0] for U in self.bases.values())
-        return {
-            "layers": layers,
-            "rank_fraction": (
-                sum(U.shape[1] for U in self.bases.values()) / total
-                if total
-                else 0.0
-            ),
-        }
-
-    def share(self) -> None:
-        kept = {
-            "bases": self.bases,
-            "energies": self.energies,
-            "lam": self._lam,
-        }
-        for tensors in kept.values():
-            tensors.update(same_everywhere(tensors, self.group))
-
-    # -- state
-
-    def state_dict(self) -> dict:
-        """Every process must call it if parameters are sharded or inputs are
-        sketched: the sketches are summed over processes.
-        """
-        return {
-            "bases": {n: U.clone() for n, U in self.bases.items()},
-            "energies": {n: e.clone() for n, e in self.energies.items()},
-            "sketches": self._gather(),
-            "fed": self.fed,
-            "seen": self.seen,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, U in self.bases.items():
-            saved = state["bases"].get(name)
-            if saved is None or saved.shape[0] != U.shape[0]:
-                raise ValueError(
-                    f"the state protects {sorted(state['bases'])[:3]}..., but"
-                    f" this model needs a basis with fan_in={U.shape[0]} for"
-                    f" {name!r}; load it into the model it was saved from"
-                )
-        for name in state["bases"]:
-            if name not in self.bases:
-                way_out = "make it with the same include and exclude"
-                raise ValueError(
-                    f"the state protects {name!r}, which this router leaves"
-                    f" out; {way_out}"
-                )
-        for name in self.sketches:
-            if (
-                name not in state["sketches"]
-                or state["sketches"][name]["sums"].shape
-                != self.sketches[name].sums.shape
-            ):
-                settings = "rank, max_rank and sketch_size"
-                raise ValueError(
-                    f"the state's sketch of {name!r} has another size; make the"
-                    f" Projection with the same {settings}"
-                )
-        for name, U in self.bases.items():
-            self.bases[name] = state["bases"][name].to(U, copy=True)
-            self.energies[name] = state["energies"][name].to(U, copy=True)
-        for name, sketch in self.sketches.items():
-            sketch.load_state_dict(state["sketches"][name])
-            # the sum is kept by the first process
-            if any(group.rank() for group in self._fed_over(name)):
-                sketch.clear()
-        self.fed, self.seen = state["fed"], state["seen"]
-        self._refresh()
-
-    def memory(self) -> int:
-        probes = {
-            id(s.probe): s.probe
-            for s in self.sketches.values()
-            if s.probe is not None
-        }
-        kept = [*self.bases.values(), *self.energies.values(), *probes.values()]
-        return sum(x.numel() * x.element_size() for x in kept) + sum(
-            s.memory() for s in self.sketches.values()
-        )
-
-    def summary_lines(self) -> list[str]:
-        "One line per layer, for the router's summary."
-        width = max([len(n) for n in self.bases], default=0)
-        line = "  {:{width}}  fan_in {:5}  protected {:4}  cap {:5}"
-        return [
-            line.format(n, *U.shape, self.cap(self.targets[n]), width=width)
-            for n, U in self.bases.items()
-        ]
-
-
-class _InputHook:
-    "Feeds a layer's inputs to its sketch; copied and pickled with the model."
-
-    def __init__(self, projection: Projection, target: Target):
-        self.projection, self.target = projection, target
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        projection = self.projection
-        if not (
-            projection.feeds() and module.training and torch.is_grad_enabled()
-        ):
-            return
-        x = args[0] if args else next(iter(kwargs.values()))
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            projection.sketches[self.target.name].update(
-                input_rows(self.target, local(x.detach()))
-            )
-        projection.fed = 1
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    "Return the whole number, or raise a ValueError that names it."
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or value < 1
-    ):
-        raise ValueError(
-            f"{name}={value!r} is not a positive whole number; pass for example"
-            f" {name}=32"
-        )
-    return value
+        self._lam, self._groups, self._hooks, self._C = {}, {}, [], {}

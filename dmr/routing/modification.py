@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm', 'square_norms',
-           'Target', 'matches', 'find_targets', 'Modification', 'Nothing', 'share_of', 'squared_cosine']
+           'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Modification', 'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -198,7 +198,7 @@ class Target:
 # %% ../../nbs/routing/01_modification.ipynb #7fe38079
 def _input_weights(
     module: nn.Module,
-) -> list[tuple[nn.Parameter | None, bool]]:  # weight, is it transposed?
+) -> list[tuple[Any, bool]]:  # weight (or None), is it transposed?
     "The weights of this module, not of its children, that have an input side."
     if isinstance(module, nn.Linear):
         # a flat shard of a weight is no matrix
@@ -210,7 +210,7 @@ def _input_weights(
         parts = ("in_proj", "q_proj", "k_proj", "v_proj")
         return [(getattr(module, f"{part}_weight"), False) for part in parts]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return [(module.weight, True)]  # type: ignore[list-item]
+        return [(module.weight, True)]
     return []
 
 # %% ../../nbs/routing/01_modification.ipynb #816669e2
@@ -290,6 +290,29 @@ def find_targets(
             )
     return {name: found[name] for name in order if name in found}
 
+# %% ../../nbs/routing/01_modification.ipynb #cdcdce4f
+def share_of(
+    part: Tensor,  # 0-dim, >= 0
+    whole: Tensor,  # 0-dim, >= part up to rounding
+) -> Tensor:  # 0-dim
+    "part / whole, and 0 where the whole is 0: no transfer to the host."
+    quotient = part / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    return torch.where(whole > 0, quotient, torch.zeros_like(whole))
+
+
+def squared_cosine(
+    # (g, e) for each tensor, of equal shapes
+    pairs: list[tuple[Tensor, Tensor]],
+) -> Tensor:  # 0-dim, in [0, 1]
+    "cos² of the angle between two vectors given in pieces; 0 if either is 0."
+    wide = lambda x: x if x.dtype == torch.float64 else x.float()
+    gg = torch.stack([wide(g).square().sum() for g, _ in pairs]).sum()
+    ee = torch.stack([wide(e).square().sum() for _, e in pairs]).sum()
+    ge = torch.stack(
+        [(g.to(gg.dtype) * e.to(gg.dtype)).sum() for g, e in pairs]
+    ).sum()
+    return share_of(ge.square(), gg * ee).clamp(0, 1)
+
 # %% ../../nbs/routing/01_modification.ipynb #c36f0957
 class _OptionalSetup:
     "Optional parts of a modification outside the step, with empty defaults."
@@ -319,7 +342,19 @@ class _OptionalSetup:
         "Lines for the router's summary, such as one a layer."
         return []
 
-# %% ../../nbs/routing/01_modification.ipynb #e1947cd1
+# %% ../../nbs/routing/01_modification.ipynb #949a771e
+def _overlap(
+    vectors: Mapping[str, Tensor],  # all gradients
+    edit: Callable[[str, Tensor], Edit | None],
+) -> Tensor | None:  # 0-dim, in [0, 1]; None: there are no gradients
+    "cos² of the gradient with its edit."
+    pairs = []
+    for name, x in vectors.items():
+        d = edit(name, x)
+        pairs.append((x, torch.zeros_like(x) if d is None else d.dense(x)))
+    return squared_cosine(pairs) if pairs else None
+
+# %% ../../nbs/routing/01_modification.ipynb #5724979a
 class _OptionalStep:
     "Optional parts of a modification within a step, with empty defaults."
 
@@ -338,6 +373,9 @@ class _OptionalStep:
         """Look at all tensors before the first edit, and forget what an
         earlier look kept. Under displacement it comes twice a step.
         """
+        return _overlap(vectors, self.edit) if overlap else None
+
+    def edit(self, name: str, x: Tensor) -> Edit | None:
         return None
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
@@ -360,13 +398,16 @@ class _State:
         "Bytes kept between steps."
         return 0
 
-# %% ../../nbs/routing/01_modification.ipynb #069c62ec
+# %% ../../nbs/routing/01_modification.ipynb #8f79b48d
 class Modification(_State, _OptionalSetup, _OptionalStep):
     """What a method takes away from the gradient: d = g - g̃ at full strength.
 
     Subclass it and define `edit`; everything else has a default. See the
     guide "Your own method".
     """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def edit(self, name: str, x: Tensor) -> Edit | None:
         """d for the gradient (or step) `x` of the parameter `name`; None:
@@ -401,26 +442,3 @@ class Nothing(Modification):
 
     def __repr__(self) -> str:
         return "None"
-
-# %% ../../nbs/routing/01_modification.ipynb #cdcdce4f
-def share_of(
-    part: Tensor,  # 0-dim, >= 0
-    whole: Tensor,  # 0-dim, >= part up to rounding
-) -> Tensor:  # 0-dim
-    "part / whole, and 0 where the whole is 0: no transfer to the host."
-    quotient = part / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-    return torch.where(whole > 0, quotient, torch.zeros_like(whole))
-
-
-def squared_cosine(
-    # (g, e) for each tensor, of equal shapes
-    pairs: list[tuple[Tensor, Tensor]],
-) -> Tensor:  # 0-dim, in [0, 1]
-    "cos² of the angle between two vectors given in pieces; 0 if either is 0."
-    wide = lambda x: x if x.dtype == torch.float64 else x.float()
-    gg = torch.stack([wide(g).square().sum() for g, _ in pairs]).sum()
-    ee = torch.stack([wide(e).square().sum() for _, e in pairs]).sum()
-    ge = torch.stack(
-        [(g.to(gg.dtype) * e.to(gg.dtype)).sum() for g, e in pairs]
-    ).sum()
-    return share_of(ge.square(), gg * ee).clamp(0, 1)

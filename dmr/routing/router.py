@@ -136,28 +136,28 @@ def _remind(
             stacklevel=7,
         )
 
-# %% ../../nbs/routing/08_router.ipynb #df0088d6
+# %% ../../nbs/routing/08_router.ipynb #bb57f717
 class _Hooked(Trained):
     "Two hooks around an optimizer's step, with a step in flight between them."
 
     modification: Modification
     group: Any = None  # processes with copies of the model
+    _before: Callable[[], None]  # what is done before torch's step
+    _finish: Callable[[Step], None]  # and after it
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
         super().__init__(model, optimizer)
         self._handles: list = []
         self._flight: Step | None = None
-        named = self.model.named_parameters()
-        rows = {name: shard_groups(name, p) for name, p in named}
-        self.groups = {name: over for name, over in rows.items() if over}
+        rows = {p: shard_groups(n, p) for p, n in self.names.items()}
+        self.groups = {self.names[p]: at for p, at in rows.items() if at}
 
     def _attach(self) -> None:
         before = torch.compiler.disable(self._before_step)
         after = torch.compiler.disable(self._after_step)
         before.router = self
-        before_handle = self.optimizer.register_step_pre_hook(before)
-        after_handle = self.optimizer.register_step_post_hook(after)
-        self._handles = [before_handle, after_handle]
+        first = self.optimizer.register_step_pre_hook(before)
+        self._handles = [first, self.optimizer.register_step_post_hook(after)]
 
     def _before_step(self, _: Any, args: tuple, kwargs: dict) -> Any:
         return _after_closure(args, kwargs, self._before)
@@ -483,14 +483,14 @@ class Described(Restored):
             f" strength={self.strength!r})"
         )
 
-# %% ../../nbs/routing/08_router.ipynb #b671d75a
+# %% ../../nbs/routing/08_router.ipynb #5aace75d
 def _as_strength(strength: Strength | float | None) -> Strength:
     "A strength: a number is a fixed one, None is all."
     if isinstance(strength, Strength):
         return strength
     return Fixed(1.0 if strength is None else strength)
 
-
+# %% ../../nbs/routing/08_router.ipynb #40411d10
 def _as_modification(modification: Modification | None) -> Modification:
     "A modification that no other router uses; None edits nothing."
     if modification is None:

@@ -76,8 +76,12 @@ def inputs():
 
 
 CASES = [pytest.param(cls, kwargs, id=name) for cls, kwargs, name in inputs()]
-ROUTED = [pytest.param(*case.values, routing, id=f"{case.id}-{routing}") for case in CASES for routing in ROUTINGS
-          if means_something(*case.values, routing)]  # fmt: skip
+ROUTED = [
+    pytest.param(*case.values, routing, id=f"{case.id}-{routing}")
+    for case in CASES
+    for routing in ROUTINGS
+    if means_something(*case.values, routing)
+]
 PLAIN_FORM = [case for case in ROUTED if case.id.split("-")[-2] == "loop"]
 
 
@@ -368,10 +372,13 @@ def test_schedulers_run_as_they_do_without_a_router(routing):
         # cycles betas, too
         lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
         lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
-        lambda o: torch.optim.lr_scheduler.ChainedScheduler([
-            torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)
-        ]),
-    ]  # fmt: skip
+        lambda o: torch.optim.lr_scheduler.ChainedScheduler(
+            [
+                torch.optim.lr_scheduler.LinearLR(o),
+                torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+            ]
+        ),
+    ]
     for which, make in enumerate(makers):
         for attached in (False, True):
             net = model()
