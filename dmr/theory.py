@@ -437,7 +437,7 @@ def rate_match(
     inflation: ArrayLike,  # (...,) R of each coordinate, > 0
     # (...,) squared decoupled step of each coordinate; default: equal
     energy: ArrayLike | None = None,
-    # c, the factor for shared routing's learning rate; the cosine between the two
+    # c, the factor for shared routing's learning rate; their cosine
     # steps
 ) -> tuple[float, float]:
     """Match shared routing's rate to decoupled routing's, and say how far apart

@@ -337,7 +337,6 @@ class NSCL(_NullSpace):
     `samples` examples and one eigendecomposition per layer.
     """
 
-    native_routing = "displacement"
 
     def __init__(
         self,

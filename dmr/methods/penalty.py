@@ -337,7 +337,9 @@ class _FollowsPath(Penalty):
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         before, self._before = self._before, {}
-        for name, old in before.items() if grads is not None else ():
+        if grads is None:
+            return
+        for name, old in before.items():
             moved = self._params[name].detach().to(old) - old
             self.path[name].addcmul_(grads[name].to(old), moved, value=-1)
 

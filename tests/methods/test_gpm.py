@@ -137,7 +137,7 @@ def test_nscl_projects_adams_step_on_the_null_space(normalise):
         layer,
         torch.optim.Adam(layer.parameters(), lr=1e-2),
         nscl,
-        nscl.native_routing,
+        "displacement",
     )
     for x, y in zip(domains, targets):
         batch = (torch.tensor(x), torch.tensor(y))

@@ -286,7 +286,8 @@ def interpolation_and_its_state():
         router.load_state_dict(state)
         again = router.state_dict()
         for name, x in state["consolidation"]["before"].items():
-            assert torch.equal(x, again["consolidation"]["before"][name]) and x.shape == dict(model.named_parameters())[name].shape
+            assert torch.equal(x, again["consolidation"]["before"][name])
+            assert x.shape == dict(model.named_parameters())[name].shape
     for a, b in zip(results[False], results[True]):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
