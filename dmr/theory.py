@@ -437,8 +437,8 @@ def rate_match(
     inflation: ArrayLike,  # (...,) R of each coordinate, > 0
     # (...,) squared decoupled step of each coordinate; default: equal
     energy: ArrayLike | None = None,
-    # c, the factor for shared routing's learning rate; their cosine
-    # steps
+    # c, the factor for shared routing's learning rate; the cosine between the
+    # two steps
 ) -> tuple[float, float]:
     """Match shared routing's rate to decoupled routing's, and say how far apart
     the steps still point.
@@ -446,12 +446,8 @@ def rate_match(
     Raises ValueError for an inflation that is not positive and finite,
     negative energy, or shapes that differ.
     """
-    R = np.asarray(inflation, dtype=np.float64)
-    e = (
-        np.ones_like(R)
-        if energy is None
-        else np.asarray(energy, dtype=np.float64)
-    )
+    R = _array(inflation)
+    e = np.ones_like(R) if energy is None else _array(energy)
     if R.shape != e.shape or R.size == 0:
         raise ValueError(
             f"inflation {R.shape} and energy {e.shape} must have one, non-empty"
@@ -483,11 +479,7 @@ def step_norms(
     unknown routing or a direction without gradient.
     """
     basis_moments(cov, basis)
-    a, C, U = (
-        float(_strength(alpha)),
-        np.asarray(cov, dtype=np.float64),
-        np.asarray(basis, dtype=np.float64),
-    )
+    a, C, U = float(_strength(alpha)), _array(cov), _array(basis)
     C = np.diag(C) if C.ndim == 1 else C
     if not 0 <= beta1 < 1:
         raise ValueError(f"beta1={beta1}: must lie in [0, 1)")
@@ -511,9 +503,8 @@ def step_norms(
         )
     L = T @ np.diag(v**-0.5) @ F
     cov_u = (1 - beta1) / (1 + beta1) * rows * L @ C @ L.T
-    return float(np.sqrt(np.trace(cov_u))), float(
-        np.sqrt(np.trace(U.T @ cov_u @ U))
-    )
+    inside = np.trace(U.T @ cov_u @ U)
+    return float(np.sqrt(np.trace(cov_u))), float(np.sqrt(inside))
 
 # %% ../nbs/why/06_leak.ipynb #88968895
 def step_bound(
@@ -551,12 +542,12 @@ def overlap_strength(
 
     Raises ValueError for an overlap or alpha_max outside [0, 1].
     """
-    s = np.asarray(overlap, dtype=np.float64)
+    s = _array(overlap)
     if not np.all((s >= 0) & (s <= 1)):
         raise ValueError(f"overlap={overlap!r}: must lie in [0, 1]")
     return _strength(alpha_max) * (1 - s)
 
-# %% ../nbs/why/08_strength_law.ipynb #0aa075b1
+# %% ../nbs/why/08_strength_law.ipynb #02a06f9d
 def tradeoff_strength(
     # w·η·h: weight of the old loss × learning rate × its curvature in the
     # subspace, ≥ 0
@@ -567,12 +558,12 @@ def tradeoff_strength(
 
     Raises ValueError for negative harm.
     """
-    x = np.asarray(harm, dtype=np.float64)
+    x = _array(harm)
     if not np.all(x >= 0):
         raise ValueError(f"harm={harm!r}: must not be negative")
     return 1 - 1 / np.maximum(x, 1.0)
 
-
+# %% ../nbs/why/08_strength_law.ipynb #dedb6a22
 def budget_strength(
     overlap: ArrayLike,  # s, in [0, 1]
     # B ≥ 0: share of the gradient's energy that may pass in the subspace
@@ -583,17 +574,14 @@ def budget_strength(
 
     Raises ValueError for an overlap outside [0, 1] or a negative budget.
     """
-    s, B = (
-        np.asarray(overlap, dtype=np.float64),
-        np.asarray(budget, dtype=np.float64),
-    )
+    s, B = _array(overlap), _array(budget)
     if not np.all((s >= 0) & (s <= 1)):
         raise ValueError(f"overlap={overlap!r}: must lie in [0, 1]")
     if not np.all(B >= 0):
         raise ValueError(f"budget={budget!r}: must not be negative")
     return 1 - np.sqrt(np.where(s > B, B, 1.0) / np.where(s > B, s, 1.0))
 
-
+# %% ../nbs/why/08_strength_law.ipynb #0aa075b1
 def conflict_strength(
     # ⟨r, g⟩, of the raw gradient with a reference gradient of the old loss
     agreement: ArrayLike,
@@ -606,17 +594,9 @@ def conflict_strength(
 
     Raises ValueError for NaN.
     """
-    total, inside = (
-        np.asarray(agreement, dtype=np.float64),
-        np.asarray(protected_agreement, dtype=np.float64),
-    )
+    total, inside = _array(agreement), _array(protected_agreement)
     if np.any(np.isnan(total)) or np.any(np.isnan(inside)):
         raise ValueError("agreement is NaN: check the gradients")
     helps = (total < 0) & (inside < 0)
-    return np.where(
-        helps,
-        np.clip(
-            np.where(helps, total, 0.0) / np.where(helps, inside, -1.0), 0, 1
-        ),
-        0.0,
-    )
+    ratio = np.where(helps, total, 0.0) / np.where(helps, inside, -1.0)
+    return np.where(helps, np.clip(ratio, 0, 1), 0.0)
