@@ -398,12 +398,11 @@ class _State:
         "Bytes kept between steps."
         return 0
 
-# %% ../../nbs/routing/01_modification.ipynb #8f79b48d
+# %% ../../nbs/routing/01_modification.ipynb #8779597d
 class Modification(_State, _OptionalSetup, _OptionalStep):
     """What a method takes away from the gradient: d = g - g̃ at full strength.
 
-    Subclass it and define `edit`; everything else has a default. See the
-    guide "Your own method".
+    Subclass it and define `edit`; see the guide "Your own method".
     """
 
     def __repr__(self) -> str:
