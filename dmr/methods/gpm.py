@@ -286,7 +286,7 @@ class _Covariances(InputProjection):
         kept = sum(m.matrix.nbytes for m in self.moments.values())
         return super().memory() + kept
 
-# %% ../../nbs/methods/05_gpm.ipynb #195155dc
+# %% ../../nbs/methods/05_gpm.ipynb #ee15eaa0
 class _NullSpace(_Covariances):
     "Protects all but the null space of what the covariances say."
 
@@ -326,7 +326,7 @@ class _NullSpace(_Covariances):
             report["layers"][name] |= free
         return report
 
-# %% ../../nbs/methods/05_gpm.ipynb #c834c718
+# %% ../../nbs/methods/05_gpm.ipynb #fd90f9fd
 class NSCL(_NullSpace):
     """Adam-NSCL: project steps on the approximate null space of the past
     inputs' covariance. Native routing: displacement.
@@ -336,7 +336,6 @@ class NSCL(_NullSpace):
     sample. A step costs two thin products per layer, a boundary the model on
     `samples` examples and one eigendecomposition per layer.
     """
-
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from dmr.methods.examples import (
     gradients_of,
     scalar_of,
 )
-from ..routing.modification import Dense, Modification, Target
+from ..routing.modification import Dense, Modification, Target, share_of
 from ..routing.sharding import same_everywhere
 from ..routing.strength import check_fraction
 
@@ -141,16 +141,7 @@ def _components(
     ]
     return torch.stack(parts).sum(0) if parts else V.new_zeros(len(V))
 
-# %% ../../nbs/methods/06_ogd.ipynb #2d987a6e
-def _energy_share(
-    inside: Tensor,  # energy in the span, 0-dim
-    whole: Tensor,  # energy of the vector, 0-dim
-) -> Tensor:  # 0-dim, in [0, 1]
-    "inside / whole, and 0 for a vector of zeros."
-    share = inside / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-    return torch.where(whole > 0, share, torch.zeros_like(share)).clamp(0, 1)
-
-# %% ../../nbs/methods/06_ogd.ipynb #356b83b2
+# %% ../../nbs/methods/06_ogd.ipynb #ec009742
 class _TakesOutSpan(_Vectors):
     "In a step: g̃ = g - Vᵀ V g."
 
@@ -167,7 +158,7 @@ class _TakesOutSpan(_Vectors):
             return None
         squares = [x.to(self.V).square().sum() for x in vectors.values()]
         whole = torch.stack(squares).sum()
-        return _energy_share(self._along.square().sum(), whole)
+        return share_of(self._along.square().sum(), whole).clamp(0, 1)
 
     def edit(self, name: str, x: Tensor) -> Dense | None:
         if name not in self._places or self._along is None:

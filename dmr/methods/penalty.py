@@ -131,7 +131,7 @@ class _Importances(_ByParameter):
             tensors.update(same_everywhere(tensors, self.group))
         self.refresh()
 
-# %% ../../nbs/methods/08_penalty.ipynb #1ed57414
+# %% ../../nbs/methods/08_penalty.ipynb #06708592
 class _Forms(_Importances):
     "In a step: the two forms of using importances."
 
@@ -312,7 +312,7 @@ def add_path(
     "[Ω + ω / (moved² + ξ)]₊."
     return (omega + path / (moved.square() + xi)).clamp_min(0)
 
-# %% ../../nbs/methods/08_penalty.ipynb #94935cc3
+# %% ../../nbs/methods/08_penalty.ipynb #95b0af7f
 def _wide(p: Tensor) -> Tensor:
     "A copy in at least float32."
     dtype = torch.promote_types(p.dtype, torch.float32)
@@ -337,7 +337,7 @@ class _FollowsPath(Penalty):
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         before, self._before = self._before, {}
-        if grads is None:
+        if grads is None:  # no step was taken
             return
         for name, old in before.items():
             moved = self._params[name].detach().to(old) - old

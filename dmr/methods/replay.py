@@ -115,7 +115,7 @@ def _reservoir_size(
         )
     return max(1, round((fraction or 0.0) * total))
 
-# %% ../../nbs/methods/09_replay.ipynb #8aa403ab
+# %% ../../nbs/methods/09_replay.ipynb #ba5ec1b3
 class _Replays(Modification):
     "Keeps a buffer, and fills it."
 
@@ -177,7 +177,7 @@ def _check_gradients(
                 " observed"
             )
 
-# %% ../../nbs/methods/09_replay.ipynb #ccb2818f
+# %% ../../nbs/methods/09_replay.ipynb #b6113e3e
 class _ReplayedGradient(_Replays):
     "In a step: the gradient on examples from the buffer."
 
