@@ -178,27 +178,6 @@ def _closing_html(
         return footer("freshness stale", f"{text}. {changed}")
     return footer("freshness", text)
 
-# %% ../../nbs/making/19_pages.ipynb #d8fa05f3
-_CLAIM = re.compile(r"^(### C\d+: .+\n)((?:(?!^#{1,3} ).*\n?)*)", re.M)
-
-
-def _box_claims(
-    text: str,  # Markdown of an output
-) -> str:
-    """Put each claim, from its heading `### C1: …` to the next, into a box with
-    its verdict, the bold line of the text.
-    """
-
-    def box(found: re.Match[str]) -> str:
-        verdict = re.search(r"^\*\*([^*]+)\*\*$", found[2], re.M)
-        word = html.escape(verdict[1]) if verdict else ""
-        return (
-            f'{found[1]}\n<div class="claim boxed"'
-            f' data-verdict="{word}">\n\n{found[2].strip()}\n\n</div>\n\n'
-        )
-
-    return _CLAIM.sub(box, text)
-
 # %% ../../nbs/making/19_pages.ipynb #faa51519
 _TITLE = re.compile(
     r"^# +.+\n*(?:\s*(?:> *.*\n?)+)?(?:\s*- skip_\w+: .*\n?)*", re.M
@@ -261,7 +240,7 @@ def _other_output(
         style = re.compile(r"<style\b.*?</style>", re.S)
         data = {"text/html": style.sub("", data["text/html"])}
     elif "text/markdown" in data:
-        text = _box_claims(_linked_text(data["text/markdown"], chapter, book))
+        text = _linked_text(data["text/markdown"], chapter, book)
         data = {"text/markdown": text}
     elif set(data) == {"application/vnd.dmr.result+json"}:
         return []
