@@ -84,11 +84,6 @@ class AGEM(ReplayMix):
             else Dense(g_r * self._remove.to(g_r))
         )
 
-    def end(self) -> None:
-        """The reference gradient stays until the step is over: under
-        displacement it is compared with the step too.
-        """
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        super().end(grads)
         self._remove = None
-
-    def after_step(self, vectors: Mapping[str, Tensor]) -> None:
-        self._g = {}

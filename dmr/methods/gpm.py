@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -312,8 +312,10 @@ class NSCL(InputProjection):
     def __repr__(self) -> str:
         return f"NSCL(ratio={self.ratio:g}, normalise={self.normalise})"
 
-    def active(self) -> bool:
-        return self.domains > 0 if self.normalise else super().active()
+    def edited(self) -> Collection[str]:
+        if not self.normalise:
+            return super().edited()
+        return self.bases if self.domains else ()
 
     def edit(self, name: str, x: Tensor) -> Edit | None:
         inside = super().edit(name, x)

@@ -5,7 +5,7 @@
 # %% ../../nbs/methods/06_ogd.ipynb #dd60a765
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -122,8 +122,8 @@ class OGD(Modification):
                 " or take a method that works layer by layer"
             )
 
-    def active(self) -> bool:
-        return len(self.V) > 0
+    def edited(self) -> Collection[str]:
+        return self._places if len(self.V) else ()
 
     def observe(self, batch: Any, total: int | None = None) -> None:
         self.sample.observe(batch)
@@ -161,7 +161,7 @@ class OGD(Modification):
             (self._along @ self.V[:, self._places[name]]).view_as(x).to(x.dtype)
         )
 
-    def end(self) -> None:
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         self._along = None
 
     def consolidate(self) -> dict:

@@ -5,7 +5,7 @@
 # %% ../../nbs/methods/08_penalty.ipynb #d4ca2a23
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -83,11 +83,8 @@ class Penalty(Modification):
             name: p for name, p in model.named_parameters() if p.requires_grad
         }
 
-    def active(self) -> bool:
-        return bool(self.importance)
-
-    def edited(self) -> set[str]:
-        return set(self.importance)
+    def edited(self) -> Collection[str]:
+        return self.importance
 
     def pull(self, name: str) -> Tensor:
         "∇penalty of one parameter: weight · Ω ⊙ (θ - θ*)."
@@ -403,10 +400,10 @@ class SI(Penalty):
             if name in self._params
         }
 
-    def after_step(self, vectors: Mapping[str, Tensor]) -> None:
-        for name, before in self._before.items():
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        for name, before in {} if grads is None else self._before.items():
             moved = self._params[name].detach().to(before) - before
-            self.path[name].addcmul_(vectors[name].to(before), moved, value=-1)
+            self.path[name].addcmul_(grads[name].to(before), moved, value=-1)
         self._before = {}
 
     def consolidate(self) -> dict:

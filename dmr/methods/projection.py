@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from dmr.routing.modification import (
     square_norms,
     stacks,
 )
+from ..routing.step import as_vectors
 from dmr.routing.sharding import (
     data_groups,
     local,
@@ -150,6 +151,7 @@ class Projection(Modification):
         self._lam: dict[str, Tensor] = {}
         # name -> (U, gU), within a step
         self._C: dict[str, tuple[Tensor, Tensor]] = {}
+        self._of: Mapping[str, Tensor] | None = None
 
     def __repr__(self) -> str:
         given = {
@@ -328,11 +330,8 @@ class Projection(Modification):
 
     # -- the step
 
-    def edited(self) -> set[str]:
-        return set(self.bases)
-
-    def active(self) -> bool:
-        return any(U.shape[1] for U in self.bases.values())
+    def edited(self) -> Collection[str]:
+        return [name for name, U in self.bases.items() if U.shape[1]]
 
     def feeds(self) -> bool:
         "Does this step feed the sketches?"
@@ -341,10 +340,8 @@ class Projection(Modification):
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         if self.feeds() and self.source == "gradients":
             fed = [name for name in self.sketches if name in grads]
-            norms = getattr(grads, "square_norms", None)
-            for name, energy in zip(
-                fed, norms(fed) if norms and fed else [None] * len(fed)
-            ):
+            norms = as_vectors(grads).square_norms(fed) if fed else ()
+            for name, energy in zip(fed, norms):
                 self.sketches[name].update(
                     self.targets[name].matrix(grads[name]), energy
                 )
@@ -353,6 +350,9 @@ class Projection(Modification):
 
     def _look(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "x U for every protected tensor, made once in a step."
+        vectors = as_vectors(vectors)
+        if self._of is not vectors:
+            self._C, self._of = {}, vectors
         names = [
             n for n in self.bases if n in vectors and self.bases[n].shape[1]
         ]
@@ -362,7 +362,7 @@ class Projection(Modification):
             if n not in self._C or self._C[n][0] is not self.bases[n]
         ]
         # they are there already: equal small ones in one product
-        if missing and not getattr(vectors, "made", False):
+        if missing and not vectors.made:
             odd = lambda n, x: (
                 self.targets[n].transposed or x.dtype != self.bases[n].dtype
             )
@@ -379,7 +379,7 @@ class Projection(Modification):
                 }
         for n in missing:
             self._C[n] = (self.bases[n], self._components(n, vectors[n]))
-            if self._measures and hasattr(vectors, "remember"):
+            if self._measures:
                 vectors.remember(n)  # now, while the gradient is in the cache
         return {n: self._C[n][1] for n in names}
 
@@ -393,6 +393,8 @@ class Projection(Modification):
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
         self._measures = overlap
+        if self._of is not vectors:
+            self._C, self._of = {}, vectors
         if not overlap:
             return None
         components = self._look(vectors)
@@ -403,17 +405,7 @@ class Projection(Modification):
             list(components.values()), components[names[0]].dtype
         )
         parts = dict(zip(names, squared.unbind())) if self._groups else None
-        squares = getattr(vectors, "square_norms", None)
-        wholes = (
-            squares(names)
-            if squares
-            else torch.cat(
-                [
-                    square_norms([vectors[n]], accumulator(vectors[n].dtype))
-                    for n in names
-                ]
-            )
-        )
+        wholes = as_vectors(vectors).square_norms(names)
         inside = squared.sum() if parts is None else total(parts, self._groups)
         whole = (
             wholes.sum()
@@ -449,18 +441,11 @@ class Projection(Modification):
             self.targets[name].transposed,
         )
 
-    def end(self) -> None:
-        self._C = {}
-
-    def protected(self, name: str, x: Tensor) -> Tensor | None:
-        U = self.bases.get(name)
-        return (
-            None if U is None or not U.shape[1] else self._components(name, x)
-        )
-
-    def after_step(self, vectors: Mapping[str, Tensor]) -> None:
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        self._C, self._of = {}, None
         if (
-            self.consolidate_every
+            grads is not None
+            and self.consolidate_every
             and self.seen >= self.consolidate_every
             and self.fed
         ):

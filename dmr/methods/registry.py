@@ -20,7 +20,7 @@ from .ogd import OGD
 from .penalty import EWC, SI
 from .projection import Projection
 from .replay import ReplayBuffer, ReplayMix
-from ..routing.router import ROUTINGS
+from ..routing.step import ROUTINGS
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Family', 'make', 'next_byte_logit', 'for_language_model']

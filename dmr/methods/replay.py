@@ -5,7 +5,7 @@
 # %% ../../nbs/methods/09_replay.ipynb #950bc968
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -245,8 +245,8 @@ class ReplayMix(Modification):
         super().attach(model, targets)
         self._params = dict(model.named_parameters())
 
-    def active(self) -> bool:
-        return len(self.buffer) > 0
+    def edited(self) -> Collection[str]:
+        return self._params if len(self.buffer) else ()
 
     def observe(self, batch: object, total: int | None = None) -> None:
         capacity = self.buffer.capacity
@@ -333,7 +333,7 @@ class ReplayMix(Modification):
     def edit(self, name: str, x: Tensor) -> Dense | None:
         return Dense(x - self._replayed(name, x))
 
-    def end(self) -> None:
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         self._g = {}
 
     def consolidate(self) -> dict:

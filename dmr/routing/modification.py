@@ -5,7 +5,7 @@
 # %% ../../nbs/routing/01_modification.ipynb #0c199b43
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,24 +14,39 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'small', 'stacks', 'add_all', 'accumulator', 'square_norm',
-           'square_norms', 'Target', 'matches', 'find_targets', 'Modification', 'squared_cosine']
+__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm', 'square_norms',
+           'Target', 'matches', 'find_targets', 'Modification', 'Nothing', 'share_of', 'squared_cosine']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
-    # a weight, its gradient or a moment of it: (out, ...) or, transposed, (in,
-    # out)
-    x: Tensor,
-    # does the input side come first (as in transformers' Conv1D)?
-    transposed: bool = False,
-) -> Tensor:
-    """View (or, where no view exists, copy) a weight-shaped tensor as the
-    matrix (out, fan_in).
-    """
+    x: Tensor,  # shaped as a weight: (out, ...), or (in, out) if transposed
+    transposed: bool = False,  # is the input side first (transformers' Conv1D)?
+) -> Tensor:  # (out, fan_in), a view where one exists
+    "View or copy a weight-shaped tensor as the matrix (out, fan_in)."
     if transposed:
         return x.t()
     # (out, in, *kernel) -> (out, in * kernel)
     return x if x.ndim == 2 else x.reshape(x.shape[0], x.shape[1:].numel())
+
+# %% ../../nbs/routing/01_modification.ipynb #3e2a2d96
+def _add_product(
+    x: Tensor,  # a weight, its gradient or a moment; changed in place
+    C: Tensor,  # (out, r)
+    U: Tensor,  # (fan_in, r)
+    scale: float | Tensor,  # s
+    transposed: bool,  # is the input side of x first?
+) -> None:
+    "x <- x + s C Uᵀ."
+    if isinstance(scale, Tensor):  # no transfer to the host
+        C, scale = C * scale.to(C), 1.0
+    matrix = as_matrix(x, transposed)
+    memory = lambda y: y.untyped_storage().data_ptr()
+    if x.ndim != 2 and memory(matrix) != memory(x):  # as_matrix had to copy
+        x.add_((C @ U.mT).reshape(x.shape).to(x.dtype), alpha=scale)
+    elif x.dtype == C.dtype:  # (out, r) @ (r, fan_in) -> (out, fan_in)
+        matrix.addmm_(C, U.mT, alpha=scale)
+    else:  # half precision: one rounding, at the end
+        matrix.copy_(torch.addmm(matrix.to(C.dtype), C, U.mT, alpha=scale))
 
 # %% ../../nbs/routing/01_modification.ipynb #835ae364
 @dataclass
@@ -43,37 +58,16 @@ class LowRank:
     transposed: bool = False
 
     def add_to(self, x: Tensor, scale: float | Tensor) -> None:
-        """x <- x + scale * C Uᵀ in place; one low-rank `addmm_` where x is a
-        matrix in memory.
-        """
-        C = self.C
-        # scale the thin factor: no transfer to the host
-        if isinstance(scale, Tensor):
-            C, scale = C * scale.to(C), 1.0
-        matrix = as_matrix(x, self.transposed)
-        # as_matrix had to copy
-        if (
-            x.ndim != 2
-            and matrix.untyped_storage().data_ptr()
-            != x.untyped_storage().data_ptr()
-        ):
-            x.add_((C @ self.U.mT).reshape(x.shape).to(x.dtype), alpha=scale)
-        elif x.dtype == C.dtype:
-            # (out, r) @ (r, fan_in) -> (out, fan_in)
-            matrix.addmm_(C, self.U.mT, alpha=scale)
-        else:  # half-precision weights: one rounding, at the end
-            matrix.copy_(
-                torch.addmm(matrix.to(C.dtype), C, self.U.mT, alpha=scale)
-            )
+        "x <- x + scale * C Uᵀ in place."
+        _add_product(x, self.C, self.U, scale, self.transposed)
 
     def dense(self, like: Tensor) -> Tensor:
         "The difference with the shape of the weight."
         d = self.C @ self.U.mT
-        return (d.t() if self.transposed else d.reshape(like.shape)).to(
-            like.dtype
-        )
+        d = d.t() if self.transposed else d.reshape(like.shape)
+        return d.to(like.dtype)
 
-
+# %% ../../nbs/routing/01_modification.ipynb #e44a43a2
 @dataclass
 class Dense:
     "The difference d of one parameter, as a tensor of the parameter's shape."
@@ -92,20 +86,11 @@ class Dense:
         return self.d.to(like.dtype)
 
 
-#: What a modification takes away from a matrix: a product of thin matrices, or
+#: What a modification takes away from a tensor: a product of thin matrices, or
 #: a whole one.
 Edit = LowRank | Dense
 
 # %% ../../nbs/routing/01_modification.ipynb #afd3bb74
-def small(
-    x: Tensor,
-) -> bool:
-    """Is a product with this tensor over before the next one could be started?
-    Then equal ones are worth stacking.
-    """
-    return x.ndim == 2 and x.numel() <= SMALL.get(x.device.type, 0)
-
-
 SMALL = {"cpu": 2**12, "cuda": 2**18}  # elements
 
 
@@ -114,16 +99,14 @@ def stacks(
     # (name, tensor) -> what must agree for two of them to be stacked
     key: Callable[[str, Tensor], Any],
     count: int = 4,  # smallest stack that pays
-    # the stacks, and the names that stay alone
-) -> tuple[list[list[str]], list[str]]:
+) -> tuple[list[list[str]], list[str]]:  # stacks, and names that stay alone
     "Group small tensors of equal shape, type and device."
     groups: dict[Any, list[str]] = {}
     alone: list[str] = []
     for name, x in named.items():
-        if small(x):
-            groups.setdefault(
-                (x.shape, x.dtype, x.device, key(name, x)), []
-            ).append(name)
+        if x.ndim == 2 and x.numel() <= SMALL.get(x.device.type, 0):
+            kind = (x.shape, x.dtype, x.device, key(name, x))
+            groups.setdefault(kind, []).append(name)
         else:
             alone.append(name)
     for group in groups.values():
@@ -131,33 +114,20 @@ def stacks(
             alone += group
     return [group for group in groups.values() if len(group) >= count], alone
 
-
+# %% ../../nbs/routing/01_modification.ipynb #858327e9
 def add_all(
     edits: Mapping[str, Edit],  # differences by name
-    onto: Mapping[str, Tensor],  # the tensors that they are added to, in place
+    onto: Mapping[str, Tensor],  # what each is added to, in place
     scales: Mapping[str, float | Tensor],  # one factor each
 ) -> None:
-    """x <- x + scale * edit for all; small low-rank ones of equal shape in one
-    batched product.
-    """
+    "x <- x + scale * edit for all; small equal low-rank ones in one product."
 
     def agree(name: str, x: Tensor) -> Any:
-        edit = edits[name]
-        plain = (
-            isinstance(edit, LowRank)
-            and not edit.transposed
-            and edit.C.dtype == x.dtype
-        )
-        return (
-            (
-                edit.U.shape,
-                id(scales[name])
-                if isinstance(scales[name], Tensor)
-                else scales[name],
-            )
-            if plain
-            else name
-        )  # type: ignore[union-attr]
+        edit, s = edits[name], scales[name]
+        if not isinstance(edit, LowRank) or edit.transposed:
+            return name
+        number = id(s) if isinstance(s, Tensor) else s
+        return (edit.U.shape, number) if edit.C.dtype == x.dtype else name
 
     grouped, alone = stacks(onto, agree)
     for names in grouped:
@@ -165,11 +135,10 @@ def add_all(
             torch.stack([getattr(edits[name], part) for name in names])
             for part in ("C", "U")
         )
-        scale = scales[names[0]]
-        # (n, out, r)
-        C = C * (scale.to(C) if isinstance(scale, Tensor) else scale)
-        # (n, out, fan_in)
-        torch._foreach_add_([onto[name] for name in names], (C @ U.mT).unbind())
+        s = scales[names[0]]
+        C = C * (s.to(C) if isinstance(s, Tensor) else s)  # (n, out, r)
+        products = (C @ U.mT).unbind()  # n of (out, fan_in)
+        torch._foreach_add_([onto[name] for name in names], products)
     for name in alone:
         edits[name].add_to(onto[name], scales[name])
 
@@ -187,7 +156,6 @@ def square_norm(
 ) -> Tensor:  # 0-dim
     "‖x‖², without a copy of x."
     if x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous():
-        # on a processor the fastest way through memory
         return torch.dot(flat := x.view(-1), flat)
     return torch.linalg.vector_norm(x, dtype=dtype).square()
 
@@ -204,9 +172,7 @@ def square_norms(
 # %% ../../nbs/routing/01_modification.ipynb #8de1b243
 @dataclass
 class Target:
-    """One weight with an input side: its name, the parameter, the module that
-    owns it.
-    """
+    "A weight with an input side: its name, the parameter, the owning module."
 
     name: str
     param: nn.Parameter = field(repr=False)
@@ -217,11 +183,8 @@ class Target:
     @property
     def fan_in(self) -> int:
         "Inputs per output unit: the columns of the weight as a matrix."
-        return (
-            self.param.shape[0]
-            if self.transposed
-            else self.param.shape[1:].numel()
-        )
+        shape = self.param.shape
+        return shape[0] if self.transposed else shape[1:].numel()
 
     @property
     def fan_out(self) -> int:
@@ -233,198 +196,158 @@ class Target:
         return as_matrix(x, self.transposed)
 
 # %% ../../nbs/routing/01_modification.ipynb #7fe38079
+def _input_weights(
+    module: nn.Module,
+) -> list[tuple[nn.Parameter | None, bool]]:  # weight, is it transposed?
+    "The weights of this module, not of its children, that have an input side."
+    if isinstance(module, nn.Linear):
+        # a flat shard of a weight is no matrix
+        flat = getattr(module.weight, "ndim", 0) != 2
+        return [] if flat else [(module.weight, False)]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return [(module.weight, False)]
+    if isinstance(module, nn.MultiheadAttention):
+        parts = ("in_proj", "q_proj", "k_proj", "v_proj")
+        return [(getattr(module, f"{part}_weight"), False) for part in parts]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return [(module.weight, True)]  # type: ignore[list-item]
+    return []
+
+# %% ../../nbs/routing/01_modification.ipynb #816669e2
 def matches(
     name: str,  # a parameter's name
     # shell-style patterns, or None
     patterns: list[str] | tuple[str, ...] | str | None,
 ) -> bool:
     "Does the name match one of the patterns?"
-    if patterns is None:
-        return False
-    return any(
-        fnmatchcase(name, pattern)
-        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-    )
+    several = [patterns] if isinstance(patterns, str) else patterns or []
+    return any(fnmatchcase(name, pattern) for pattern in several)
 
 
-def find_targets(
-    # searched for Linear, Conv, packed attention and transposed-linear weights
+def _check_patterns(
+    option: str,  # "include" or "exclude"
+    patterns: list[str],  # what the user gave
+    names: list[str],  # of the model's parameters
+) -> None:
+    "Raise ValueError for a pattern that matches no parameter."
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{option}={pattern!r} matches no parameter of the model; the"
+                f" first ones are {names[:5]}"
+            )
+
+# %% ../../nbs/routing/01_modification.ipynb #ebbe292c
+def _discover(
     model: nn.Module,
+    names: Mapping[int, str],  # id of a parameter -> its name
+    wanted: list[str],  # patterns; empty: all that are found
+    unwanted: list[str],  # patterns of those that are left out
+) -> dict[str, Target]:
+    "The weights with an input side, by name, in the order of the modules."
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    found: dict[str, Target] = {}
+    for module in model.modules():
+        for param, transposed in _input_weights(module):
+            name = names.get(id(param))
+            if param is None or name is None or name in found:
+                continue
+            named = name in wanted
+            left_out = (id(param) in tables and not named) or (
+                wanted and not matches(name, wanted)
+            )
+            if not left_out and not matches(name, unwanted):
+                found[name] = Target(name, param, module, transposed, named)
+    return found
+
+# %% ../../nbs/routing/01_modification.ipynb #c400013f
+def find_targets(
+    model: nn.Module,  # searched for weights of linear maps
     # only weights whose names match (shell patterns); None: all found
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,  # leave out those that match
 ) -> dict[str, Target]:  # by parameter name, in the model's order
     """The weights of `model` that have an input side, by name.
 
-    Found: `nn.Linear`, `nn.Conv1d/2d/3d`, `nn.MultiheadAttention`'s packed
-    or separate projections, and transposed linear layers (`Conv1D` of
-    transformers). Left out unless named exactly: embedding tables and heads
-    tied to one. Raises ValueError if a name in `include` or `exclude`
-    matches no parameter, or one in `include` has no input side.
+    Found are linear, convolutional, packed-attention and transposed linear
+    weights; an embedding table, or a head tied to one, only if named exactly.
+    Raises ValueError if a name in `include` or `exclude` matches no parameter,
+    or one in `include` has no input side.
     """
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
-    tables = {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-    }
+    names = {id(p): n for n, p in model.named_parameters()}
+    order = list(names.values())
     wanted = [include] if isinstance(include, str) else list(include or [])
-    found: dict[str, Target] = {}
-    for module in model.modules():
-        weights: list[tuple[Any, bool]] = []
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            weights = [(module.weight, False)]
-        elif isinstance(module, nn.MultiheadAttention):
-            packed = (
-                "in_proj_weight",
-                "q_proj_weight",
-                "k_proj_weight",
-                "v_proj_weight",
-            )
-            weights = [(getattr(module, w), False) for w in packed]
-        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-            weights = [(module.weight, True)]
-        for param, transposed in weights:
-            name = names.get(id(param)) if param is not None else None
-            if (
-                name is None
-                or name in found
-                or (isinstance(module, nn.Linear) and param.ndim != 2)
-            ):
-                continue
-            named = name in wanted
-            if (
-                (id(param) in tables and not named)
-                or (wanted and not matches(name, wanted))
-                or matches(name, exclude)
-            ):
-                continue
-            found[name] = Target(name, param, module, transposed, named)
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude or [])
-    for option, pattern in [
-        *(("include", p) for p in wanted),
-        *(("exclude", p) for p in unwanted),
-    ]:
-        if not any(fnmatchcase(name, pattern) for name in names.values()):
+    found = _discover(model, names, wanted, unwanted)
+    _check_patterns("include", wanted, order)
+    _check_patterns("exclude", unwanted, order)
+    for name in wanted:
+        if name in order and name not in found and not matches(name, unwanted):
             raise ValueError(
-                f"{option}={pattern!r} matches no parameter of the model; the"
-                f" first ones are {list(names.values())[:5]}"
-            )
-    for pattern in wanted:
-        if (
-            pattern in names.values()
-            and pattern not in found
-            and not matches(pattern, exclude)
-        ):
-            raise ValueError(
-                f"include={pattern!r} is not the weight of a linear or"
+                f"include={name!r} is not the weight of a linear or"
                 " convolutional layer, so it has no input side; leave it out"
             )
-    order = list(names.values())
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+    return {name: found[name] for name in order if name in found}
 
 # %% ../../nbs/routing/01_modification.ipynb #c36f0957
-class Modification:
-    """What a method takes away from the gradient: d = g - g̃ at full strength.
+class _OptionalSetup:
+    "Optional parts of a modification outside the step, with empty defaults."
 
-    Subclass it and define `edit`; everything else has a default. See the
-    guide "Your own method".
-    """
-
-    native_routing: str = "shared"  # what the method's authors did
-    # can it edit an optimizer's step as well as a gradient?
-    acts_on_steps: bool = True
-    # does it do nothing before the first `consolidate`?
-    needs_consolidate: bool = True
-    # can it work on a process's rows of each weight alone?
-    shards: bool = False
-    # is a router using it? One at a time; set by the router
-    serves: bool = False
-    # the processes whose gradients are averaged; set by the router before
-    # `attach`
-    group: Any = None
+    acts_on_steps: bool = True  # can it edit a step as well as a gradient?
+    shards: bool = False  # does it work on some rows of a weight alone?
+    needs_consolidate: bool = True  # is it idle before the first consolidate?
+    serves: bool = False  # does a router use it? Set by the router
+    group: Any = None  # processes with copies of the model; set by the router
+    #: protected directions U (fan_in, r) by name, where there are such
+    bases: Mapping[str, Tensor] = {}
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        """Meet the model: its parameters by name, and those of them that have
-        an input side.
-        """
+        "Meet the model, and its weights that have an input side."
         self.model, self.targets = model, targets
-
-    def edited(self) -> set[str] | None:
-        """Names of the parameters that `edit` may change; None: all of the
-        optimizer's.
-        """
-        return None
-
-    def active(self) -> bool:
-        """Is there anything to do in this step? If not, the optimizer is left
-        alone, bit for bit.
-        """
-        return True
-
-    def observe(self, batch: object, total: int | None = None) -> None:
-        """Take note of a training batch (replay, sampled references); a no-op
-        for most.
-        """
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        """At every step, also before anything is protected: take note of the
-        raw gradients.
-        """
-
-    def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Small tensors, by name, each certain to be non-finite where that
-        gradient is: they save the router a look at the gradient.
-        """
-        return {}
-
-    def prepare(self) -> None:
-        """Before the gradients are looked at: extra forward and backward
-        passes, without touching `p.grad`.
-        """
-
-    def begin(
-        self, vectors: Mapping[str, Tensor], overlap: bool
-    ) -> Tensor | None:
-        """Look at all gradients (or steps); return the overlap signal in [0, 1]
-        if `overlap` asks for it.
-        """
-        return None
-
-    def edit(self, name: str, x: Tensor) -> Edit | None:
-        """d for the gradient (or step) `x` of the parameter `name`, at full
-        strength; None: leave it alone.
-        """
-        raise TypeError(
-            f"{type(self).__name__} has no edit method; a Modification defines"
-            " edit(name, x) -> LowRank, Dense or None"
-        )
-
-    def end(self) -> None:
-        "Forget what `begin` kept for this step."
-
-    def after_step(self, vectors: Mapping[str, Tensor]) -> None:
-        """After the optimizer's step, with the raw gradients: for methods that
-        follow the path of the parameters.
-        """
-
-    def protected(self, name: str, x: Tensor) -> Tensor | None:
-        """The protected components x U of a gradient or step, (out, r), where
-        the method has such a thing.
-        """
-        return None
-
-    def consolidate(self) -> dict:
-        "End of a domain. Returns a report of plain numbers."
-        return {}
-
-    def share(self) -> None:
-        """After `consolidate` in several processes with one model each
-        (`group`): make what is protected the same in all.
-        """
 
     def detach(self) -> None:
         "The router was closed: let go of the model (remove hooks)."
+
+    def observe(self, batch: object, total: int | None = None) -> None:
+        "Take note of a training batch; `total`: examples in the domain."
+
+    def share(self) -> None:
+        "After `consolidate` in a `group`: make all processes protect the same."
+
+    def summary_lines(self) -> list[str]:
+        "Lines for the router's summary, such as one a layer."
+        return []
+
+# %% ../../nbs/routing/01_modification.ipynb #e1947cd1
+class _OptionalStep:
+    "Optional parts of a modification within a step, with empty defaults."
+
+    def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Small tensors, each certain to be non-finite where its gradient is."
+        return {}
+
+    def prepare(self) -> None:
+        "A backward pass of its own, without touching `p.grad`."
+
+    def begin(
+        self,
+        vectors: Mapping[str, Tensor],  # all gradients, or all steps
+        overlap: bool,  # is the overlap signal asked for?
+    ) -> Tensor | None:  # 0-dim, in [0, 1]
+        """Look at all tensors before the first edit, and forget what an
+        earlier look kept. Under displacement it comes twice a step.
+        """
+        return None
+
+    def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
+        """Forget what was kept for the step. `grads`: the raw gradients, where
+        the step was taken; None where it was not.
+        """
+
+# %% ../../nbs/routing/01_modification.ipynb #befa09d5
+class _State:
+    "What of a modification survives a restart."
 
     def state_dict(self) -> dict:
         "The state as tensors and numbers, keyed by parameter name."
@@ -437,38 +360,67 @@ class Modification:
         "Bytes kept between steps."
         return 0
 
+# %% ../../nbs/routing/01_modification.ipynb #069c62ec
+class Modification(_State, _OptionalSetup, _OptionalStep):
+    """What a method takes away from the gradient: d = g - g̃ at full strength.
+
+    Subclass it and define `edit`; everything else has a default. See the
+    guide "Your own method".
+    """
+
+    def edit(self, name: str, x: Tensor) -> Edit | None:
+        """d for the gradient (or step) `x` of the parameter `name`; None:
+        leave it alone.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no edit method; a Modification defines"
+            " edit(name, x) -> LowRank, Dense or None"
+        )
+
+    def edited(self) -> Collection[str] | None:
+        """Names that `edit` may change now; None: all. While there are none
+        the optimizer is left alone, bit for bit.
+        """
+        return None
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        "At every step, protected or not: take note of the raw gradients."
+
+    def consolidate(self) -> dict:
+        "End of a domain. Returns a report of plain numbers."
+        return {}
+
+# %% ../../nbs/routing/01_modification.ipynb #e2194a72
+class Nothing(Modification):
+    "The modification of a router that was given none."
+
+    shards, needs_consolidate = True, False
+
+    def edited(self) -> Collection[str]:
+        return ()
+
+    def __repr__(self) -> str:
+        return "None"
+
 # %% ../../nbs/routing/01_modification.ipynb #cdcdce4f
+def share_of(
+    part: Tensor,  # 0-dim, >= 0
+    whole: Tensor,  # 0-dim, >= part up to rounding
+) -> Tensor:  # 0-dim
+    "part / whole, and 0 where the whole is 0: no transfer to the host."
+    quotient = part / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    return torch.where(whole > 0, quotient, torch.zeros_like(whole))
+
+
 def squared_cosine(
     # (g, e) for each tensor, of equal shapes
     pairs: list[tuple[Tensor, Tensor]],
 ) -> Tensor:  # 0-dim, in [0, 1]
     "cos² of the angle between two vectors given in pieces; 0 if either is 0."
-    gg = torch.stack(
-        [
-            (
-                g.float().square().sum()
-                if g.dtype != torch.float64
-                else g.square().sum()
-            )
-            for g, _ in pairs
-        ]
-    ).sum()
-    ee = torch.stack(
-        [
-            (
-                e.float().square().sum()
-                if e.dtype != torch.float64
-                else e.square().sum()
-            )
-            for _, e in pairs
-        ]
-    ).sum()
+    wide = lambda x: x if x.dtype == torch.float64 else x.float()
+    gg = torch.stack([wide(g).square().sum() for g, _ in pairs]).sum()
+    ee = torch.stack([wide(e).square().sum() for _, e in pairs]).sum()
     ge = torch.stack(
         [(g.to(gg.dtype) * e.to(gg.dtype)).sum() for g, e in pairs]
     ).sum()
-    product = gg * ee
-    return torch.where(
-        product > 0,
-        ge.square() / product.clamp_min(torch.finfo(product.dtype).tiny),
-        torch.zeros_like(product),
-    ).clamp(0, 1)
+    return share_of(ge.square(), gg * ee).clamp(0, 1)

@@ -26,7 +26,8 @@ from .model import SIZES, ByteLM, build_model, next_byte_loss
 from ..routing.modification import Modification
 from ..methods.projection import Projection
 from ..methods.replay import ReplayBuffer, ReplayMix
-from ..routing.router import GUARDS, ROUTINGS, MomentRouter
+from ..routing.router import MomentRouter
+from ..routing.step import GUARDS, ROUTINGS
 from ..text.load import Domain, Stream, load_stream
 from ..routing.strength import Fixed, OverlapAware, Strength
 from ..files import read_checkpoint, write_checkpoint

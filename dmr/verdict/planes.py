@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..methods.registry import FAMILIES
 from ..reporting.figures import PALETTE
-from ..routing.router import ROUTINGS
+from ..routing.step import ROUTINGS
 from dmr.reporting.statistics import (
     Arm,
     Branch,
