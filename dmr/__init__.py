@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # %% ../nbs/making/11_api.ipynb #d1f0be08
 _HOME = {
     "MomentRouter": "routing.router",
-    "ROUTINGS": "routing.router",
+    "ROUTINGS": "routing.step",
     "Projection": "methods.projection",
     "ReplayMix": "methods.replay",
     "ReplayBuffer": "methods.replay",
