@@ -648,7 +648,7 @@ def conflict_strength(
         0.0,
     )
 
-# %% ../nbs/why/10_forgives.ipynb #78dd9884
+# %% ../nbs/why/10_forgives.ipynb #d8b60098
 def left_by_adam(
     alpha: ArrayLike,  # strength, in [0, 1]
     kappa: ArrayLike,  # protected share of the gradient's energy, in [0, 1]
@@ -664,7 +664,7 @@ def left_by_adam(
         share = (1 - a) / np.sqrt(1 - a * (2 - a) * k)
     return np.where((a == 1) | (k == 1), np.where(a == 1, 0.0, 1.0), share)
 
-# %% ../nbs/why/10_forgives.ipynb #309ace83
+# %% ../nbs/why/10_forgives.ipynb #6b7642fa
 def left_by_signs(
     cov: ArrayLike,  # (fan_in, fan_in) of the momentum's rows
     basis: ArrayLike,  # (fan_in, r) orthonormal
