@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmr.frameworks.lora import restart_lora, route_lora
     from dmr.training.model import build_model
+    from dmr.routing.consolidation import Consolidation, Interpolate
     from dmr.routing.modification import Dense, LowRank, Modification
     from dmr.training.pretrained import load_pretrained
+    from dmr.methods.consolidation import FisherMerge, merge
     from dmr.methods.projection import Projection
     from dmr.methods.replay import ReplayBuffer, ReplayMix
     from dmr.routing.router import MomentRouter
@@ -39,6 +41,10 @@ _HOME = {
     "Fixed": "routing.strength",
     "OverlapAware": "routing.strength",
     "Strength": "routing.strength",
+    "FisherMerge": "methods.consolidation",
+    "merge": "methods.consolidation",
+    "Interpolate": "routing.consolidation",
+    "Consolidation": "routing.consolidation",
     "Modification": "routing.modification",
     "LowRank": "routing.modification",
     "Dense": "routing.modification",
@@ -61,6 +67,10 @@ __all__ = [
     "Fixed",
     "OverlapAware",
     "Strength",
+    "FisherMerge",
+    "merge",
+    "Interpolate",
+    "Consolidation",
     "Modification",
     "LowRank",
     "Dense",

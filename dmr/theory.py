@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 # %% auto #0
-__all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation', 'rate_match', 'step_norms', 'step_bound', 'overlap_strength', 'tradeoff_strength', 'budget_strength', 'conflict_strength']
+__all__ = ['AdamPath', 'adam_steps', 'inflation', 'edit_moments', 'basis_moments', 'horizon', 'transient_inflation', 'protection_left', 'horizon_until', 'protected_displacement', 'rescaling_inflation', 'additive_inflation', 'replay_inflation', 'rate_match', 'step_norms', 'step_bound', 'overlap_strength', 'tradeoff_strength', 'budget_strength', 'conflict_strength', 'left_by_adam', 'left_by_signs']
 
 # %% ../nbs/why/01_cancellation.ipynb #f5d566f1
 def _array(x: ArrayLike) -> NDArray[np.float64]:
@@ -600,3 +600,39 @@ def conflict_strength(
     helps = (total < 0) & (inside < 0)
     ratio = np.where(helps, total, 0.0) / np.where(helps, inside, -1.0)
     return np.where(helps, np.clip(ratio, 0, 1), 0.0)
+
+# %% ../nbs/why/10_forgives.ipynb #d8b60098
+def left_by_adam(
+    alpha: ArrayLike,  # strength, in [0, 1]
+    kappa: ArrayLike,  # protected share of the gradient's energy, in [0, 1]
+) -> NDArray[np.float64]:
+    """The share of a protected step that Adam leaves, v settled: chapter 2's
+    law. SGD leaves 1 - α. Raises ValueError for α or κ outside [0, 1].
+    """
+    a = _strength(alpha)
+    k = np.asarray(kappa, dtype=np.float64)
+    if not np.all((k >= 0) & (k <= 1)):
+        raise ValueError(f"kappa={kappa!r}: must lie in [0, 1]")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = (1 - a) / np.sqrt(1 - a * (2 - a) * k)
+    return np.where((a == 1) | (k == 1), np.where(a == 1, 0.0, 1.0), share)
+
+# %% ../nbs/why/10_forgives.ipynb #6b7642fa
+def left_by_signs(
+    cov: ArrayLike,  # (fan_in, fan_in) of the momentum's rows
+    basis: ArrayLike,  # (fan_in, r) orthonormal
+    alpha: float,  # strength, in [0, 1]
+) -> float:
+    """The share of a protected step that Lion or sign descent leaves, for
+    Gaussian momenta: the arcsine law. Raises ValueError for α outside [0, 1].
+    """
+    C, U = np.asarray(cov, np.float64), np.asarray(basis, np.float64)
+    A = np.eye(len(C)) - float(_strength(alpha)) * U @ U.T
+
+    def energy(C: NDArray[np.float64]) -> float:
+        d = np.sqrt(np.diag(C))
+        d = np.where(d > 1e-12 * d.max(), d, np.inf)  # no momentum, no step
+        S = 2 / np.pi * np.arcsin(np.clip(C / np.outer(d, d), -1, 1))
+        return float(np.trace(U.T @ S @ U))
+
+    return float(np.sqrt(energy(A @ C @ A) / energy(C)))
