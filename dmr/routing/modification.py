@@ -5,6 +5,7 @@
 # %% ../../nbs/routing/01_modification.ipynb #0c199b43
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -398,12 +399,37 @@ class _State:
         "Bytes kept between steps."
         return 0
 
-# %% ../../nbs/routing/01_modification.ipynb #8779597d
-class Modification(_State, _OptionalSetup, _OptionalStep):
-    """What a method takes away from the gradient: d = g - g̃ at full strength.
+# %% ../../nbs/routing/01_modification.ipynb #fced3d93
+def _first_edition(cls: Any) -> None:
+    "Let a class that defines `active` or `after_step` keep its meaning."
+    old = [name for name in ("active", "after_step") if name in vars(cls)]
+    if not old:
+        return
+    warnings.warn(
+        f"{cls.__name__} defines {' and '.join(old)}: say which parameters may"
+        " be edited in edited(), and follow a step in end(grads)",
+        FutureWarning,
+        stacklevel=4,
+    )
+    edited, end, bare = cls.edited, cls.end, "end" in vars(cls)
+    if "active" in old:
+        cls.edited = lambda self: edited(self) if self.active() else ()
+    if "after_step" in old:
 
-    Subclass it and define `edit`; see the guide "Your own method".
-    """
+        def followed(self: Any, grads: Mapping[str, Tensor] | None) -> None:
+            if grads is not None:
+                self.after_step(grads)
+            end(self) if bare else end(self, grads)
+
+        cls.end = lambda self, grads=None: followed(self, grads)
+
+# %% ../../nbs/routing/01_modification.ipynb #0fed6fb7
+class Modification(_State, _OptionalSetup, _OptionalStep):
+    "What a method takes away from the gradient: d = g - g̃ at full strength."
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _first_edition(cls)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -418,9 +444,7 @@ class Modification(_State, _OptionalSetup, _OptionalStep):
         )
 
     def edited(self) -> Collection[str] | None:
-        """Names that `edit` may change now; None: all. While there are none
-        the optimizer is left alone, bit for bit.
-        """
+        "Names that may be edited now; None: all. Without any nothing changes."
         return None
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:

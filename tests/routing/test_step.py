@@ -414,3 +414,29 @@ def test_energies_beyond_the_largest_number_do_not_poison_the_strength():
             0.0 <= router.last["overlap"] <= 1.0
             and 0.0 <= router.last["alpha"] <= 0.5
         )
+
+
+def test_methods_of_the_first_edition_keep_working():
+    with pytest.warns(FutureWarning, match="Old defines active and after_step"):
+
+        class Old(Modification):
+            on, followed = False, 0
+
+            def active(self):
+                return self.on
+
+            def after_step(self, vectors):
+                self.followed += len(vectors)
+
+            def edit(self, name, x):
+                return Dense(x)
+
+    model = layer()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    router = MomentRouter(model, optimizer, Old(), "displacement")
+    grads = gradients(model.weight.shape, 2)
+    start = model.weight.detach().clone()
+    moved = run(model, optimizer, grads[:1]).clone()
+    router.modification.on = True
+    torch.testing.assert_close(run(model, optimizer, grads[1:]), moved)
+    assert not torch.equal(moved, start) and router.modification.followed == 2
