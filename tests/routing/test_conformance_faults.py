@@ -20,8 +20,8 @@ class Shrink(dmr.Modification):
     def __repr__(self):
         return "Shrink()"
 
-    def active(self):
-        return self.domains > 0
+    def edited(self):
+        return None if self.domains else ()
 
     def learn(self, grads):
         self.steps += 1
@@ -51,7 +51,7 @@ def fault(**methods):
 
 FAULTS = {
     "identity": fault(
-        active=lambda self: True, edit=lambda self, name, x: dmr.Dense(0.1 * x)
+        edited=lambda self: None, edit=lambda self, name, x: dmr.Dense(0.1 * x)
     ),
     "routings": fault(edit=lambda self, name, x: None),
     "gradients": fault(
@@ -63,7 +63,7 @@ FAULTS = {
     "types_and_devices": fault(edit=lambda self, name, x: dmr.Dense(x / 0)),
     "missing_gradients": fault(
         edited=lambda self: None,
-        after_step=lambda self, vectors: self.model[0].bias.data.add_(1),
+        end=lambda self, grads=None: self.model[0].bias.data.add_(1),
     ),
     "reports": fault(memory=lambda self: 0.5),
     "overlap": fault(
