@@ -16,10 +16,7 @@ from ..routing.modification import accumulator
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 
 # %% auto #0
-__all__ = ['CURVATURES', 'new_share', 'remember', 'per_sample', 'running_share', 'outer', 'merge', 'moved', 'check_merge',
-           'check_state_dicts', 'check_curvatures', 'whole', 'placed', 'size', 'MeanSquare', 'RowsAndColumns',
-           'check_moment', 'second_moments', 'check_memory', 'SecondMoment', 'check_past', 'knows_language',
-           'placed_local', 'take_in', 'FisherMerge']
+__all__ = ['new_share', 'remember', 'per_sample', 'running_share', 'outer', 'merge', 'FisherMerge']
 
 # %% ../../nbs/methods/11_consolidation.ipynb #ecdfd332
 def new_share(
@@ -95,11 +92,11 @@ def merge(
     """Average two checkpoints, each weight by its curvature in both domains.
     Raises ValueError for what does not fit, and changes none of the inputs.
     """
-    check_merge(weight, damping)
-    check_state_dicts(old, new)
+    _check_merge(weight, damping)
+    _check_state_dicts(old, new)
     for name in dict.fromkeys([*fisher_old, *fisher_new]):
         f_old, f_new = fisher_old.get(name), fisher_new.get(name)
-        check_curvatures(name, new.get(name), f_old, f_new)
+        _check_curvatures(name, new.get(name), f_old, f_new)
     out = {}
     for name, tensor in new.items():
         if not tensor.is_floating_point():
@@ -109,13 +106,13 @@ def merge(
             fishers = (fisher_old[name], fisher_new[name])
             f_old, f_new = (f.to(tensor.device, kind) for f in fishers)
             share = new_share(f_old, f_new, weight, damping)
-            out[name] = moved(old[name], tensor, share)
+            out[name] = _moved(old[name], tensor, share)
         else:
             out[name] = torch.lerp(old[name].to(tensor), tensor, weight)
     return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #7740e98e
-def moved(
+def _moved(
     old: Tensor,  # θ_p
     new: Tensor,  # θ_n
     share: Tensor,  # s, of the way from old to new
@@ -125,7 +122,7 @@ def moved(
     return torch.addcmul(start, share, new.to(share) - start).to(new.dtype)
 
 # %% ../../nbs/methods/11_consolidation.ipynb #5761b473
-def check_merge(weight: float, damping: float) -> None:
+def _check_merge(weight: float, damping: float) -> None:
     "Raise ValueError for a weight or a damping that means nothing."
     if check_weight("weight", weight) is None:
         raise ValueError("weight=None merges nothing; pass a number in (0, 1]")
@@ -133,7 +130,7 @@ def check_merge(weight: float, damping: float) -> None:
         raise ValueError(f"damping={damping!r} must be a number >= 0")
 
 
-def check_state_dicts(old: Mapping, new: Mapping) -> None:
+def _check_state_dicts(old: Mapping, new: Mapping) -> None:
     "Raise ValueError where names or shapes differ."
     for name in [*old, *new]:
         a, b = old.get(name), new.get(name)
@@ -145,7 +142,7 @@ def check_state_dicts(old: Mapping, new: Mapping) -> None:
             )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #f12c0e1a
-def check_curvatures(
+def _check_curvatures(
     name: str, weight: Tensor | None, f_old: Tensor | None, f_new: Tensor | None
 ) -> None:
     "Raise ValueError for curvatures that are missing, misshapen or not finite."
@@ -164,24 +161,24 @@ def check_curvatures(
             )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #21ac8970
-def whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Copies, put together where they are sharded."
     full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
     return {name: full(x).clone() for name, x in named.items()}
 
 
-def placed(named: Mapping[str, Tensor], trained: Trained) -> dict[str, Tensor]:
+def _placed(named: Mapping[str, Tensor], trained: Trained) -> dict[str, Tensor]:
     "Copies, each where its parameter is, and split as that is."
     p = trained.parameters()
     return {name: placed_like(x, p[name]) for name, x in named.items()}
 
 
-def size(tensors: Iterable[Tensor]) -> int:
+def _size(tensors: Iterable[Tensor]) -> int:
     "Bytes that this process holds of them."
     return sum(x.numel() * x.element_size() for x in map(local, tensors))
 
 # %% ../../nbs/methods/11_consolidation.ipynb #7cb1e18c
-class MeanSquare:
+class _MeanSquare:
     "The mean of g² over the running domain, one number a weight."
 
     def __init__(self, trained: Trained):
@@ -208,10 +205,10 @@ class MeanSquare:
         self.sums, self.count = {}, 0
 
     def state_dict(self) -> dict:
-        return {"count": self.count, "sums": whole(self.sums)}
+        return {"count": self.count, "sums": _whole(self.sums)}
 
 # %% ../../nbs/methods/11_consolidation.ipynb #b3c65fda
-class RowsAndColumns(MeanSquare):
+class _RowsAndColumns(_MeanSquare):
     "Row and column means of g²: out + in numbers for a matrix."
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
@@ -239,7 +236,7 @@ class RowsAndColumns(MeanSquare):
         return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #fe3f5c15
-def check_moment(trained: Trained) -> None:
+def _check_moment(trained: Trained) -> None:
     "Raise ValueError where the optimizer's second moment is no Fisher."
     optimizer, why = trained.optimizer, ""
     name = type(optimizer).__name__
@@ -262,7 +259,7 @@ def check_moment(trained: Trained) -> None:
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #e4cd194f
-def second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
+def _second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
     "v and its β2 by name, where the optimizer has a v."
     out = {}
     for group in trained.optimizer.param_groups:
@@ -274,7 +271,7 @@ def second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
     return out
 
 
-def check_memory(beta2: float, steps: int) -> None:
+def _check_memory(beta2: float, steps: int) -> None:
     "Warn where v remembers only the end of a domain."
     if steps * (1 - beta2) > 10:
         warnings.warn(
@@ -285,11 +282,11 @@ def check_memory(beta2: float, steps: int) -> None:
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #3a944ea6
-class SecondMoment(MeanSquare):
+class _SecondMoment(_MeanSquare):
     "The running domain's share of the optimizer's own second moment."
 
     def __init__(self, trained: Trained):
-        check_moment(trained)
+        _check_moment(trained)
         super().__init__(trained)  # `sums` holds v at the last boundary
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
@@ -297,23 +294,23 @@ class SecondMoment(MeanSquare):
 
     def fisher(self) -> dict[str, Tensor]:
         out, beta2 = {}, 0.0
-        for name, (v, beta2) in second_moments(self.trained).items():
+        for name, (v, beta2) in _second_moments(self.trained).items():
             start = self.sums.get(name)
             start = None if start is None else local(start)
             out[name] = running_share(local(v), start, beta2, self.count)
-        check_memory(beta2, self.count)
+        _check_memory(beta2, self.count)
         return out
 
     def clear(self) -> None:
-        now, self.count = second_moments(self.trained), 0
+        now, self.count = _second_moments(self.trained), 0
         self.sums = {name: v.clone() for name, (v, _) in now.items()}
 
 
 #: What a domain's curvature is taken from.
-CURVATURES = {
-    "gradients": MeanSquare,
-    "factored": RowsAndColumns,
-    "moment": SecondMoment,
+_CURVATURES = {
+    "gradients": _MeanSquare,
+    "factored": _RowsAndColumns,
+    "moment": _SecondMoment,
 }
 
 # %% ../../nbs/methods/11_consolidation.ipynb #8cc263af
@@ -334,8 +331,8 @@ class _Settings(Anchored):
         storage: str | torch.device | torch.dtype | None = None,
     ):
         super().__init__()
-        check_merge(weight, damping)
-        check_past(curvature, keep, odds, weight)
+        _check_merge(weight, damping)
+        _check_past(curvature, keep, odds, weight)
         per_sample(samples, reduction)
         self.weight, self.damping, self.keep = weight, damping, keep
         self.curvature, self.odds, self.storage = curvature, odds, storage
@@ -343,12 +340,12 @@ class _Settings(Anchored):
         self.past: dict[str, Tensor] = {}  # F_p by name
 
 # %% ../../nbs/methods/11_consolidation.ipynb #d596db46
-def check_past(curvature: str, keep: float, odds: bool, weight: float) -> None:
+def _check_past(curvature: str, keep: float, odds: bool, weight: float) -> None:
     "Raise ValueError naming the first setting that means nothing."
-    if curvature not in CURVATURES:
+    if curvature not in _CURVATURES:
         raise ValueError(
             f"curvature={curvature!r} is unknown; choose one of"
-            f" {', '.join(CURVATURES)}"
+            f" {', '.join(_CURVATURES)}"
         )
     if not 0 <= keep <= 1:
         raise ValueError(f"keep={keep!r} lies outside [0, 1]")
@@ -356,7 +353,17 @@ def check_past(curvature: str, keep: float, odds: bool, weight: float) -> None:
         raise ValueError("odds=True needs weight < 1: at 1 nothing is merged")
 
 
-def knows_language(model: object) -> bool:
+def _check_whole(curvature: str, trained: Trained) -> None:
+    "Raise ValueError for row and column means of weights that are sharded."
+    sharded = [hasattr(p, "placements") for p in trained.parameters().values()]
+    if curvature == "factored" and any(sharded):
+        raise ValueError(
+            "curvature='factored' needs whole weights, and these are sharded;"
+            " choose curvature='gradients'"
+        )
+
+
+def _knows_language(model: object) -> bool:
     "Was the model loaded from somewhere, so that it has a past?"
     config = getattr(model, "config", None)
     return bool(getattr(config, "_name_or_path", ""))
@@ -365,7 +372,7 @@ def knows_language(model: object) -> bool:
 class _Past(_Settings):
     "What is kept of the past: its weights and its curvature."
 
-    recorder: MeanSquare
+    recorder: _MeanSquare
 
     @torch.no_grad()
     def anchor(self) -> None:
@@ -375,30 +382,33 @@ class _Past(_Settings):
             self.before = {name: x.to(self.storage) for name, x in kept}
 
     def state_dict(self) -> dict:
-        past, recorder = whole(self.past), self.recorder.state_dict()
+        past, recorder = _whole(self.past), self.recorder.state_dict()
         return super().state_dict() | {"past": past, "recorder": recorder}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.past, saved = placed(state["past"], self.trained), state["recorder"]
+        self.past, saved = (
+            _placed(state["past"], self.trained),
+            state["recorder"],
+        )
         self.recorder.count = saved["count"]
         if self.curvature == "factored":
             at = next(iter(self.trained.parameters().values())).device
             sums = saved["sums"].items()
             self.recorder.sums = {k: x.to(at, copy=True) for k, x in sums}
         else:
-            self.recorder.sums = placed(saved["sums"], self.trained)
+            self.recorder.sums = _placed(saved["sums"], self.trained)
 
     def memory(self) -> int:
         kept = [*self.past.values(), *self.recorder.sums.values()]
-        return size([*self.before.values(), *kept])
+        return _size([*self.before.values(), *kept])
 
 # %% ../../nbs/methods/11_consolidation.ipynb #e2c00bd1
 class _Moving(_Past):
     "The merge of all weights, and the past's curvature after it."
 
     def _begin(self) -> dict:
-        if self.before or knows_language(self.trained.model):
+        if self.before or _knows_language(self.trained.model):
             warnings.warn(
                 "nothing is known of what this model knew before its first"
                 " domain, so this boundary merges nothing and protects only"
@@ -416,14 +426,17 @@ class _Moving(_Past):
                 zero = mine.new_zeros(mine.shape, dtype=kind)
                 f_old = local(self.past.get(name, zero)).to(zero)
                 mean = sum_over(f_old.sum(), shard_groups(name, p)) / p.numel()
-                f_new, settings = new.get(name, zero), (self.weight, self.damping)
+                f_new, settings = (
+                    new.get(name, zero),
+                    (self.weight, self.damping),
+                )
                 share = new_share(f_old, f_new, *settings, mean)
-                mine.copy_(moved(local(self.before[name]), mine, share))
+                mine.copy_(_moved(local(self.before[name]), mine, share))
                 shares.append(share.mean())
         return {"share": torch.stack(shares).mean().item()} if shares else {}
 
 # %% ../../nbs/methods/11_consolidation.ipynb #a40a5be2
-def placed_local(x: Tensor, p: Tensor) -> Tensor:
+def _placed_local(x: Tensor, p: Tensor) -> Tensor:
     "This process's rows as a tensor that is split as the parameter is."
     if not hasattr(p, "device_mesh"):
         return x
@@ -434,15 +447,17 @@ def placed_local(x: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(x, mesh, rows, shape=p.shape, stride=stride)
 
 
-def take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
+def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
     "The domain's curvature enters the past's; a new domain begins."
     odds = merge.weight / (1 - merge.weight) if merge.odds else 1.0
     for name, p in merge.trained.parameters().items():
         if name in new:
             old = merge.past.get(name)
             old = None if old is None else local(old).to(new[name])
-            f = placed_local(remember(old, new[name], merge.keep, odds), p)
-            merge.past[name] = f if merge.storage is None else f.to(merge.storage)
+            f = _placed_local(remember(old, new[name], merge.keep, odds), p)
+            merge.past[name] = (
+                f if merge.storage is None else f.to(merge.storage)
+            )
     merge.anchor()
     merge.recorder.clear()
 
@@ -458,13 +473,15 @@ class FisherMerge(_Moving):
 
     def attach(self, trained: Trained) -> None:
         super().attach(trained)
-        sharded = [hasattr(p, "placements") for p in trained.parameters().values()]
+        sharded = [
+            hasattr(p, "placements") for p in trained.parameters().values()
+        ]
         if self.curvature == "factored" and any(sharded):
             raise ValueError(
-                "curvature='factored' needs whole weights, and these are"
+                "curvature='factored' needs _whole weights, and these are"
                 " sharded; choose curvature='gradients'"
             )
-        self.recorder = CURVATURES[self.curvature](trained)
+        self.recorder = _CURVATURES[self.curvature](trained)
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.recorder.learn(grads)
@@ -475,7 +492,7 @@ class FisherMerge(_Moving):
         found = self.recorder.fisher().items()
         new = {name: scale * f for name, f in found}
         for name, f in new.items():
-            check_curvatures(name, f, f, f)
-        moved = self._move(new) if self.past else self._begin()
-        take_in(self, new)
-        return moved
+            _check_curvatures(name, f, f, f)
+        report = self._move(new) if self.past else self._begin()
+        _take_in(self, new)
+        return report

@@ -95,6 +95,7 @@ class Parameter:
     help: str = ""
     interval: Bounds | None = None
     choices: tuple[str, ...] = ()
+    added: bool = False  # later than the template's first results
 
 # %% ../../nbs/studies/02_template.ipynb #7d6c7d70
 def _is_number(value: Any) -> bool:
@@ -181,6 +182,10 @@ def _comments_by_line(source: str) -> dict[int, str]:
     }
 
 
+#: The line below which a template's later parameters stand.
+_LATER = "added later"
+
+
 def _comment_of(
     node: ast.stmt,
     comments: dict[int, str],  # of all lines
@@ -188,7 +193,7 @@ def _comment_of(
 ) -> str:
     "The comment at a statement's end, after those on the lines right above."
     said, line = [comments.get(node.end_lineno or 0, "")], node.lineno - 1
-    while line in comments and line not in ends:
+    while line in comments and line not in ends and _LATER not in comments[line]:
         said.insert(0, comments[line])
         line -= 1
     return " ".join(filter(None, said))
@@ -221,6 +226,7 @@ def _read_parameters(
     out, comments = {}, _comments_by_line(source)
     body = ast.parse(source).body
     ends = {node.end_lineno or 0 for node in body}
+    later = [line for line, c in comments.items() if c.startswith(_LATER)]
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
@@ -234,7 +240,9 @@ def _read_parameters(
             ) from None
         comment = _comment_of(node, comments, ends)
         help = _CHOICES.sub("", _INTERVAL.sub("", comment)).strip(" ,;")
-        out[name] = Parameter(name, default, types, help, *read_range(comment))
+        added = bool(later) and node.lineno > later[0]
+        values, words = read_range(comment)
+        out[name] = Parameter(name, default, types, help, values, words, added)
     return out
 
 # %% ../../nbs/studies/02_template.ipynb #7b8dac87
@@ -351,8 +359,12 @@ def resolve(
     wrong = problems(template, given)
     if wrong:
         raise ValueError("\n".join(message for _, message in wrong))
-    return {
+    values = {
         n: _check_value(p, given[n]) if n in given else _check_default(p)
         for n, p in template.parameters.items()
         if n not in _ENGINE_PARAMETERS
     }
+    # what came later counts only where it is set: old results stay true
+    own = template.parameters
+    spared = {n for n in values if own[n].added and values[n] == own[n].default}
+    return {n: value for n, value in values.items() if n not in spared}

@@ -25,11 +25,14 @@ from ..routing.step import GUARDS, ROUTINGS
 from ..routing.strength import Fixed, OverlapAware, Strength
 from ..theory import horizon
 from .model import SIZES, next_byte_loss
+from functools import partial
+from ..methods.consolidation import FisherMerge
+from ..routing.consolidation import Consolidation, Interpolate
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'LIMITS', 'seed_for', 'generator_for', 'build_optimizer', 'rate_factor',
-           'next_byte_logit', 'for_language_model', 'Config', 'build_router', 'check_config', 'open_optimizer',
-           'check_parameters']
+           'next_byte_logit', 'for_language_model', 'Config', 'build_consolidation', 'build_router', 'check_config',
+           'open_optimizer', 'check_parameters']
 
 # %% ../../nbs/training/03_config.ipynb #35548e27
 def seed_for(
@@ -243,6 +246,7 @@ LIMITS: dict[str, str] = {
     "importance": "[0, inf)",
     "fraction": "(0, 1]",
     "interpolate": "(0, 1]",
+    "consolidation": "{none, interpolate, fisher}",
     "second_batch": "[0, 1)",
     "freeze_after": "[1, inf)",
     "seed": "[0, inf)",
@@ -368,6 +372,8 @@ class Config:
     threads: int = 1  # of torch
     checkpoint: str | None = None  # folder; None: none is written
     arm: str = ""  # a label
+    consolidation: str = "none"  # of the weights at a boundary
+    merge: dict | None = None  # arguments of the consolidation
 
     def __post_init__(self) -> None:
         kinds = {f.name: str(f.type) for f in fields(self)}
@@ -381,6 +387,31 @@ class Config:
         "H; None for an optimizer without a second moment."
         has = self.optimizer != "sgd"
         return float(horizon(self.steps, self.beta2)) if has else None
+
+# %% ../../nbs/training/03_config.ipynb #2cbc1c62
+def build_consolidation(
+    config: Config,
+) -> Consolidation | None:  # None: the weights stay as trained
+    "The consolidation of a run. Raises ValueError for what has no meaning."
+    c, given = config, config.merge or {}
+    if c.consolidation == "none":
+        if given:
+            raise ValueError(
+                f"merge={given!r} needs consolidation='interpolate' or 'fisher'"
+            )
+        return None
+    kinds: dict[str, Callable[..., Consolidation]] = {
+        "interpolate": Interpolate,
+        "fisher": partial(FisherMerge, samples=c.batch),
+    }
+    default = {"weight": 0.5} if c.consolidation == "interpolate" else {}
+    try:
+        return kinds[c.consolidation](**default | given)
+    except TypeError as e:  # an argument that it does not have
+        raise ValueError(
+            f"merge={given!r} does not fit"
+            f" consolidation={c.consolidation!r}: {e}"
+        ) from None
 
 # %% ../../nbs/training/03_config.ipynb #9a05a42c
 def build_router(
@@ -412,6 +443,7 @@ def build_router(
             guard=None if modification is None else c.guard,
             track_step=c.track_step,
             track_inflation=c.track_inflation,
+            consolidation=build_consolidation(c),
             **options,
         )
     except TypeError as e:
@@ -434,6 +466,7 @@ def check_config(config: Config) -> None:
     clash = {
         "modification": c.modification != "none",
         "interpolate": c.interpolate is not None,
+        "consolidation": c.consolidation != "none",
         "second_batch": c.second_batch > 0,
         "freeze_after": c.freeze_after is not None,
     }
@@ -443,6 +476,11 @@ def check_config(config: Config) -> None:
                 "joint=True trains on all domains at once, so"
                 f" {name}={getattr(c, name)!r} has no meaning; leave {name} out"
             )
+    if c.consolidation != "none" and c.interpolate is not None:
+        raise ValueError(
+            f"interpolate={c.interpolate} and consolidation="
+            f"{c.consolidation!r} merge the weights twice; leave one out"
+        )
     if c.second_batch and c.modification != "none":
         raise ValueError(
             f"second_batch={c.second_batch} is a control of its own; pass"
