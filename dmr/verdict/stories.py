@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ import dmr
 from ..files import write_atomic
 
 # %% auto #0
-__all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'harm', 'story', 'fit', 'adam', 'texts', 'windows', 'held_out',
-           'two_texts', 'byte_model', 'llama', 'scratch', 'finetune', 'pretrained', 'new_optimizer', 'adapters',
-           'regression', 'in_turn', 'trainer', 'images', 'drift', 'many', 'Recurrent', 'recurrent_model', 'half_llama',
-           'recurrent', 'half', 'schedule']
+__all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'HELD_BACK', 'COLUMNS', 'harm', 'story', 'fit', 'adam',
+           'texts', 'windows', 'held_out', 'two_texts', 'byte_model', 'llama', 'scratch', 'finetune', 'pretrained',
+           'new_optimizer', 'adapters', 'regression', 'in_turn', 'trainer', 'images', 'drift', 'many', 'Recurrent',
+           'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule', 'routed', 'read_told', 'tell', 'tell_all',
+           'main']
 
 # %% ../../nbs/experiments/13_stories.ipynb #ead61c76
 #: What a default may lose on the old data, in units of the loss.
@@ -395,3 +398,116 @@ def schedule(arm: Arm, lr: float, seed: int) -> dict[str, float]:
             router.consolidate()
     *old, new = (held_out(loss_fn, d) for d in domains)
     return {"before": before, "old": sum(old) / len(old), "new": new}
+
+# %% ../../nbs/experiments/13_stories.ipynb #207cc3a9
+def routed(
+    make: Callable[[Callable], Any],  # loss of a batch -> modification, or None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,  # None: a Trainer's callback
+    loss_fn: Callable,
+    merge: Callable[[], Any] | None = None,  # -> a consolidation
+    **options: Any,  # of the router
+) -> Any:
+    "A router, or the callback that makes one."
+    if merge is not None:
+        options["consolidation"] = merge()
+    modification = make(loss_fn)
+    if optimizer is None:
+        from dmr.frameworks.trainer import RouterCallback
+
+        return RouterCallback(modification, **options)
+    return dmr.MomentRouter(model, optimizer, modification, **options)
+
+
+def _projection(loss_fn: Callable) -> dmr.Projection:
+    return dmr.Projection(rank=6)
+
+
+def _nothing(loss_fn: Callable) -> None:
+    return None
+
+
+#: Candidates by name.
+ARMS: dict[str, Arm] = {
+    "plain": None,
+    "projection, decoupled": partial(routed, _projection, routing="decoupled"),
+    "projection, displacement": partial(
+        routed, _projection, routing="displacement"
+    ),
+}
+for _weight in (0.5, 0.7):
+    _merge = partial(dmr.FisherMerge, _weight)
+    ARMS[f"merge {_weight}"] = partial(routed, _nothing, merge=_merge)
+    ARMS[f"projection, displacement, merge {_weight}"] = partial(
+        routed, _projection, merge=_merge, routing="displacement"
+    )
+
+# %% ../../nbs/experiments/13_stories.ipynb #9447de58
+HELD_BACK = ("recurrent", "half", "schedule")
+COLUMNS = ("story", "arm", "lr", "seed", "before", "old", "new", "error")
+
+
+def read_told(path: Path) -> list[dict[str, str]]:
+    "The rows that are there."
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def tell(
+    story: str, arm: str, lr: float, seed: int
+) -> dict[str, Any]:  # a row; what raised is in `error`
+    "Tell one story with one candidate."
+    row = {"story": story, "arm": arm, "lr": lr, "seed": seed, "error": ""}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = STORIES[story](ARMS[arm], lr, seed)
+    except ValueError as error:  # a gradient that is not finite any more
+        losses = dict.fromkeys(("before", "old", "new"), math.nan)
+        row["error"] = str(error).split(";")[0]
+    return row | {k: f"{x:.6g}" for k, x in losses.items()}
+
+
+def tell_all(
+    path: Path,
+    stories: Iterable[str],
+    seeds: Iterable[int] = (0, 1),
+    arms: Iterable[str] = tuple(ARMS),
+) -> None:
+    "Write the rows that a table lacks, one at a time."
+    rows = read_told(path)
+    key = lambda row: tuple(str(row[k]) for k in COLUMNS[:4])
+    there = {key(row) for row in rows}
+    wanted = [
+        {"story": s, "arm": a, "lr": lr, "seed": seed}
+        for s in stories for lr in RATES[s] for seed in seeds for a in arms
+    ]  # fmt: skip
+    for some in wanted:
+        if key(some) not in there:
+            rows.append(tell(**some))
+            text = io.StringIO()
+            table = csv.DictWriter(text, COLUMNS)
+            table.writeheader()
+            table.writerows(rows)
+            write_atomic(path, text.getvalue())
+            print(*(rows[-1][k] for k in COLUMNS), flush=True)
+
+# %% ../../nbs/experiments/13_stories.ipynb #522cdc95
+def main(arguments: list[str] | None = None) -> None:
+    "`python -m dmr.verdict.stories [--held-back] [story ...]`."
+    given = sys.argv[1:] if arguments is None else arguments
+    names = [a for a in given if not a.startswith("-")] or list(STORIES)
+    if unknown := [name for name in names if name not in STORIES]:
+        raise SystemExit(
+            f"{unknown[0]!r} is no story; there are {', '.join(STORIES)}"
+        )
+    if "--held-back" not in given:
+        names = [name for name in names if name not in HELD_BACK]
+    torch.set_num_threads(1)
+    tell_all(Path("results/stories.csv"), names)
+
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    main()
