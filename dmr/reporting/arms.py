@@ -29,7 +29,7 @@ from dmr.reporting.statistics import (
     paired_difference,
     seed_branch,
 )
-from ..studies.table import tidy_run
+from ..studies.table import boundary_weights, tidy_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,13 +49,14 @@ class Arm:
     adaptive: bool = False  # True: the strength adapts to the overlap
     rate: float = 1.0  # in units of the base rate
     interpolate: float | None = None  # weight at a domain's end
+    merge: float | None = None  # weight there of a merge by curvature
     other: bool = False  # second batch, joint, frozen, or a schedule
 
     @property
     def plain(self) -> bool:
         "The plain optimizer on the stream, at whatever rate."
-        edited = self.modification != "none" or self.interpolate is not None
-        return not (edited or self.other)
+        averaged = self.interpolate is not None or self.merge is not None
+        return not (self.modification != "none" or averaged or self.other)
 
     @property
     def style(self) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Arm:
             self.adaptive,
             self.rate,
             self.interpolate,
+            self.merge,
         )
 
 
@@ -76,10 +78,11 @@ def read_arm(
     "An arm's fields from the parameters of one of its runs."
     get = parameters.get
     modification = get("modification") or "none"
-    weight, lr = get("interpolate"), get("lr")
+    (weight, merge), lr = boundary_weights(parameters), get("lr")
     routing = get("routing") or "decoupled"
     if modification == "none":
         routing = "none" if weight is None else "interpolation"
+        routing = routing if merge is None else "merge"
     rate = lr / base_lr if lr and base_lr else 1.0
     if math.isclose(rate, 1.0, rel_tol=1e-9):
         rate = 1.0
@@ -87,7 +90,8 @@ def read_arm(
     frozen = get("freeze_after") is not None
     other = get("second_batch") or get("joint") or frozen or scheduled
     adaptive = modification != "none" and get("strength") == "overlap"
-    return Arm(routing, modification, adaptive, rate, weight, bool(other))
+    averages = (weight, merge, bool(other))
+    return Arm(routing, modification, adaptive, rate, *averages)
 
 # %% ../../nbs/reporting/04_arms.ipynb #028433e4
 def base_rate(

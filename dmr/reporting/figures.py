@@ -25,6 +25,7 @@ PALETTE: dict[str, str] = {
     "denominator": "#b5639b",
     "displacement": "#009e73",
     "interpolation": "#c98a00",
+    "merge": "#7a3e9d",
 }
 #: The marker of each way of editing the gradient.
 MARKERS: dict[str, str] = {
@@ -34,6 +35,7 @@ MARKERS: dict[str, str] = {
     "penalty": "^",
     "conflict": "v",
     "interpolation": "D",
+    "merge": "P",
 }
 
 # %% ../../nbs/reporting/03_figures.ipynb #8333c2ac
@@ -79,6 +81,7 @@ def arm_style(
     adaptive: bool = False,  # True: the strength adapts to the overlap
     rate: float = 1.0,  # learning rate, in units of the base rate
     interpolate: float | None = None,  # weight at a domain's end
+    merge: float | None = None,  # weight there of a merge by curvature
     # color, marker, linestyle: keywords of matplotlib's plot and errorbar
 ) -> dict[str, Any]:
     """Style an arm: colour by routing, marker by modification, shade and dash
@@ -89,13 +92,15 @@ def arm_style(
             f"routing={routing!r} has no colour; pass one of"
             f" {', '.join(PALETTE)}"
         )
-    alone = routing == "interpolation"
-    heavy = alone and (interpolate or 0.0) >= 0.5
+    alone = routing in ("interpolation", "merge")
+    heavy = alone and max(interpolate or 0.0, merge or 0.0) >= 0.5
     kind = _KINDS.get(modification, "projection")
     if modification == "none" or routing in ("none", "vanilla"):
         kind = "none"
-    if alone or interpolate is not None:
+    if routing == "interpolation" or interpolate is not None:
         kind = "interpolation"
+    if merge is not None:
+        kind = "merge"
     colour, line = _shade(PALETTE[routing], adaptive, rate, heavy)
     return {"color": colour, "marker": MARKERS[kind], "linestyle": line}
 

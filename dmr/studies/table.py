@@ -18,8 +18,8 @@ from ..files import locked, read_json, write_atomic, write_json
 from .identity import Identity, code_parts
 
 # %% auto #0
-__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'arm_label', 'flat',
-           'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key', 'CodeVersions', 'Ledger']
+__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'boundary_weights',
+           'arm_label', 'flat', 'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key', 'CodeVersions', 'Ledger']
 
 # %% ../../nbs/studies/06_table.ipynb #bc879c6e
 #: Columns of a table that hold a run's matrix of losses.
@@ -122,6 +122,20 @@ def _join_stages(
     return out
 
 # %% ../../nbs/studies/06_table.ipynb #25f54fd5
+def boundary_weights(
+    parameters: Mapping[str, Any],  # a run's parameters
+) -> tuple[float | None, float | None]:  # of interpolation, of a Fisher merge
+    "What the new weights count at a boundary; None: they are not averaged so."
+    kind, given = parameters.get("consolidation"), parameters.get("merge")
+    given = json.loads(given) if isinstance(given, str) and given else given
+    weight = (given if isinstance(given, dict) else {}).get("weight", 0.5)
+    if kind == "fisher":
+        return None, float(weight)
+    if kind == "interpolate":
+        return float(weight), None
+    return parameters.get("interpolate"), None
+
+
 def arm_label(
     parameters: Mapping[str, Any],  # a run's parameters
     base_lr: float | None = None,  # the other arms' rate; adds `×0.5`
@@ -130,9 +144,10 @@ def arm_label(
     get = parameters.get
     modification = get("modification") or "none"
     routing = get("routing") or "decoupled"
-    lam, fraction = get("interpolate"), get("fraction")
+    (lam, merge), fraction = boundary_weights(parameters), get("fraction")
     if modification == "none":
         words = ["interpolation" if lam is not None else "vanilla"]
+        words = words if merge is None else ["Fisher merge"]
         if get("joint"):
             words = ["joint training"]
         if get("second_batch"):
@@ -147,8 +162,10 @@ def arm_label(
             words = [f"replay {100 * fraction:g} % {adaptive}{routing}"]
         if lam is not None:
             words.append("+ interpolation")
-    if lam is not None:
-        words.append(f"{lam:g}")
+        if merge is not None:
+            words.append("+ Fisher merge")
+    if lam is not None or merge is not None:
+        words.append(f"{lam if merge is None else merge:g}")
     lr = get("lr")
     if base_lr and lr and not math.isclose(lr, base_lr, rel_tol=1e-9):
         words.append(f"×{lr / base_lr:g}")

@@ -193,7 +193,8 @@ def _comment_of(
 ) -> str:
     "The comment at a statement's end, after those on the lines right above."
     said, line = [comments.get(node.end_lineno or 0, "")], node.lineno - 1
-    while line in comments and line not in ends and _LATER not in comments[line]:
+    ours = lambda line: line in comments and line not in ends
+    while ours(line) and not comments[line].startswith(_LATER):
         said.insert(0, comments[line])
         line -= 1
     return " ".join(filter(None, said))
