@@ -432,7 +432,8 @@ class _Moving(_Past):
                 )
                 share = new_share(f_old, f_new, *settings, mean)
                 mine.copy_(_moved(local(self.before[name]), mine, share))
-                shares.append(share.mean())
+                total = sum_over(share.sum(), shard_groups(name, p))
+                shares.append(total / p.numel())
         return {"share": torch.stack(shares).mean().item()} if shares else {}
 
 # %% ../../nbs/methods/11_consolidation.ipynb #a40a5be2

@@ -292,6 +292,39 @@ def interpolation_and_its_state():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def merging_and_its_state():
+    "A merge by curvature: split rows give what whole weights give."
+    results = {}
+    for shard in (False, True):
+        model, optimizer = make(shard)
+        router = dmr.MomentRouter(
+            model,
+            optimizer,
+            dmr.Projection(rank=2, every=1),
+            "displacement",
+            consolidation=dmr.FisherMerge(0.6, damping=0.1),
+        )
+        for step in range(6):
+            optimizer.zero_grad()
+            model(data(step, False)).square().mean().backward()
+            optimizer.step()
+            if step % 2:
+                report = router.consolidate()
+        results[shard] = [
+            p.full_tensor() if shard else p.detach() for p in model.parameters()
+        ]
+        assert 0 < report["consolidation"]["share"] <= 1
+        state = router.state_dict()
+        router.load_state_dict(state)
+        again = router.state_dict()["consolidation"]
+        for part in ("before", "past"):
+            for name, x in state["consolidation"][part].items():
+                assert torch.equal(x, again[part][name])
+                assert x.shape == dict(model.named_parameters())[name].shape
+    for a, b in zip(results[False], results[True]):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def inflation_is_measured_over_all_rows():
     seen = {}
     for shard in (False, True):
@@ -361,7 +394,7 @@ def test_between_two_processes(tmp_path):
         for line in CASES.splitlines()
         if line.startswith("def ") and line.endswith("():")
     ]
-    assert len(names) == 6
+    assert len(names) == 7
     assert torchrun(program, 2, *names).split() == [
         word for name in names for word in ("passed", name)
     ]
