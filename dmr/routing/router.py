@@ -32,11 +32,13 @@ from dmr.routing.inflation import (
 )
 from .modification import Modification, Nothing, find_targets
 from .moments import moments_of
-from .sharding import replicas, shard_groups
+from .sharding import replicas, shard_groups, sum_over
 from dmr.routing.step import (
     EditOf,
     Step,
+    as_vectors,
     capturing,
+    check_finite,
     check_gradients,
     check_guard,
     check_meaning,
@@ -53,7 +55,7 @@ from dmr.routing.step import (
 from .strength import Fixed, Strength
 
 # %% auto #0
-__all__ = ['Measured', 'Domains', 'Stateful', 'Restored', 'Described', 'MomentRouter']
+__all__ = ['Measured', 'Domains', 'Protecting', 'Stateful', 'Restored', 'Described', 'MomentRouter']
 
 # %% ../../nbs/routing/08_router.ipynb #c6849978
 def _after_closure(
@@ -363,6 +365,57 @@ class Domains(_Stepping):
         self.domains += 1
         return report | ({"consolidation": merged} if merged else {})
 
+# %% ../../nbs/routing/08_router.ipynb #007992f1
+def _raw_gradients(
+    loss: Tensor,  # a scalar
+    parameters: Mapping[str, nn.Parameter],
+    group: Any = None,  # processes whose gradients are averaged
+) -> dict[str, Tensor]:  # by name, of the parameters that the loss reaches
+    "∇loss, without a trace in the model."
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
+    grads = {n: g for n, g in zip(trained, found) if g is not None}
+    if group is not None:
+        grads = {n: sum_over(g, [group]) for n, g in grads.items()}
+        grads = {n: g / group.size() for n, g in grads.items()}
+    return grads
+
+# %% ../../nbs/routing/08_router.ipynb #b04df06e
+class Protecting(Domains):
+    "A routed optimizer that can be told of a past."
+
+    def protect(
+        self,
+        batches: Iterable[Any],  # of the old kind of data
+        loss_fn: Callable[[Any], Tensor],  # a batch's mean loss
+    ) -> dict:  # the report of the boundary that is drawn
+        """Before training: learn from examples what the model already knows.
+        Raises ValueError without a batch, for a gradient that is not finite,
+        and for sharded weights.
+        """
+        if self.groups:
+            raise ValueError(
+                "protect() needs whole weights, and these are sharded; call it"
+                " before sharding, and load the router's state afterwards"
+            )
+        devices = {p.device for p in self.names if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            shown = [self._show(batch, loss_fn) for batch in batches]
+        if not shown:
+            raise ValueError("protect() got no batch, so nothing is known yet")
+        return self.consolidate()
+
+    def _show(self, batch: Any, loss_fn: Callable[[Any], Tensor]) -> None:
+        self.observe(batch)
+        parameters, group = self.parameters(), self.group
+        grads = _raw_gradients(loss_fn(batch), parameters, group)
+        seen = as_vectors({name: g.detach() for name, g in grads.items()})
+        with torch.no_grad():
+            check_finite(seen, {}, self.groups)
+            self.modification.learn(seen)
+            self.consolidation.learn(seen)
+            self.modification.end()
+
 # %% ../../nbs/routing/08_router.ipynb #efa1ff4b
 def _check_state(
     state: dict,  # as a router wrote it
@@ -387,7 +440,7 @@ def _check_state(
             )
 
 # %% ../../nbs/routing/08_router.ipynb #2568d311
-class Stateful(Domains):
+class Stateful(Protecting):
     "A routed optimizer whose books can be saved and taken over."
 
     def _identity(self) -> dict:
