@@ -508,6 +508,11 @@ class Restored(Stateful):
         self._inflation = load_meters(state["inflation"], self.groups)
 
 # %% ../../nbs/routing/08_router.ipynb #1a47da5d
+def _bytes(n: int) -> str:
+    "A size to read."
+    return f"{n / 2**10:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
+
+
 class Described(Restored):
     "A routed optimizer that says what it is."
 
@@ -521,13 +526,15 @@ class Described(Restored):
 
     def summary(self) -> str:
         "What is protected, with which rank, at what memory, as text."
-        n = self.memory()
-        size = f"{n / 2**10:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
+        merging, kept = self.consolidation, self.consolidation.memory()
         head = (
             f"{self!r}\n{self.steps} steps, {self.domains} domains"
-            f" consolidated, {size} kept"
+            f" consolidated, {_bytes(self.memory())} kept"
         )
-        return "\n".join([head, *self.modification.summary_lines()])
+        lines = [head, *self.modification.summary_lines()]
+        if kept or repr(merging) != "Interpolate()":
+            lines.append(f"  at a boundary: {merging!r}, {_bytes(kept)} kept")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return (

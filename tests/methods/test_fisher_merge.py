@@ -387,3 +387,15 @@ def test_parameters_in_groups_and_several_rates():
     assert set(router.consolidation.past) == {
         "0.weight", "0.bias", "3.weight", "3.bias",
     }  # fmt: skip
+
+
+def test_the_summary_says_what_the_merge_keeps():
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = adamw(model)
+    router, _ = recorded(model, optimizer)
+    model(torch.randn(4, 64)).square().sum().backward()
+    optimizer.step()
+    router.consolidate()
+    last = router.summary().splitlines()[-1]
+    # θ_p and F_p, 64 · 64 numbers of four bytes each
+    assert last.endswith("curvature='gradients'), 32.0 KiB kept")
