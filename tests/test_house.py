@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: Rooms by floor. A room imports only what stands on a floor below it.
 FLOORS = (
-    {"theory", "files"},
+    {"theory", "files", "extras"},
     {"routing"},
     {"methods", "text"},
     {"frameworks"},

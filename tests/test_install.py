@@ -10,12 +10,15 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from hashlib import sha256
 from importlib.metadata import distribution, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from dmr.text.archive import cache_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """\
@@ -199,9 +202,10 @@ def test_importing_dmr_is_quick_and_brings_no_notebook_tooling():
     assert not tooling & set(runs[0][2:])
 
 
-@pytest.mark.slow
-def test_wheel_and_sdist_hold_what_they_should(tmp_path):
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "The folder of the wheel and the source archive, built from this tree."
+    folder = tmp_path_factory.mktemp("built")
     keep = shutil.ignore_patterns(
         ".git",
         ".venv*",
@@ -214,22 +218,20 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         "__pycache__",
         ".*_cache",
     )
-    shutil.copytree(ROOT, source, ignore=keep)
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path / "dist"),
-        str(source),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,), (archive,) = (
-        (tmp_path / "dist").glob("*.whl"),
-        (tmp_path / "dist").glob("*.tar.gz"),
+    shutil.copytree(ROOT, folder / "source", ignore=keep)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
+    done = subprocess.run(
+        [*command, folder / "dist", folder / "source"],
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "dist"
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_they_should(built):
+    (wheel,), (archive,) = built.glob("*.whl"), built.glob("*.tar.gz")
     modules = {
         p.relative_to(ROOT).as_posix()
         for p in (ROOT / "dmr").rglob("*.py")
@@ -270,6 +272,7 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
     core = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(r.split(">")[0].split("[")[0].strip() for r in core) == [
         "einops",
+        "filelock",
         "numpy",
         "torch",
     ]
@@ -288,6 +291,36 @@ def test_wheel_and_sdist_hold_what_they_should(tmp_path):
         }
         <= inside
     )
+
+
+def experiments():
+    "Templates and study files, by their path below nbs/: name -> hash."
+    folder = ROOT / "nbs" / "experiments"
+    templates = [p for p in folder.glob("*.ipynb") if not p.name[0].isdigit()]
+    studies = [*folder.glob("studies/*.yaml")]
+    assert len(templates) > 3 and len(studies) > 5
+    return {
+        p.relative_to(ROOT / "nbs").as_posix(): sha256(p.read_bytes()).digest()
+        for p in (*templates, *studies)
+    }
+
+
+def test_the_wheel_carries_the_experiments_as_they_are_here(tmp_path):
+    "Built as a wheel is, without its archive: the same files, hash by hash."
+    where = ("egg_info", "-e", tmp_path, "build", "-b", tmp_path)
+    command = [sys.executable, "setup.py", "-q", *where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    package = tmp_path / "lib" / "dmr"
+    inside = {
+        p.relative_to(package).as_posix(): sha256(p.read_bytes()).digest()
+        for p in (package / "experiments").rglob("*")
+        if p.is_file()
+    }
+    assert inside == experiments()
+    assert not (package / "verdict").exists()
+    assert not (package / "book").exists()
+    assert not (ROOT / "dmr" / "experiments").exists()  # never committed twice
 
 
 IMPORT_ALL = """
@@ -361,3 +394,63 @@ def test_every_module_of_the_wheel_imports_or_names_its_extra(extra, tmp_path):
     assert set(said) == {m for m, need in NEEDS.items() if need != extra}, said
     for module, message in said.items():
         assert f"pip install 'moment-routing[{NEEDS[module]}]'" in message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_empty_folder_after_a_pip_install(built, tmp_path):
+    """With the extra `experiments`, the demonstration is made there; every
+    command says what there is, and what needs a checkout.
+    """
+    names = distributions_of("") | distributions_of("experiments")
+    python = empty_environment(tmp_path / "venv", names)
+    (wheel,) = built.glob("*.whl")
+    home = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    pip = [sys.executable, "-m", "pip", "--python", python, "install"]
+    command = [*pip, "-q", "--no-index", "--no-deps", wheel]
+    subprocess.run(command, check=True, env=home)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def dmr(*argv, code=0):
+        done = subprocess.run(
+            [python.with_name("dmr"), *argv],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env={**home, "DMR_CACHE": str(cache_folder())},
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == code and "Traceback" not in said, said
+        return said
+
+    listed = dmr("batch", "--list").splitlines()
+    assert {line.split()[0] for line in listed} == {
+        Path(name).stem for name in experiments() if "studies/" in name
+    }
+    assert all(" runs " in line for line in listed), listed
+    for command in ("why", "tail", "report"):
+        assert "`dmr run` makes the demonstration" in dmr(command)
+    assert not [*folder.iterdir()]  # looking writes nothing
+    (said,) = dmr("report", "claims", code=2).splitlines()
+    assert "needs a checkout" in said
+
+    tiny = ("steps", "3"), ("domains", '["bible", "jargon"]')
+    options = [word for pair in tiny for word in ("-p", *pair)]
+    dmr("run", *options, "--quiet")
+    (report,) = folder.glob("runs/demo*/report/*.html")
+    assert report.stat().st_size > 10_000
+    (name,) = (p.name for p in (folder / "runs").glob("demo*"))
+    for command in ("why", "report"):
+        said = dmr(command)
+        assert f"{name}: 26 of 26 done" in said
+    run = next((folder / "runs").glob("demo*/*/done.json")).parent.name
+    assert f"{run}: ok" in dmr("tail", run)
+
+    (folder / "studies").mkdir()
+    mine = "template: {}\nseeds: [0]\n"
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    template = site / "dmr" / "experiments" / "continual_lm.ipynb"
+    (folder / "studies" / "mine.yaml").write_text(mine.format(template))
+    again = dmr("batch", "--list").splitlines()
+    assert again[0].split()[0] == "mine" and again[1:] == listed

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback
-
+from ..extras import need
 from .callbacks import DomainCallback
 
 # %% auto #0
 __all__ = ['LightningRouter']
+
+# %% ../../nbs/guides/05_lightning.ipynb #355652cf
+need("lightning", "lightning", "dmr.frameworks.lightning")
+
+# %% ../../nbs/guides/05_lightning.ipynb #b4207817
+from lightning.pytorch import Callback
 
 # %% ../../nbs/guides/05_lightning.ipynb #fe494147
 class LightningRouter(DomainCallback, Callback):

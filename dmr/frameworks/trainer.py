@@ -8,13 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
-
+from ..extras import need
 from ..files import read_checkpoint, write_checkpoint
 from .callbacks import DomainCallback
 
 # %% auto #0
 __all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']
+
+# %% ../../nbs/guides/04_trainer.ipynb #2ee72bde
+need("transformers", "hf", "dmr.frameworks.trainer")
+
+# %% ../../nbs/guides/04_trainer.ipynb #ca0ea5ae
+from transformers import Trainer, TrainerCallback
 
 # %% ../../nbs/guides/04_trainer.ipynb #38a1db2d
 ROUTER_FILE = "router.pt"  # in a checkpoint's folder, beside optimizer.pt

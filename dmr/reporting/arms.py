@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..extras import need
 from .figures import arm_style, use_theme
 from dmr.reporting.statistics import (
     COMPARABLE_SHARE,
@@ -433,12 +434,7 @@ def seeds_text(n: int) -> str:
 @contextmanager
 def book_theme() -> Iterator[None]:
     "The book's theme, for one figure; the caller's own settings come back."
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise ImportError(
-            "figures need matplotlib: pip install 'moment-routing[experiments]'"
-        ) from e
+    matplotlib = need("matplotlib", "experiments", "a figure")
     with matplotlib.rc_context():
         use_theme()
         yield

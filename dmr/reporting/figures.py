@@ -5,8 +5,9 @@
 # %% ../../nbs/reporting/03_figures.ipynb #f1a00a34
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
+
+from ..extras import need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,15 +106,6 @@ def arm_style(
     return {"color": colour, "marker": MARKERS[kind], "linestyle": line}
 
 # %% ../../nbs/reporting/03_figures.ipynb #f85e4c6c
-def _need(*modules: str) -> None:
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"no {' and '.join(missing)} here; pip install"
-            " 'moment-routing[experiments]'"
-        )
-
-
 #: The book's settings of matplotlib (its rcParams).
 THEME: dict[str, Any] = {
     "figure.figsize": (5.0, 3.3),
@@ -162,7 +154,7 @@ def figure_png(
 
     Raises ModuleNotFoundError without the extra `experiments`.
     """
-    _need("matplotlib")
+    need("matplotlib", "experiments", "a figure")
     import io
 
     from PIL import Image
@@ -212,7 +204,8 @@ def use_theme(
 
     Raises ModuleNotFoundError without the extra `experiments`.
     """
-    _need("matplotlib", "seaborn")
+    need("matplotlib", "experiments", "a figure")
+    need("seaborn", "experiments", "a figure")
     import seaborn as sns
 
     sns.set_theme(

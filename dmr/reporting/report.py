@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extras import need
 from ..files import read_json, write_atomic
 from dmr.reporting.arms import (
     COLUMNS,
@@ -42,13 +43,7 @@ __all__ = ['tidy', 'tidy_records', 'read_results', 'headline', 'text_table', 'st
 
 # %% ../../nbs/reporting/05_report.ipynb #d50e1128
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    try:
-        import pandas
-    except ImportError as e:
-        raise ImportError(
-            "tables need pandas: pip install 'moment-routing[experiments]'"
-        ) from e
-    return pandas.DataFrame(rows)
+    return need("pandas", "experiments", "a table").DataFrame(rows)
 
 
 def _tidy_runs(results: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

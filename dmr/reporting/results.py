@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ..extras import need
 from ..studies.plan import Plan, choose, make_plan, shown_state, table_rows
 from ..studies.study import Project, Study, find_project, find_study
 from dmr.studies.table import (
@@ -29,13 +30,7 @@ __all__ = ['WHO', 'load_results', 'load_records', 'load_stages', 'result_of_row'
 # %% ../../nbs/reporting/01_results.ipynb #692c63c9
 def _pandas() -> Any:
     "pandas, or what to install."
-    try:
-        import pandas
-    except ImportError as e:
-        raise ImportError(
-            "tables need pandas: pip install 'moment-routing[experiments]'"
-        ) from e
-    return pandas
+    return need("pandas", "experiments", "a table")
 
 
 def load_results(

@@ -5,7 +5,6 @@
 # %% ../../nbs/reporting/02_statistics.ipynb #66fd9020
 from __future__ import annotations
 
-import importlib
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..extras import need
+
 # %% auto #0
 __all__ = ['EXPLORATORY', 'Points', 'Curve', 'SLOWER', 'FASTER', 'COMPARABLE_SHARE', 'Interval', 'mean_interval',
            'interquartile_mean', 'shared_seeds', 'differences', 'paired_difference', 'paired_ratio', 'holm', 'paired_p',
@@ -24,16 +25,11 @@ __all__ = ['EXPLORATORY', 'Points', 'Curve', 'SLOWER', 'FASTER', 'COMPARABLE_SHA
 
 # %% ../../nbs/reporting/02_statistics.ipynb #43eccb42
 def _scipy(part: str, what: str) -> Any:
-    try:
-        return importlib.import_module(f"scipy.{part}")
-    except ImportError as e:
-        raise ImportError(
-            f"{what} scipy: pip install 'moment-routing[experiments]'"
-        ) from e
+    return need(f"scipy.{part}", "experiments", what)
 
 
 def _stats() -> Any:
-    return _scipy("stats", "intervals need")
+    return _scipy("stats", "an interval")
 
 # %% ../../nbs/reporting/02_statistics.ipynb #f9c21045
 def _bounds(
@@ -280,7 +276,7 @@ def minimum_detectable_difference(
     high = 1.0
     while short(high) < 0:
         high *= 2
-    root = _scipy("optimize", "the search needs").brentq
+    root = _scipy("optimize", "the search").brentq
     return float(root(short, 0.0, high, xtol=1e-12)) * sd
 
 # %% ../../nbs/reporting/02_statistics.ipynb #d9144657
@@ -312,7 +308,7 @@ class Branch(NamedTuple):
 
     def interpolant(self) -> Any:
         "Forgetting as a function of learning accuracy: scipy's PCHIP."
-        interpolate = _scipy("interpolate", "the matched comparison needs")
+        interpolate = _scipy("interpolate", "the matched comparison")
         return interpolate.PchipInterpolator(
             self.learning_accuracy, self.forgetting, extrapolate=False
         )

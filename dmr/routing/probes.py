@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ..extras import need
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,16 +253,6 @@ _LABELS = {
     "step_rms": "RMS of the step, in lr",
 }
 
-
-def _needed(module: str, by: str) -> Any:
-    "An optional module, or an error that says what to install."
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{by} needs {module}: pip install 'moment-routing[experiments]'"
-        ) from error
-
 # %% ../../nbs/routing/09_probes.ipynb #05e721f5
 def _lines(table: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:
     "One quantity over the steps, a line a tensor."
@@ -272,8 +263,9 @@ def _lines(table: pd.DataFrame, quantity: str, ax: Axes | None) -> Axes:
     if quantity not in _LABELS:
         raise ValueError(f"quantity={quantity!r}: one of {', '.join(_LABELS)}")
     if ax is None:
-        ax = _needed("matplotlib.pyplot", "Probe.plot").subplots()[1]
-    _needed("seaborn", "Probe.plot").lineplot(
+        pyplot = need("matplotlib.pyplot", "experiments", "Probe.plot")
+        ax = pyplot.subplots()[1]
+    need("seaborn", "experiments", "Probe.plot").lineplot(
         table, x="step", y=quantity, hue="name", palette="crest", ax=ax
     )
     ax.set(xlabel="steps probed", ylabel=_LABELS[quantity])
@@ -298,7 +290,8 @@ class _Answers(_Watched):
 
     def table(self) -> pd.DataFrame:  # one row a recorded step and tensor
         "Everything recorded so far; needs the extra `experiments`."
-        return _needed("pandas", "Probe.table").DataFrame(self.rows)
+        pandas = need("pandas", "experiments", "Probe.table")
+        return pandas.DataFrame(self.rows)
 
     def plot(
         self,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..extras import need
 from ..files import is_locked, write_atomic, write_json
 from .identity import Identity
 from .mirror import pull, push
@@ -116,12 +117,7 @@ class _DaskExecutor:
     "Runs on the workers of a dask.distributed cluster."
 
     def __init__(self, address: str):
-        try:
-            from distributed import Client
-        except ImportError as e:
-            raise ImportError(
-                "--scheduler needs dask: pip install 'moment-routing[cluster]'"
-            ) from e
+        Client = need("distributed", "cluster", "--scheduler").Client
         try:
             self.client = Client(address, timeout="15s", set_as_default=False)
         except OSError as e:

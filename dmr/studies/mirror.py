@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..extras import need
 from ..files import write_atomic
 from .plan import Plan, prepare_planned
 from .run import OK
@@ -18,14 +19,7 @@ __all__ = ['push', 'pull']
 # %% ../../nbs/studies/09_mirror.ipynb #d83501ad
 def _file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     "The file system behind an fsspec URL."
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as e:
-        raise ImportError(
-            "copies elsewhere need fsspec: pip install"
-            " 'moment-routing[cluster]'"
-        ) from e
-    return url_to_fs(url)
+    return need("fsspec.core", "cluster", "a copy elsewhere").url_to_fs(url)
 
 # %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
 # in this order: the marker last

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .identity import digest
+from ..extras import need
+from .identity import digest, package_folder
 from .run import Limits
 from dmr.studies.template import (
     Template,
@@ -32,12 +33,7 @@ class StudyError(ValueError):
 # %% ../../nbs/studies/05_study.ipynb #365f5d15
 def _loader(stream: str) -> Any:
     "A safe loader that knows floats without a dot."
-    try:
-        import yaml
-    except ImportError as e:
-        raise ImportError(
-            "study files need PyYAML: pip install 'moment-routing[experiments]'"
-        ) from e
+    yaml = need("yaml", "experiments", "a study file")
 
     class StudyLoader(yaml.SafeLoader):
         pass
@@ -82,8 +78,7 @@ def _read_yaml(
     name: str = "study",  # shown in errors
 ) -> tuple[Any, _Lines]:  # the data, and the line of each entry
     "Read YAML as plain data with line numbers; raises StudyError."
-    import yaml
-
+    yaml = need("yaml", "experiments", "a study file")
     lines: _Lines = {}
     loader = _loader(text)
     try:
@@ -538,29 +533,45 @@ class Project:
     root: Path
     runs: Path
     results: Path
-    studies: Path
+    studies: Path  # the project's own
+    carried: Path | None = None  # the package's; None: own studies only
 
 # %% ../../nbs/studies/05_study.ipynb #686d468e
+def _carried_studies() -> Path | None:
+    "The studies' folder that the package brings; None where it has none."
+    package = package_folder()
+    places = (package / "experiments", package.parent / "nbs/experiments")
+    # a wheel has the first; an editable install reads its checkout's
+    return next((p for e in places if (p := e / "studies").is_dir()), None)
+
+
 def find_project(
     start: str | Path | None = None,  # a folder inside it; None: the current
     runs: str | Path | None = None,  # None: runs/ in the project
     results: str | Path | None = None,  # None: results/ in the project
 ) -> Project:
-    "The project around a folder: the nearest one with studies, else itself."
+    """The project around a folder: the nearest one with `nbs/experiments`,
+    else the folder itself, with the studies that the package carries.
+    """
     begin, studies = Path(start or ".").absolute(), "nbs/experiments/studies"
     above = (p for p in (begin, *begin.parents) if (p / studies).is_dir())
-    root = next(above, begin)
+    found = next(above, None)
+    root = found or begin
     return Project(
         root,
         Path(runs or root / "runs").absolute(),
         Path(results or root / "results").absolute(),
-        root / studies,
+        root / (studies if found else "studies"),
+        None if found else _carried_studies(),
     )
 
 # %% ../../nbs/studies/05_study.ipynb #62b1a044
 def list_studies(project: Project) -> list[Path]:
-    "The study files of a project."
-    return sorted(project.studies.glob("*.yaml"))
+    "The study files of a project, its own before those of the package."
+    own = sorted(project.studies.glob("*.yaml"))
+    carried = sorted(project.carried.glob("*.yaml")) if project.carried else []
+    names = {p.stem for p in own}
+    return [*own, *(p for p in carried if p.stem not in names)]
 
 
 def find_study(

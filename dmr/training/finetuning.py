@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import need
 from dmr.frameworks.lora import (
     PROTECT,
     lora_include,
@@ -32,7 +33,6 @@ from dmr.training.loop import (
 from dmr.training.pretrained import (
     encode,
     load_pretrained,
-    need,
     small_llama,
     text_windows,
     window_losses,
@@ -127,8 +127,7 @@ def _adapted_model(
     )
     model.config.use_cache = False  # of generation
     if c.lora_rank is not None:
-        need("peft")
-        import peft
+        peft = need("peft", "hf", "an adapter")
 
         adapters = peft.LoraConfig(
             r=c.lora_rank,

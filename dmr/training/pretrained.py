@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import need
 from dmr.text.archive import (
     cache_folder,
     download,
@@ -29,7 +29,7 @@ from ..text.sources import Archive, blocks
 from .loop import evaluating, even_starts
 
 # %% auto #0
-__all__ = ['MODELS', 'Pinned', 'fetch_model', 'list_models', 'need', 'available_memory', 'check_memory', 'load_tokenizer',
+__all__ = ['MODELS', 'Pinned', 'fetch_model', 'list_models', 'available_memory', 'check_memory', 'load_tokenizer',
            'load_pretrained', 'encode', 'Windows', 'text_windows', 'ByteTokenizer', 'small_llama', 'window_losses']
 
 # %% ../../nbs/training/05_pretrained.ipynb #baf95130
@@ -150,18 +150,6 @@ def list_models(
     ]
 
 # %% ../../nbs/training/05_pretrained.ipynb #b9797586
-def need(
-    module: str,  # to import
-    extra: str = "hf",  # extra of this package that brings it
-) -> None:
-    "Raise ImportError, saying what to install, if a module is missing."
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(
-            f"this needs {module}, which is not installed: pip install"
-            f" 'moment-routing[{extra}]'"
-        )
-
-
 def available_memory() -> int | None:  # bytes; None: unknown on this system
     "Memory that could be taken now."
     try:
@@ -251,7 +239,7 @@ def load_pretrained(
     tokenizer that cannot be found, MemoryError where the weights would not
     fit.
     """
-    need("transformers")
+    need("transformers", "hf", "a pretrained model")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(
             f"dtype={dtype!r} is unknown; choose float32, bfloat16 or float16"
@@ -263,7 +251,7 @@ def load_pretrained(
     if place in MODELS:
         path = fetch_model(place, cache, progress=False)
     if path.suffix == ".gguf":
-        need("gguf")
+        need("gguf", "hf", "a .gguf file")
         if not path.is_file():
             raise ValueError(
                 f"no file {path}; pass the path of a .gguf file, or one of"
@@ -372,7 +360,7 @@ def small_llama(
     context: int = 256,  # longest input
 ) -> tuple[nn.Module, ByteTokenizer]:
     "A Llama with random weights, made in place, and its tokenizer."
-    need("transformers")
+    need("transformers", "hf", "a Llama")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
