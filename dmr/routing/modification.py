@@ -434,6 +434,9 @@ class Modification(_State, _OptionalSetup, _OptionalStep):
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    def __getstate__(self) -> dict:  # process groups cannot be copied
+        return self.__dict__ | {"group": None}
+
     def edit(self, name: str, x: Tensor) -> Edit | None:
         """d for the gradient (or step) `x` of the parameter `name`; None:
         leave it alone.

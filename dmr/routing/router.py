@@ -36,6 +36,7 @@ from .sharding import replicas, shard_groups, sum_over
 from dmr.routing.step import (
     EditOf,
     Step,
+    after_step,
     as_vectors,
     capturing,
     check_finite,
@@ -121,7 +122,7 @@ def _greet(
     warnings.warn(
         f"{len(unknown) - before} parameters of the optimizer{where}: they"
         f" are stepped, but never routed{way_out}",
-        stacklevel=7,
+        stacklevel=8,
     )
     return len(unknown)
 
@@ -259,7 +260,7 @@ class _Finishing(Measured):
             self._last |= step_norms(
                 step, displaced, self.matrices, bases, groups
             )
-        self.modification.end(step.grads)
+        self.modification.end(after_step(step))
         self._flight = None
 
 # %% ../../nbs/routing/08_router.ipynb #34441ca3

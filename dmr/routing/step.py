@@ -32,8 +32,8 @@ from .strength import Fixed, Strength
 # %% auto #0
 __all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'Vectors',
            'as_vectors', 'Undo', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite', 'capturing',
-           'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'first_moment', 'clamped', 'edits',
-           'route', 'amend', 'taken', 'displace', 'finish', 'check_meaning', 'check_guard']
+           'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step', 'first_moment', 'clamped',
+           'edits', 'route', 'amend', 'taken', 'displace', 'finish', 'check_meaning', 'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #e62f44fa
 #: The routings: which moment of the optimizer sees the edited gradient
@@ -344,6 +344,12 @@ def give_back(
         undo.edit.add_to(undo.grad, factor)
     else:  # the gradient itself, kept
         undo.grad.copy_(undo.edit.d if stepped else undo.edit.d * factor)
+
+# %% ../../nbs/routing/05_step.ipynb #3be33e76
+def after_step(step: Step) -> Vectors:
+    "The gradients once torch's step was taken, when nothing scales them."
+    grads = step.grads
+    return grads if grads.scale is None else Vectors([*step.live], grads.make)
 
 # %% ../../nbs/routing/05_step.ipynb #3e1e70bb
 def first_moment(step: Step, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import PlainAdam, flat
 from torch import nn
 
+import dmr
 from dmr.methods.penalty import EWC, SI
 from dmr.routing.conformance import Problem, train
 from dmr.routing.router import MomentRouter
@@ -207,3 +208,28 @@ def test_rescaling_against_adam_written_out(routing, normalise):
         torch.testing.assert_close(
             flat(problem.model.parameters()), theta, rtol=1e-8, atol=1e-10
         )
+
+
+def test_the_path_is_the_same_under_a_loss_scale():
+    "The fused kernel unscales gradients in place; they are not divided twice."
+    paths = {}
+    for scale in (None, 2.0**6):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        router = dmr.MomentRouter(model, optimizer, SI(), "shared")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0)
+        x = torch.randn(9, 5)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (model(x) - x[:, :3]).square().mean()
+            if scale is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        paths[scale] = router.modification.path
+    for name, path in paths[None].items():
+        torch.testing.assert_close(paths[2.0**6][name], path)
