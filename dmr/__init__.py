@@ -84,7 +84,7 @@ __all__ = [
     "RouterCallback",
 ]
 
-
+# %% ../nbs/making/24_api.ipynb #ea6c3749
 def __getattr__(name: str) -> Any:
     "Load a public name's module when the name is first asked for."
     if name not in _HOME:

@@ -8,7 +8,6 @@ __all__ = ['RECORD', 'chapter_hash', 'Execution', 'read_executions', 'stale_chap
 # %% ../../nbs/making/14_freshness.ipynb #3dd8523d
 import ast
 import hashlib
-import json
 import os
 import re
 import sys

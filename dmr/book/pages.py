@@ -111,6 +111,7 @@ def _seeds_used(
 #: template that says how.
 MADE_BY: dict[str, str] = {
     "readme": "make run, make readme",
+    "stories": "python -m dmr.verdict.stories",
     "performance": "make bench",
     "performance_cuda": "python -m dmr.book.performance --device cuda",
     "inflation_monte_carlo": "experiments/inflation_monte_carlo",

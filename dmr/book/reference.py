@@ -13,6 +13,7 @@ import io
 import re
 import textwrap
 import tokenize
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,6 +197,16 @@ def _function(
         name, module.name, kind, signature, doc, source, parameters, returns
     )
 
+# %% ../../nbs/making/17_reference.ipynb #c380ee16
+def _bases(
+    node: ast.ClassDef,
+    classes: Mapping[str, ast.ClassDef],  # the module's, by name
+) -> list[ast.ClassDef]:  # nearest first
+    "The private bases of a class, from the same module."
+    names = [ast.unparse(base) for base in node.bases]
+    own = [classes[n] for n in names if n.startswith("_") and n in classes]
+    return [b for base in own for b in (base, *_bases(base, classes))]
+
 # %% ../../nbs/making/17_reference.ipynb #8a00e96a
 def _fields(node: ast.ClassDef, comments: Comments) -> tuple[Parameter, ...]:
     "The fields of a dataclass or of a named tuple."
@@ -214,9 +225,18 @@ def _fields(node: ast.ClassDef, comments: Comments) -> tuple[Parameter, ...]:
     )
 
 
-def _class(node: ast.ClassDef, module: _Module) -> Symbol:
+def _class(
+    node: ast.ClassDef,
+    module: _Module,
+    inherited: Mapping[str, ast.ClassDef],  # the module's classes by name
+) -> Symbol:
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     functions = [n for n in node.body if isinstance(n, kinds)]
+    names = {f.name for f in functions}
+    for base in _bases(node, inherited):
+        more = [n for n in base.body if isinstance(n, kinds)]
+        functions += [n for n in more if n.name not in names]
+        names |= {n.name for n in more}
     init = next((f for f in functions if f.name == "__init__"), None)
     parameters, keyword_only = _fields(node, module.comments), 0
     texts = [ast.get_docstring(node)]
@@ -271,12 +291,14 @@ def read_module(
     tree = ast.parse(text)
     module = _Module(name, text.splitlines(), _line_comments(text))
     symbols: dict[str, Symbol] = {}
+    kinds = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    classes = {n.name: n for n in kinds}
     for node in tree.body:
         found = None
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             found = _function(node, module)
         elif isinstance(node, ast.ClassDef):
-            found = _class(node, module)
+            found = _class(node, module, classes)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             found = _value(node, module)
         if found and found.name in _public(tree):

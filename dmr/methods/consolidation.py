@@ -173,6 +173,11 @@ def _placed(named: Mapping[str, Tensor], trained: Trained) -> dict[str, Tensor]:
     return {name: placed_like(x, p[name]) for name, x in named.items()}
 
 
+def _zeros(p: Tensor) -> Tensor:
+    "Zeros of a parameter's shape, split as it is, in float32 at least."
+    return torch.zeros_like(p.detach(), dtype=accumulator(p.dtype))
+
+
 def _size(tensors: Iterable[Tensor]) -> int:
     "Bytes that this process holds of them."
     return sum(x.numel() * x.element_size() for x in map(local, tensors))
@@ -190,9 +195,7 @@ class _MeanSquare:
         for name, p in self.trained.parameters().items():
             if name in grads:
                 if name not in self.sums:
-                    kind = accumulator(p.dtype)
-                    new = torch.zeros_like(p.detach(), dtype=kind)
-                    self.sums[name] = new
+                    self.sums[name] = _zeros(p)
                 total = local(self.sums[name])
                 g = grads[name].to(total.dtype)
                 total.addcmul_(g, g)
@@ -207,9 +210,18 @@ class _MeanSquare:
     def state_dict(self) -> dict:
         return {"count": self.count, "sums": _whole(self.sums)}
 
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+        self.sums = _placed(state["sums"], self.trained)
+
 # %% ../../nbs/methods/11_consolidation.ipynb #b3c65fda
 class _RowsAndColumns(_MeanSquare):
     "Row and column means of g²: out + in numbers for a matrix."
+
+    def load_state_dict(self, state: dict) -> None:
+        at = next(iter(self.trained.parameters().values())).device
+        sums, self.count = state["sums"].items(), state["count"]
+        self.sums = {key: x.to(at, copy=True) for key, x in sums}
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.count += 1
@@ -226,13 +238,13 @@ class _RowsAndColumns(_MeanSquare):
                 self.sums[key] = self.sums[key] + x if key in self.sums else x
 
     def fisher(self) -> dict[str, Tensor]:
-        out, n = {}, max(self.count, 1)
+        out = {}
         for name, p in self.trained.parameters().items():
             rows = self.sums.get(f"rows {name}")
             columns = self.sums.get(f"columns {name}")
             if rows is not None:
                 F = rows if columns is None else outer(rows, columns)
-                out[name] = F.reshape(p.shape) / n
+                out[name] = F.reshape(p.shape) / max(self.count, 1)
         return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #fe3f5c15
@@ -387,17 +399,8 @@ class _Past(_Settings):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.past, saved = (
-            _placed(state["past"], self.trained),
-            state["recorder"],
-        )
-        self.recorder.count = saved["count"]
-        if self.curvature == "factored":
-            at = next(iter(self.trained.parameters().values())).device
-            sums = saved["sums"].items()
-            self.recorder.sums = {k: x.to(at, copy=True) for k, x in sums}
-        else:
-            self.recorder.sums = _placed(saved["sums"], self.trained)
+        self.past = _placed(state["past"], self.trained)
+        self.recorder.load_state_dict(state["recorder"])
 
     def memory(self) -> int:
         kept = [*self.past.values(), *self.recorder.sums.values()]
@@ -411,29 +414,23 @@ class _Moving(_Past):
         if self.before or _knows_language(self.trained.model):
             warnings.warn(
                 "nothing is known of what this model knew before its first"
-                " domain, so this boundary merges nothing and protects only"
-                " what comes from here on; call router.protect(batches,"
-                " loss_fn) before training",
+                " domain, so this boundary merges nothing; call"
+                " router.protect(batches, loss_fn) before training",
                 stacklevel=6,
             )
         return {}
 
     def _move(self, new: Mapping[str, Tensor]) -> dict:
-        shares = []
+        shares, settings = [], (self.weight, self.damping)
         for name, p in self.trained.parameters().items():
             if name in self.before:
-                mine, kind = local(p), accumulator(p.dtype)
-                zero = mine.new_zeros(mine.shape, dtype=kind)
+                mine, over = local(p), shard_groups(name, p)
+                zero = torch.zeros_like(mine, dtype=accumulator(p.dtype))
                 f_old = local(self.past.get(name, zero)).to(zero)
-                mean = sum_over(f_old.sum(), shard_groups(name, p)) / p.numel()
-                f_new, settings = (
-                    new.get(name, zero),
-                    (self.weight, self.damping),
-                )
-                share = new_share(f_old, f_new, *settings, mean)
-                mine.copy_(_moved(local(self.before[name]), mine, share))
-                total = sum_over(share.sum(), shard_groups(name, p))
-                shares.append(total / p.numel())
+                mean = sum_over(f_old.sum(), over) / p.numel()
+                s = new_share(f_old, new.get(name, zero), *settings, mean)
+                mine.copy_(_moved(local(self.before[name]), mine, s))
+                shares.append(sum_over(s.sum(), over) / p.numel())
         return {"share": torch.stack(shares).mean().item()} if shares else {}
 
 # %% ../../nbs/methods/11_consolidation.ipynb #a40a5be2
@@ -474,14 +471,7 @@ class FisherMerge(_Moving):
 
     def attach(self, trained: Trained) -> None:
         super().attach(trained)
-        sharded = [
-            hasattr(p, "placements") for p in trained.parameters().values()
-        ]
-        if self.curvature == "factored" and any(sharded):
-            raise ValueError(
-                "curvature='factored' needs _whole weights, and these are"
-                " sharded; choose curvature='gradients'"
-            )
+        _check_whole(self.curvature, trained)
         self.recorder = _CURVATURES[self.curvature](trained)
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:

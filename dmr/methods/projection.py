@@ -35,8 +35,7 @@ from ..routing.step import Vectors, as_vectors
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['project', 'importances', 'component', 'components', 'energy_share', 'gathered', 'catch_inputs', 'growth_report',
-           'check_basis', 'chosen', 'check_rank', 'check_fit', 'Projection']
+__all__ = ['project', 'importances', 'components', 'energy_share', 'Projection']
 
 # %% ../../nbs/methods/02_projection.ipynb #b800fce6
 def project(
@@ -62,7 +61,7 @@ def importances(
     return (scale + 1) * sigma / (scale * sigma + largest)
 
 # %% ../../nbs/methods/02_projection.ipynb #52e491d3
-def component(
+def _component(
     target: Target,
     x: Tensor,  # of the weight's shape
     U: Tensor,  # (fan_in, r)
@@ -89,7 +88,7 @@ def components(
             U = torch.stack([bases[n] for n in names])
             found |= zip(names, (X @ U).unbind())
     for n in alone:
-        found[n] = component(targets[n], vectors[n], bases[n])
+        found[n] = _component(targets[n], vectors[n], bases[n])
         if remember:
             vectors.remember(n)
     return found
@@ -187,12 +186,12 @@ class _Editing(_Looking):
             return None
         V, C = self._C.get(name, (None, None))
         if C is None or V is not U:
-            C = component(target, x, U)
+            C = _component(target, x, U)
         C = C * self._lam[name] if name in self._lam else C
         return LowRank(C, U, target.transposed)
 
 # %% ../../nbs/methods/02_projection.ipynb #9151ad84
-def gathered(
+def _gathered(
     sketches: Mapping[str, Sketch],  # of this process
     over: Mapping[str, tuple],  # the processes over which each is a sum
 ) -> dict[str, dict]:  # their states, summed
@@ -233,7 +232,7 @@ class _InputHook:
         projection.fed = 1
 
 # %% ../../nbs/methods/02_projection.ipynb #a3a0c15e
-def catch_inputs(
+def _catch_inputs(
     projection: _Learning,  # whose sketches are fed
     model: nn.Module,
     targets: Mapping[str, Target],
@@ -282,10 +281,10 @@ class _Learning(_Editing):
 
     def _gather(self) -> dict[str, dict]:
         over = {name: self._fed_over(name) for name in self.sketches}
-        return gathered(self.sketches, over)
+        return _gathered(self.sketches, over)
 
 # %% ../../nbs/methods/02_projection.ipynb #28c43d82
-def growth_report(
+def _growth_report(
     bases: Mapping[str, Tensor],  # U (fan_in, r), after the boundary
     growths: Mapping[str, Growth],  # of the layers that grew
 ) -> dict:
@@ -360,7 +359,7 @@ class _Growing(_Sizing):
         )
 
     def _report(self, growths: Mapping[str, Growth]) -> dict:
-        return growth_report(self.bases, growths)
+        return _growth_report(self.bases, growths)
 
 # %% ../../nbs/methods/02_projection.ipynb #87dc94fe
 class _Bounded(_Growing):
@@ -404,7 +403,7 @@ class _Streaming(_Bounded):
                 self.share()
 
 # %% ../../nbs/methods/02_projection.ipynb #1594b39e
-def check_basis(
+def _check_basis(
     target: Target,
     U: Tensor,  # (fan_in, r)
 ) -> None:
@@ -425,7 +424,7 @@ def check_basis(
         )
 
 # %% ../../nbs/methods/02_projection.ipynb #444765b1
-def chosen(
+def _chosen(
     model: nn.Module,
     targets: dict[str, Target],
     bases: Mapping[nn.Parameter | str, Tensor],  # that the user gave
@@ -444,11 +443,11 @@ def chosen(
                 " convolutional layer of the model; the layers are"
                 f" {list(targets)[:5]}"
             )
-        check_basis(targets[n], U)
+        _check_basis(targets[n], U)
     return targets, given
 
 # %% ../../nbs/methods/02_projection.ipynb #deea96e7
-def check_rank(
+def _check_rank(
     rank: int | None,  # directions a domain
     targets: Mapping[str, Target],
 ) -> None:
@@ -477,9 +476,9 @@ class _Attached(_Streaming):
         self._groups, self.fed, self.seen = {}, 0, 0
         inputs = self.source == "inputs" and self.grows
         targets = catchable(targets) if inputs else targets
-        known = chosen(model, targets, self._given, only=not self.grows)
+        known = _chosen(model, targets, self._given, only=not self.grows)
         self.targets, given = known
-        check_rank(self.rank, self.targets)
+        _check_rank(self.rank, self.targets)
         for name, t in self.targets.items():
             if over := shard_groups(name, t.param, t.transposed):
                 self._groups[name] = over
@@ -487,7 +486,7 @@ class _Attached(_Streaming):
         self._refresh()
         self.detach()
         if inputs:
-            self._hooks = catch_inputs(self, model, self.targets)
+            self._hooks = _catch_inputs(self, model, self.targets)
 
     def _start(self, name: str, t: Target, U: Tensor) -> None:
         dtype, device = accumulator(t.param.dtype), t.param.device
@@ -500,7 +499,7 @@ class _Attached(_Streaming):
             self._warn_full(name)
 
 # %% ../../nbs/methods/02_projection.ipynb #ad46c831
-def check_fit(
+def _check_fit(
     state: dict,  # as a projection wrote it
     bases: Mapping[str, Tensor],  # of this one
     sketches: Mapping[str, Sketch],
@@ -545,7 +544,7 @@ class _Saved(_Attached):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        check_fit(state, self.bases, self.sketches)
+        _check_fit(state, self.bases, self.sketches)
         for name, U in self.bases.items():
             self.bases[name] = state["bases"][name].to(U, copy=True)
             self.energies[name] = state["energies"][name].to(U, copy=True)

@@ -388,6 +388,9 @@ class _OptionalStep:
 class _State:
     "What of a modification survives a restart."
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def state_dict(self) -> dict:
         "The state as tensors and numbers, keyed by parameter name."
         return {}
@@ -430,9 +433,6 @@ class Modification(_State, _OptionalSetup, _OptionalStep):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         _first_edition(cls)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
     def __getstate__(self) -> dict:  # process groups cannot be copied
         return self.__dict__ | {"group": None}

@@ -56,7 +56,7 @@ from dmr.routing.step import (
 from .strength import Fixed, Strength
 
 # %% auto #0
-__all__ = ['Measured', 'Domains', 'Protecting', 'Stateful', 'Restored', 'Described', 'MomentRouter']
+__all__ = ['MomentRouter']
 
 # %% ../../nbs/routing/08_router.ipynb #c6849978
 def _after_closure(
@@ -215,7 +215,7 @@ class _Portable(_Closable):
             self._attach()
 
 # %% ../../nbs/routing/08_router.ipynb #d9cd99e8
-class Measured(_Portable):
+class _Measured(_Portable):
     "A hooked optimizer with diagnostics."
 
     track_step: int  # record step lengths every so many steps; 0: never
@@ -247,7 +247,7 @@ class Measured(_Portable):
         return {k: float(x) for k, x in self._last.items()} | middle(ratios)
 
 # %% ../../nbs/routing/08_router.ipynb #1ff3fd5c
-class _Finishing(Measured):
+class _Finishing(_Measured):
     "What happens after torch's step."
 
     def _tracked(self) -> bool:
@@ -336,7 +336,7 @@ def _merging(
     return lambda: consolidation.merge(interpolate)
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218
-class Domains(_Stepping):
+class _Domains(_Stepping):
     "A routed optimizer whose training is divided into domains."
 
     def observe(self, batch: object, total: int | None = None) -> None:
@@ -382,7 +382,7 @@ def _raw_gradients(
     return grads
 
 # %% ../../nbs/routing/08_router.ipynb #b04df06e
-class Protecting(Domains):
+class _Protecting(_Domains):
     "A routed optimizer that can be told of a past."
 
     def protect(
@@ -441,7 +441,7 @@ def _check_state(
             )
 
 # %% ../../nbs/routing/08_router.ipynb #2568d311
-class Stateful(Protecting):
+class _Stateful(_Protecting):
     "A routed optimizer whose books can be saved and taken over."
 
     def _identity(self) -> dict:
@@ -486,7 +486,7 @@ def _saved_merge(
     return saved
 
 # %% ../../nbs/routing/08_router.ipynb #41504dad
-class Restored(Stateful):
+class _Restored(_Stateful):
     "A routed optimizer that takes a saved state over."
 
     def load_state_dict(self, state: dict) -> None:
@@ -514,7 +514,7 @@ def _bytes(n: int) -> str:
     return f"{n / 2**10:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
 
 
-class Described(Restored):
+class _Described(_Restored):
     "A routed optimizer that says what it is."
 
     def memory(self) -> int:
@@ -608,7 +608,7 @@ def _check_free(
         )
 
 # %% ../../nbs/routing/08_router.ipynb #d18f69b6
-class MomentRouter(Described):
+class MomentRouter(_Described):
     """Route a modified gradient through the moments of a torch optimizer.
 
     Attach it once; the training loop stays `loss.backward();
