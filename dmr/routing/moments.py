@@ -195,8 +195,9 @@ def nadam_decay(state: dict, group: dict) -> float | Tensor:
 
 def asgd_decay(state: dict, group: dict) -> float | Tensor:
     "η_t λ, with ASGD's own rate and its own λ."
-    eta = _number(state.get("eta", group["lr"]))
-    return eta * group["lambd"]
+    if "eta" not in state:  # torch keeps it in a tensor from the start
+        return torch.tensor(float(group["lr"])).item() * group["lambd"]
+    return _number(state["eta"]) * group["lambd"]
 
 # %% ../../nbs/routing/03_moments.ipynb #caebdb5d
 def no_copies(state: dict, group: dict) -> dict[str, float | Tensor]:
