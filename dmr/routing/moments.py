@@ -5,9 +5,8 @@
 # %% ../../nbs/routing/03_moments.ipynb #24d50c18
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -224,7 +223,8 @@ class Differences(Moments):
     # the same -> what follows the weights: key of the state -> how far
     copies: Callable[[dict, dict], dict[str, float | Tensor]] = no_copies
     why: str = "dmr does not know where it keeps its moments"
-    only_copy: bool = True  # None hidden elsewhere, where edits do not reach
+    only_copy: bool = True  # none is hidden elsewhere, out of an edit's reach
+    decay_known: bool = True  # False: the edit takes some of the decay as well
     meanings: tuple[tuple[str, str], ...] = ()  # (routing, what it is here)
 
     def meaning(self, routing: str) -> str:
@@ -283,14 +283,9 @@ def differences_of(optimizer: Optimizer) -> Differences:
     known = _takes_step_of(cls, STEPPED)
     if known is not None:
         return STEPPED[known]
-    if any(group.get("weight_decay") for group in optimizer.param_groups):
-        warnings.warn(
-            f"dmr does not know how {cls.__name__} applies its weight_decay:"
-            " routing='displacement' will edit the whole change of the"
-            " weights, decay included",
-            stacklevel=6,
-        )
-    return _by_name(optimizer)
+    groups = optimizer.param_groups
+    decays = any(group.get("weight_decay") for group in groups)
+    return replace(_by_name(optimizer), decay_known=not decays)
 
 # %% ../../nbs/routing/03_moments.ipynb #b609f8fc
 #: Optimizers that cannot be routed rightly -> why, and the way out.

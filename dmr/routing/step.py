@@ -5,6 +5,7 @@
 # %% ../../nbs/routing/05_step.ipynb #3536144c
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ __all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'c
            'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
            'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'first_moment', 'clamped',
            'edits', 'route', 'amend', 'taken', 'displace', 'remember', 'check_copies', 'differ', 'follow', 'finish',
-           'check_moments', 'check_meaning', 'check_guard']
+           'check_moments', 'check_differences', 'check_meaning', 'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #e62f44fa
 #: The routings: which moment of the optimizer sees the edited gradient
@@ -516,9 +517,10 @@ def check_copies(
 ) -> None:
     "Raise TypeError if the optimizer keeps a second copy of the weight."
     for key, x in state.items():
-        if key in known or not isinstance(x, Tensor) or x.shape != p.shape:
+        if key in known or not isinstance(x, Tensor):
             continue
-        if x.is_floating_point() and p.any() and torch.equal(x.to(p), p):
+        x = local(x)
+        if x.shape == p.shape and p.any() and torch.equal(x.to(p), p):
             raise TypeError(
                 f"routing='displacement' cannot be used: the optimizer's"
                 f" {key!r} of {name!r} is the weight again; {REFUSED['copies']}"
@@ -572,28 +574,41 @@ def finish(
 # %% ../../nbs/routing/05_step.ipynb #a669d312
 def check_moments(
     optimizer: str,  # the name of its class
-    moments: Moments,
+    moments: Moments,  # known
     routing: str,
 ) -> None:
-    "Raise for a routing that this optimizer cannot follow."
-    apart = routing in ("decoupled", "denominator")
-    if not isinstance(moments, Differences):
-        if moments.second is None and apart:
-            same = "shared" if routing == "decoupled" else "the plain optimizer"
-            raise ValueError(
-                f"{optimizer} has no second moment: routing={routing!r} would"
-                f" be {same}; choose 'shared' or 'displacement'"
-            )
-    elif apart:
+    "Raise ValueError where there is no second moment to be spared."
+    if moments.second is None and routing in ("decoupled", "denominator"):
+        same = "shared" if routing == "decoupled" else "the plain optimizer"
+        raise ValueError(
+            f"{optimizer} has no second moment: routing={routing!r} would be"
+            f" {same}; choose 'shared' or 'displacement'"
+        )
+
+# %% ../../nbs/routing/05_step.ipynb #fe35a434
+def check_differences(
+    optimizer: str,  # the name of its class
+    moments: Differences,
+    routing: str,
+) -> None:
+    "Raise for a routing that differences cannot follow; warn of lost decay."
+    if routing in ("decoupled", "denominator"):
         raise ValueError(
             f"routing={routing!r} shows two moments different gradients, which"
             f" {optimizer} does not allow: {moments.why}; choose"
             " 'displacement', or 'shared'"
         )
-    elif routing == "displacement" and not moments.only_copy:
+    if routing == "displacement" and not moments.only_copy:
         raise TypeError(
             f"{optimizer} cannot be routed by displacement:"
             f" {REFUSED['copies']}"
+        )
+    if routing == "displacement" and not moments.decay_known:
+        warnings.warn(
+            f"dmr does not know how {optimizer} applies its weight_decay:"
+            " displacement edits the whole change of the weights, decay"
+            " included; pass weight_decay=0 to be exact",
+            stacklevel=4,
         )
 
 # %% ../../nbs/routing/05_step.ipynb #743420d3
@@ -606,7 +621,10 @@ def check_meaning(
     "Raise ValueError or TypeError for a routing that means nothing here."
     if isinstance(modification, Nothing):
         return  # the plain optimizer, with diagnostics
-    check_moments(optimizer, moments, routing)
+    if isinstance(moments, Differences):
+        check_differences(optimizer, moments, routing)
+    else:
+        check_moments(optimizer, moments, routing)
     if routing == "displacement" and not modification.acts_on_steps:
         raise ValueError(
             f"{type(modification).__name__} edits gradients, not steps, so"

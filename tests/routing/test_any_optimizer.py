@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import basis, gradients, layer, regression, run, train
+from conftest import basis, gradients, layer, regression, run
 from torch import nn
 
 import dmr
@@ -99,7 +99,6 @@ def test_fifty_steps_against_the_difference_edited_by_hand(kind, routing):
 def test_full_strength_leaves_the_protected_part_to_decay_alone(kind):
     U = basis()
     model, optimizer, _ = routed(kind, "displacement", U)
-    optimizer._optimizer_step_pre_hooks  # attached
     share = OPTIMIZERS[kind][2](optimizer.param_groups[0])
     for hook in list(optimizer._optimizer_step_pre_hooks.values()):
         hook.router.strength = dmr.Fixed(1.0)
@@ -312,6 +311,7 @@ def test_a_third_partys_optimizer_and_its_unknown_decay(decay):
     method = dmr.Projection(bases={"weight": U})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        MomentRouter(model, optimizer, method, "shared", ALPHA).close()
         MomentRouter(model, optimizer, method, "displacement", ALPHA)
         grads = gradients(model.weight.shape, 9)
         run(model, optimizer, grads)
@@ -416,28 +416,98 @@ def muon_again():
     return model, optimizer, dmr.Projection(bases={"weight": basis()})
 
 
-def test_two_routers_serve_muon_and_adamw_side_by_side():
+def two_routers():
+    "Muon for one matrix, AdamW for the rest, and a router for each."
     model, loss = regression(dtype=torch.float64)
-    split = {True: [], False: []}
-    for p in model.parameters():
-        split[p.ndim == 2].append(p)
-    muon = torch.optim.Muon(split[True], lr=0.02)
-    adamw = torch.optim.AdamW(split[False], lr=0.01)
-    method = dmr.Projection(rank=2, every=1)
-    router = MomentRouter(model, muon, method, "decoupled", 1.0)
-    for domain in range(2):
+    hidden = [model[0].weight]
+    rest = [p for p in model.parameters() if p is not hidden[0]]
+    muon = torch.optim.Muon(hidden, lr=0.02)
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1)
+    new = lambda: dmr.Projection(rank=2, every=1)
+    first = MomentRouter(
+        model, muon, new(), "decoupled", 1.0, include="0.weight"
+    )
+    second = MomentRouter(
+        model, adamw, new(), "displacement", 1.0, exclude="0.weight"
+    )
+    return model, loss, {muon: first, adamw: second}
+
+
+def test_two_routers_serve_muon_and_adamw_side_by_side():
+    model, loss, routers = two_routers()
+    shares = {"0.weight": 0.02 * 0.1, "2.weight": 0.01 * 0.1}
+    bases = {}
+    for _ in range(2):
         for _ in range(5):
-            muon.zero_grad(), adamw.zero_grad()
+            model.zero_grad()
             loss().backward()
-            muon.step(), adamw.step()
-        report = router.consolidate()
-        assert report
-    U = method.bases["0.weight"]
-    before = model[0].weight.detach() @ U
-    train(model, loss, muon, 3)
-    after = model[0].weight.detach() @ U
-    share = 0.02 * muon.param_groups[0]["weight_decay"]
-    torch.testing.assert_close(after, before * (1 - share) ** 3)
+            before = {
+                n: p.detach().clone() for n, p in model.named_parameters()
+            }
+            for optimizer in routers:
+                optimizer.step()
+            for name, U in bases.items():
+                after = dict(model.named_parameters())[name].detach()
+                torch.testing.assert_close(
+                    after @ U,
+                    (1 - shares[name]) * before[name] @ U,
+                    rtol=1e-9,
+                    atol=1e-11,
+                )
+        for router in routers.values():
+            router.consolidate()
+            bases |= router.modification.bases
+    assert sorted(bases) == ["0.weight", "2.weight"]
+
+
+def test_an_optimizer_stepped_alone_leaves_the_others_router_alone():
+    model, loss, routers = two_routers()
+    (muon, first), (adamw, second) = routers.items()
+    loss().backward()
+    before = str((second.state_dict(), adamw.state_dict(), model[2].weight))
+    muon.step()
+    assert first.steps == 1 and second.steps == 0
+    assert before == str(
+        (second.state_dict(), adamw.state_dict(), model[2].weight)
+    )
+
+
+def third_parties():
+    "name -> class and options, of the libraries that are installed."
+    lion = pytest.importorskip("lion_pytorch")
+    library = pytest.importorskip("pytorch_optimizer")
+    yield lion.Lion, {"weight_decay": 0.0}
+    for name in ("SOAP", "Shampoo", "AdEMAMix", "Prodigy", "CAME", "MARS"):
+        yield getattr(library, name), {"weight_decay": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_optimizers_of_other_libraries():
+    for cls, options in third_parties():
+        model, twin, U = layer(), layer(), basis()
+        optimizer = cls(model.parameters(), lr=0.01, **options)
+        method = dmr.Projection(bases={"weight": U})
+        MomentRouter(model, optimizer, method, "displacement", ALPHA)
+        plain, W = cls(twin.parameters(), lr=0.01, **options), twin.weight
+        for g in gradients(W.shape, 12):
+            before = W.detach().clone()
+            run(twin, plain, [g])
+            W.data -= ALPHA * (W.detach() - before) @ U @ U.T
+            run(model, optimizer, [g])
+        torch.testing.assert_close(model.weight, W, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_schedule_free_is_edited_upstream_or_not_at_all():
+    library = pytest.importorskip("schedulefree")
+    model, method = layer(), dmr.Projection(bases={"weight": basis()})
+    optimizer = library.AdamWScheduleFree(model.parameters())
+    optimizer.train()
+    with pytest.raises(TypeError, match="choose routing='shared'"):
+        MomentRouter(model, optimizer, method, "displacement", ALPHA)
+    MomentRouter(model, optimizer, method, "shared", ALPHA)
+    run(model, optimizer, gradients(model.weight.shape, 3))
 
 
 def test_a_settled_table_of_moments():
