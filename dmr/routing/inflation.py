@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .modification import Edit, LowRank, Target, accumulator
+from .moments import Differences
 from .sharding import sum_over, total
 from .step import Step, taken
 
@@ -198,6 +199,8 @@ def step_norms(
     for name, u in taken(step, names).items():
         if name in edits:
             edits[name].add_to(u, -step.alpha)
+        if isinstance(step.moments, Differences):  # u was η·u until here
+            u.mul_(step.moments.per_rate(step.live[name][1]))
         norm = torch.linalg.vector_norm(u, dtype=accumulator(u.dtype))
         energies[name], U = norm.square(), bases.get(name)
         if U is not None and U.shape[1]:  # (out, fan_in) @ (fan_in, r)

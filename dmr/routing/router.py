@@ -31,7 +31,7 @@ from dmr.routing.inflation import (
     step_norms,
 )
 from .modification import Modification, Nothing, find_targets
-from .moments import moments_of
+from .moments import Differences, moments_of
 from .sharding import replicas, shard_groups, sum_over
 from dmr.routing.step import (
     EditOf,
@@ -49,6 +49,7 @@ from dmr.routing.step import (
     finish,
     give_back,
     new_step,
+    remember,
     route,
     settle,
     strengthen,
@@ -139,6 +140,27 @@ def _remind(
             stacklevel=7,
         )
 
+# %% ../../nbs/routing/08_router.ipynb #0f631889
+def _unmoved(
+    parameters: Iterable[Tensor],  # of the model
+    plan: Callable[[], None],  # what is done when the gradients are there
+    optimizer: str,  # the name of its class
+) -> Callable[[], None]:
+    "Plan a step if the weights are still where the step began."
+    versions = lambda: [p._version for p in parameters]
+    start = versions()
+
+    def unmoved() -> None:
+        if versions() != start:
+            raise TypeError(
+                f"{optimizer} changes the weights and evaluates the loss"
+                " afterwards, within one step, which cannot be routed; use"
+                " torch.optim.AdamW or Muon"
+            )
+        plan()
+
+    return unmoved
+
 # %% ../../nbs/routing/08_router.ipynb #bb57f717
 class _Hooked(Trained):
     "Two hooks around an optimizer's step, with a step in flight between them."
@@ -163,7 +185,10 @@ class _Hooked(Trained):
         self._handles = [first, self.optimizer.register_step_post_hook(after)]
 
     def _before_step(self, _: Any, args: tuple, kwargs: dict) -> Any:
-        return _after_closure(args, kwargs, self._before)
+        plan = self._before
+        if isinstance(self.moments, Differences):
+            plan = _unmoved(self.names, plan, type(self.optimizer).__name__)
+        return _after_closure(args, kwargs, plan)
 
     @torch.no_grad()
     def _after_step(self, _: Any, args: tuple, kwargs: dict) -> None:
@@ -250,6 +275,16 @@ class _Measured(_Portable):
 class _Finishing(_Measured):
     "What happens after torch's step."
 
+    _copied: int = 0  # bytes of the weights that the last step copied
+
+    def _wanted(self, step: Step) -> list[str]:
+        "Whose difference is asked for."
+        displaced = self.routing == "displacement" and not step.idle
+        names = dict.fromkeys(step.names if displaced else ())
+        if self._tracked():
+            names |= {n: None for n in self.matrices if n in step.live}
+        return list(names)
+
     def _tracked(self) -> bool:
         return self.track_step > 0 and self.steps % self.track_step == 0
 
@@ -290,6 +325,7 @@ class _Planning(_Finishing):
                 measure(self._inflation, step, made, self.matrices)
         if self.routing != "displacement" and not step.idle:
             route(step, edit, self.routing, self.guard, self.restore_grad)
+        self._copied = remember(step, self._wanted(step))
 
 # %% ../../nbs/routing/08_router.ipynb #4ffc32b3
 class _Stepping(_Planning):
@@ -311,7 +347,7 @@ class _Stepping(_Planning):
         modification, strength = self.modification, self.strength
         with _own_precision(self.names) as loops_own:
             step = new_step(self.optimizer, self.moments, self.names)
-            check_gradients(step.live, self.optimizer)
+            check_gradients(step.live, self.optimizer, self.moments)
             if self.check_finite and found_inf is None and not capturing():
                 routing, groups = self.routing, self.groups
                 check_step(step, modification, strength, routing, groups)
@@ -401,8 +437,11 @@ class _Protecting(_Domains):
             )
         devices = {p.device for p in self.names if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            shown = [self._show(batch, loss_fn) for batch in batches]
-        if not shown:
+            count = 0
+            for batch in batches:
+                self._show(batch, loss_fn)
+                count += 1
+        if not count:
             raise ValueError("protect() got no batch, so nothing is known yet")
         return self.consolidate()
 
@@ -518,11 +557,13 @@ class _Described(_Restored):
     "A routed optimizer that says what it is."
 
     def memory(self) -> int:
-        "Bytes that the router keeps between steps."
+        """Bytes that the router keeps between steps, and those of the weights
+        that it copies within a step where no moments are known.
+        """
         meters = self._inflation.values()
         sums = [x for meter in meters for x in meter.state_dict().values()]
         kept = [x for x in sums if x is not None]
-        own = sum(x.numel() * x.element_size() for x in kept)
+        own = sum(x.numel() * x.element_size() for x in kept) + self._copied
         return own + self.consolidation.memory() + self.modification.memory()
 
     def summary(self) -> str:
@@ -622,11 +663,12 @@ class MomentRouter(_Described):
     def __init__(
         self,
         model: nn.Module,  # the model that is trained
-        # torch.optim.Adam, AdamW, RAdam, Adamax, or SGD with momentum
+        # any, but for those in REFUSED (see `dmr.routing.moments`)
         optimizer: Optimizer,
         # what is edited; None: the plain optimizer, with diagnostics
         modification: Modification | None = None,
-        # shared, decoupled, denominator or displacement
+        # shared, decoupled, denominator or displacement; beyond Adam's
+        # family and SGD with momentum, shared or displacement
         routing: str = "decoupled",
         # how much; None: Fixed(1.0); a number: Fixed(number)
         strength: Strength | float | None = None,
@@ -655,12 +697,12 @@ class MomentRouter(_Described):
         consolidation: Consolidation | None = None,
     ):
         super().__init__(model, optimizer)
-        self.routing = check_routing(routing)
+        self.routing = self.moments.meaning(check_routing(routing))
         self.strength = _as_strength(strength)
         self.modification = _as_modification(modification)
         name = type(self.optimizer).__name__
-        check_meaning(name, self.moments, routing, self.modification)
-        self.guard = check_guard(guard, routing)
+        check_meaning(name, self.moments, self.routing, self.modification)
+        self.guard = check_guard(guard, self.routing)
         self.track_step = _check_every(track_step)
         self.check_finite, self.restore_grad = check_finite, restore_grad
         self.track_inflation = track_inflation

@@ -5,7 +5,8 @@
 # %% ../../nbs/routing/05_step.ipynb #3536144c
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,15 +26,16 @@ from dmr.routing.modification import (
     square_norm,
     square_norms,
 )
-from .moments import Moments, check_group
+from .moments import REFUSED, Differences, Moments, check_group
 from .sharding import local, sum_over, total
 from .strength import Fixed, Strength
 
 # %% auto #0
 __all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'Vectors',
-           'as_vectors', 'Undo', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite', 'capturing',
-           'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step', 'first_moment', 'clamped',
-           'edits', 'route', 'amend', 'taken', 'displace', 'finish', 'check_meaning', 'check_guard']
+           'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
+           'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
+           'first_moment', 'clamped', 'edits', 'route', 'amend', 'taken', 'displace', 'remember', 'check_copies',
+           'differ', 'follow', 'finish', 'check_moments', 'check_differences', 'check_meaning', 'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #e62f44fa
 #: The routings: which moment of the optimizer sees the edited gradient
@@ -160,6 +162,16 @@ class Undo:
 
 
 @dataclass
+class Before:
+    "A weight before torch's step, where the step is read off the weights."
+
+    weight: Tensor  # θ_before; once the step is over: lr·u
+    decay: float | Tensor  # the share s by which decay shrinks it
+    copies: dict[str, float | Tensor]  # what follows it: key -> how far
+    fresh: bool  # has the optimizer no state of it yet?
+
+# %% ../../nbs/routing/05_step.ipynb #8094ebcc
+@dataclass
 class Step:
     "One step in flight, between the two hooks of a router."
 
@@ -172,6 +184,7 @@ class Step:
     alpha: float | Tensor = 0.0  # the strength
     undo: list[Undo] = field(default_factory=list)
     after: list[tuple[str, Edit, float | Tensor]] = field(default_factory=list)
+    before: dict[str, Before] = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
@@ -201,6 +214,7 @@ def new_step(
 def check_gradients(
     live: Mapping[str, tuple[nn.Parameter, dict]],  # name -> parameter, group
     optimizer: Optimizer,
+    moments: Moments,  # where it keeps them
 ) -> None:
     "Raise TypeError or ValueError for what cannot be routed."
     for name, (p, _) in live.items():
@@ -214,9 +228,8 @@ def check_gradients(
                 f"{name!r} is complex, and complex gradients cannot be routed;"
                 " use real parameters"
             )
-    sgd = "SGD" if isinstance(optimizer, torch.optim.SGD) else ""
     for group in optimizer.param_groups:
-        check_group(sgd, group)
+        check_group(moments, group)
 
 # %% ../../nbs/routing/05_step.ipynb #477681c7
 def all_finite(
@@ -453,6 +466,8 @@ def taken(
     names: list[str],  # of live parameters
 ) -> Vectors:  # u of each, in units of the learning rate
     "The steps that torch has just taken, made from the moments."
+    if isinstance(step.moments, Differences):
+        return Vectors(names, lambda name: step.before[name].weight)
 
     def make(name: str) -> Tensor:
         p, group = step.live[name]
@@ -473,9 +488,71 @@ def displace(
         p, group = step.live[name]
         d = edit(name, steps[name])
         if d is not None:
-            d.add_to(local(p), step.alpha * group["lr"])
+            amount = step.alpha * step.moments.rate(group)
+            d.add_to(local(p), amount)
+            follow(step, name, d, amount)
             made[name] = d
     return made
+
+# %% ../../nbs/routing/05_step.ipynb #1e7be914
+def remember(
+    step: Step,
+    names: Iterable[str],  # of live parameters
+) -> int:  # bytes of the copies
+    "Copy the weights that torch's step is about to change."
+    if not isinstance(step.moments, Differences):
+        return 0
+    for name in names:
+        p, group = step.live[name]
+        state = step.state.get(p, {})
+        step.before[name] = Before(
+            local(p).detach().clone(),
+            step.moments.decay(state, group),
+            step.moments.copies(state, group),
+            not state,
+        )
+    kept = (before.weight for before in step.before.values())
+    return sum(x.numel() * x.element_size() for x in kept)
+
+# %% ../../nbs/routing/05_step.ipynb #fe052b6a
+def check_copies(
+    name: str,  # the parameter's name, for the error
+    p: Tensor,  # the weight after the first step
+    state: Mapping[str, Any],  # what the optimizer keeps of it
+    known: Collection[str],  # keys of copies that are followed
+) -> None:
+    "Raise TypeError if the optimizer keeps a second copy of the weight."
+    for key, x in state.items():
+        if key in known or not isinstance(x, Tensor):
+            continue
+        x = local(x)
+        if x.shape == p.shape and p.any() and torch.equal(x.to(p), p):
+            raise TypeError(
+                f"routing='displacement' cannot be used: the optimizer's"
+                f" {key!r} of {name!r} is the weight again; {REFUSED['copies']}"
+            )
+
+
+def differ(step: Step) -> None:
+    "θ_before <- lr·u = (1 - s)·θ_before - θ_after."
+    for name, before in step.before.items():
+        p, _ = step.live[name]
+        if isinstance(before.decay, Tensor) or before.decay:
+            before.weight.mul_(1 - before.decay)
+        before.weight.sub_(local(p))
+
+# %% ../../nbs/routing/05_step.ipynb #0a4e67be
+def follow(
+    step: Step,
+    name: str,
+    edit: Edit,  # what was added to the weight
+    amount: float | Tensor,  # so many times
+) -> None:
+    "What follows the weights follows the edit."
+    if name in step.before:
+        state = step.state[step.live[name][0]]
+        for key, share in step.before[name].copies.items():
+            edit.add_to(local(state[key]), amount * share)
 
 # %% ../../nbs/routing/05_step.ipynb #bc417bef
 def finish(
@@ -488,28 +565,72 @@ def finish(
         give_back(undo, stepped=True)
     for late in step.after:
         amend(step, *late)
-    if routing != "displacement" or step.idle:
+    idle = routing != "displacement" or step.idle
+    for name, kept in () if idle or capturing() else step.before.items():
+        p = step.live[name][0]
+        if kept.fresh:
+            check_copies(name, local(p), step.state[p], kept.copies)
+    differ(step)
+    if idle:
         return {}
     steps = taken(step, step.names)
     modification.begin(steps, overlap=False)
     return displace(step, steps, modification.edit)
 
 # %% ../../nbs/routing/05_step.ipynb #a669d312
-def check_meaning(
+def check_moments(
     optimizer: str,  # the name of its class
-    moments: Moments,
+    moments: Moments,  # known
     routing: str,
-    modification: Modification,
 ) -> None:
-    "Raise ValueError for a routing that means nothing here."
-    if isinstance(modification, Nothing):
-        return  # the plain optimizer, with diagnostics
+    "Raise ValueError where there is no second moment to be spared."
     if moments.second is None and routing in ("decoupled", "denominator"):
         same = "shared" if routing == "decoupled" else "the plain optimizer"
         raise ValueError(
             f"{optimizer} has no second moment: routing={routing!r} would be"
             f" {same}; choose 'shared' or 'displacement'"
         )
+
+# %% ../../nbs/routing/05_step.ipynb #fe35a434
+def check_differences(
+    optimizer: str,  # the name of its class
+    moments: Differences,
+    routing: str,
+) -> None:
+    "Raise for a routing that differences cannot follow; warn of lost decay."
+    if routing in ("decoupled", "denominator"):
+        raise ValueError(
+            f"routing={routing!r} shows two moments different gradients, which"
+            f" {optimizer} does not allow: {moments.why}; choose"
+            " 'displacement', or 'shared'"
+        )
+    if routing == "displacement" and not moments.only_copy:
+        raise TypeError(
+            f"{optimizer} cannot be routed by displacement:"
+            f" {REFUSED['copies']}"
+        )
+    if routing == "displacement" and not moments.decay_known:
+        warnings.warn(
+            f"dmr does not know how {optimizer} applies its weight_decay:"
+            " displacement edits the whole change of the weights, decay"
+            " included; pass weight_decay=0 to be exact",
+            stacklevel=4,
+        )
+
+# %% ../../nbs/routing/05_step.ipynb #743420d3
+def check_meaning(
+    optimizer: str,  # the name of its class
+    moments: Moments,
+    routing: str,
+    modification: Modification,
+) -> None:
+    "Raise ValueError or TypeError for a routing that means nothing here."
+    if isinstance(modification, Nothing):
+        return  # the plain optimizer, with diagnostics
+    if isinstance(moments, Differences):
+        check_differences(optimizer, moments, routing)
+    else:
+        check_moments(optimizer, moments, routing)
     if routing == "displacement" and not modification.acts_on_steps:
         raise ValueError(
             f"{type(modification).__name__} edits gradients, not steps, so"

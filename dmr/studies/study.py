@@ -35,7 +35,7 @@ def _loader(stream: str) -> Any:
     "A safe loader that knows floats without a dot."
     yaml = need("yaml", "experiments", "a study file")
 
-    class StudyLoader(yaml.SafeLoader):
+    class StudyLoader(yaml.SafeLoader):  # type: ignore[name-defined]
         pass
 
     StudyLoader.add_implicit_resolver(

@@ -49,7 +49,7 @@ def harm(
 
 # %% ../../nbs/experiments/13_stories.ipynb #8d7f2596
 #: (model, optimizer, loss of a batch) -> the router; None: plain Adam.
-Arm = Callable[[nn.Module, torch.optim.Optimizer, Callable], Any] | None
+Arm = Callable[[nn.Module, Any, Callable], Any] | None
 STORIES: dict[str, Callable[[Arm, float, int], dict[str, float]]] = {}
 #: Rates of each story.
 RATES: dict[str, tuple[float, ...]] = {}
@@ -83,8 +83,8 @@ def fit(
 def adam(model: nn.Module, lr: float, **options: Any) -> torch.optim.AdamW:
     "AdamW on what is trained, with betas that suit a few hundred steps."
     wanted = [p for p in model.parameters() if p.requires_grad]
-    options = {"betas": (0.9, 0.95), "weight_decay": 0.0} | options
-    return torch.optim.AdamW(wanted, lr=lr, **options)
+    usual: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+    return torch.optim.AdamW(wanted, lr=lr, **usual | options)
 
 # %% ../../nbs/experiments/13_stories.ipynb #961d052b
 def texts(*names: str, cap: int = 100_000) -> list[Any]:
@@ -323,7 +323,7 @@ def drift(arm: Arm, lr: float, seed: int) -> dict[str, float]:
         nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(),
         nn.Linear(64, 3),
     )  # fmt: skip
-    options = {"betas": (0.9, 0.999), "weight_decay": 0.1}
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.1}
     return in_turn(model, nn.functional.mse_loss, sets, arm, lr, **options)
 
 
@@ -480,7 +480,7 @@ def tell_all(
     rows = read_told(path)
     key = lambda row: tuple(str(row[k]) for k in COLUMNS[:4])
     there = {key(row) for row in rows}
-    wanted = [
+    wanted: list[dict[str, Any]] = [
         {"story": s, "arm": a, "lr": lr, "seed": seed}
         for s in stories for lr in RATES[s] for seed in seeds for a in arms
     ]  # fmt: skip

@@ -189,65 +189,65 @@ def stand_in(name, module, base=torch.optim.Optimizer):
     "cls,why",
     [
         (
-            stand_in("Lion", "lion_pytorch.lion_pytorch"),
-            "its step is a sign, and it has no second moment",
-        ),
-        (
-            stand_in("Muon", "muon"),
-            "its step is an orthogonalised matrix, and it has no second moment",
-        ),
-        (stand_in("SOAP", "soap"), "its moments are kept in a rotated basis"),
-        (stand_in("AdEMAMix", "ademamix"), "it keeps two first moments"),
-        (
-            stand_in("AdamW8bit", "bitsandbytes.optim.adamw"),
-            "its moments are quantized",
-        ),
-        (
-            stand_in("PagedAdamW", "bitsandbytes.optim.adamw"),
-            "its moments are quantized",
-        ),
-        (
-            stand_in("Lion8bit", "bitsandbytes.optim.lion"),
-            "its moments are quantized",
-        ),
-        (
-            stand_in("AdamW4bit", "torchao.optim.adam"),
-            "its moments are quantized",
-        ),
-        (
-            stand_in("AdamWFp8", "torchao.optim.adam"),
-            "its moments are quantized",
-        ),
-        (
             stand_in("DeepSpeedCPUAdam", "deepspeed.ops.adam.cpu_adam"),
-            "its parameters are flat shards",
+            "its parameters or their state are spread over processes",
         ),
-        (
-            stand_in("FusedAdam", "apex.optimizers.fused_adam"),
-            "which this version of dmr has not been taught",
-        ),
-        (
-            stand_in("OwnStep", "somewhere", torch.optim.AdamW),
-            "which this version of dmr has not been taught",
-        ),
+        (stand_in("LBFGS", "somewhere"), "it evaluates the loss many times"),
+        (stand_in("SparseAdam", "somewhere"), "its gradients are sparse"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_optimizers_of_other_packages_are_refused_with_a_reason(cls, why):
+def test_what_no_routing_can_serve_is_refused_with_a_reason(cls, why):
     model = layer()
-    optimizer = cls(
-        model.parameters(),
-        **({} if issubclass(cls, torch.optim.AdamW) else {"defaults": {}}),
-    )
+    optimizer = cls(model.parameters(), {})
     with pytest.raises(
         TypeError,
-        match=(
-            rf"{cls.__name__} cannot be routed(: |, ){why}; use"
-            r" torch.optim.AdamW, Adam"
-        ),
+        match=rf"{cls.__name__} cannot be routed: {why}.*; use torch.optim",
     ):
-        MomentRouter(model, optimizer, dmr.Projection(rank=2))
+        MomentRouter(model, optimizer, dmr.Projection(rank=2), "shared")
     assert not optimizer._optimizer_step_pre_hooks and not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        stand_in("AdamWScheduleFree", "schedulefree.adamw_schedulefree"),
+        stand_in("Lookahead", "pytorch_optimizer"),
+        stand_in("FP16_Optimizer", "apex"),
+    ],
+    ids=lambda x: x.__name__,
+)
+def test_a_second_copy_of_the_weights_refuses_displacement_alone(cls):
+    model = layer()
+    optimizer = cls(model.parameters(), {})
+    with pytest.raises(
+        TypeError, match="second copy of the weights.*choose routing='shared'"
+    ):
+        MomentRouter(model, optimizer, dmr.Projection(rank=2), "displacement")
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer.state
+    MomentRouter(model, optimizer, dmr.Projection(rank=2), "shared").close()
+
+
+@pytest.mark.parametrize(
+    "name,module",
+    [
+        ("Lion", "lion_pytorch.lion_pytorch"),
+        ("SOAP", "soap"),
+        ("AdamW8bit", "bitsandbytes.optim.adamw"),
+        ("AdamW4bit", "torchao.optim.adam"),
+    ],
+)
+def test_two_moments_are_refused_where_they_are_not_known(name, module):
+    model, method = layer(), dmr.Projection(rank=2)
+    optimizer = stand_in(name, module)(model.parameters(), {})
+    for routing in ("decoupled", "denominator"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name} does not allow: dmr does not know.*'displacement'",
+        ):
+            MomentRouter(model, optimizer, method, routing)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer.state
+    MomentRouter(model, optimizer, method, "displacement").close()
 
 
 def test_deepspeed_is_refused_though_its_optimizer_is_none_of_torchs():
@@ -258,8 +258,8 @@ def test_deepspeed_is_refused_though_its_optimizer_is_none_of_torchs():
     with pytest.raises(
         TypeError,
         match=(
-            "Stage3 cannot be routed: its parameters are flat shards; use"
-            " torch.optim.AdamW"
+            "Stage3 cannot be routed: its parameters or their state are spread"
+            " over processes, .* use torch.optim.AdamW"
         ),
     ):
         MomentRouter(layer(), DeepSpeedZeroOptimizer_Stage3())
@@ -300,8 +300,8 @@ def test_torchs_own_sharded_optimizer_and_fsdp1_are_refused(one_process):
     with pytest.raises(
         TypeError,
         match=(
-            "each process holds the state of other parameters; use"
-            " torch.optim.AdamW"
+            "cannot be routed: its parameters or their state are spread over"
+            " processes, .* use torch.optim.AdamW"
         ),
     ):
         MomentRouter(
