@@ -58,6 +58,7 @@ _HOME = {
     "RouterCallback": "frameworks.trainer",
 }
 
+# %% ../nbs/making/24_api.ipynb #eb083163
 __all__ = [
     "MomentRouter",
     "ROUTINGS",
@@ -109,45 +110,48 @@ _MOVED: dict[str, tuple[str, ...]] = {
     },
     **{
         old: (f"methods.{old}",)
-        for old in "subspace projection boundary inputs gpm ogd agem penalty "
-        "replay controls".split()
+        for old in "subspace projection boundary gpm ogd agem penalty replay "
+        "controls".split()
     },
     **{
         old: (f"frameworks.{old}",)
         for old in "lora callbacks trainer lightning".split()
     },
+    "inputs": ("methods.inputs", "methods.examples", "training.loop"),
     "probes": ("routing.probes",),
     "families": ("methods.registry", "training.config"),
     "streams": ("text.stream", "text.sources", "text.archive", "text.load"),
     "synthetic": ("text.synthetic",),
     "model": ("training.model",),
     "metrics": ("training.metrics",),
-    "pretrained": ("training.pretrained",),
-    "finetuning": ("training.finetuning",),
+    "pretrained": ("training.pretrained", "extras"),
+    "finetuning": ("training.finetuning", "training.loop"),
     "statistics": ("reporting.statistics",),
     "figures": ("reporting.figures",),
-    "report": ("reporting.report",),
+    "report": ("reporting.report", "reporting.arms", "studies.table"),
     "routing": (
         "routing.router",
         "routing.step",
         "routing.inflation",
     ),
-    "training": ("training.config", "training.loop"),
+    "training": ("training.config", "training.loop", "theory", "files"),
     "studies": ("studies.study", "reporting.results"),
 }
 
 
 def _moved(old: str, name: str) -> Any:
     "A name of a module of the first edition, from where it lives now."
-    if not name.startswith("__"):
-        for home in _MOVED[old]:
-            module = import_module(f"dmr.{home}")
-            if hasattr(module, name):
-                where = f"dmr.{home}.{name}"
-                message = f"dmr.{old}.{name} is {where} now"
-                if where != "dmr.routing.router.MomentRouter":
-                    warnings.warn(message, FutureWarning, stacklevel=3)
-                return getattr(module, name)
+    for home in () if name.startswith("_") else _MOVED[old]:
+        module = import_module(f"dmr.{home}")
+        if name in module.__all__:
+            where = f"dmr.{home}.{name}"
+            message = f"dmr.{old}.{name} is {where} now"
+            if where != "dmr.routing.router.MomentRouter":
+                warnings.warn(message, FutureWarning, stacklevel=3)
+            value = getattr(module, name)
+            # the next time it is there, and nothing is said
+            setattr(sys.modules[f"dmr.{old}"], name, value)
+            return value
     homes = " and ".join(f"dmr.{home}" for home in _MOVED[old])
     raise AttributeError(f"dmr.{old} is {homes} now; {name!r} is not there")
 
