@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 # %% auto #0
 __all__ = ['SUPPORTED', 'STEPPED', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator', 'sgd_denominator',
-           'Moments', 'unwrap', 'no_decay', 'rate_decay', 'nadam_decay', 'asgd_decay', 'no_copies', 'asgd_copies',
-           'Differences', 'differences_of', 'moments_of', 'has_form', 'check_group']
+           'Stepped', 'Moments', 'unwrap', 'no_decay', 'rate_decay', 'nadam_decay', 'asgd_decay', 'no_copies',
+           'asgd_copies', 'Differences', 'differences_of', 'moments_of', 'has_form', 'check_group']
 
 # %% ../../nbs/routing/03_moments.ipynb #977a5f7e
 def _number(x: float | Tensor) -> float | Tensor:
@@ -99,17 +99,9 @@ def _fresh_state(
         state[maximum] = like()
     return state
 
-# %% ../../nbs/routing/03_moments.ipynb #706eb940
-@dataclass(frozen=True)
-class Moments:
-    "Where one optimizer class keeps its moments."
-
-    first: str  # the first moment's key in the state
-    second: str | None  # the second moment's key; None: the optimizer has none
-    # (state, group) -> 1 / a after the step: a new tensor, or a number
-    denominator: Callable[[dict, dict], Tensor | float]
-    # (p, group) -> fresh state; None: nothing is kept before a first step
-    prepare: Callable[[Tensor, dict], dict] | None
+# %% ../../nbs/routing/03_moments.ipynb #9e5c32e5
+class Stepped:
+    "What every optimizer can be asked about its step."
 
     def meaning(self, routing: str) -> str:
         "The routing that this name stands for here."
@@ -118,6 +110,18 @@ class Moments:
     def rate(self, group: dict) -> float | Tensor:
         "What a step u is multiplied by."
         return group["lr"]
+
+# %% ../../nbs/routing/03_moments.ipynb #706eb940
+@dataclass(frozen=True)
+class Moments(Stepped):
+    "Where one optimizer class keeps its moments."
+
+    first: str  # the first moment's key in the state
+    second: str | None  # the second moment's key; None: the optimizer has none
+    # (state, group) -> 1 / a after the step: a new tensor, or a number
+    denominator: Callable[[dict, dict], Tensor | float]
+    # (p, group) -> fresh state; None: nothing is kept before a first step
+    prepare: Callable[[Tensor, dict], dict] | None
 
     def beta1(self, group: dict) -> float:
         "Decay of the first moment."
@@ -309,7 +313,7 @@ REFUSED = {
     ),
 }
 
-
+# %% ../../nbs/routing/03_moments.ipynb #21551c05
 def _refusal(optimizer: Optimizer) -> str | None:
     "Why this optimizer cannot be routed at all; None: it can."
     cls = type(optimizer)

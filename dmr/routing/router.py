@@ -142,20 +142,21 @@ def _remind(
 
 # %% ../../nbs/routing/08_router.ipynb #0f631889
 def _unmoved(
-    parameters: Iterable[Tensor],  # of the model
+    trained: Trained,
     plan: Callable[[], None],  # what is done when the gradients are there
-    optimizer: str,  # the name of its class
 ) -> Callable[[], None]:
-    "Plan a step if the weights are still where the step began."
-    versions = lambda: [p._version for p in parameters]
+    "Where the step is read off the weights: plan it where they began."
+    if not isinstance(trained.moments, Differences):
+        return plan
+    versions = lambda: [p._version for p in trained.names]
     start = versions()
 
     def unmoved() -> None:
         if versions() != start:
             raise TypeError(
-                f"{optimizer} changes the weights and evaluates the loss"
-                " afterwards, within one step, which cannot be routed; use"
-                " torch.optim.AdamW or Muon"
+                f"{type(trained.optimizer).__name__} changes the weights and"
+                " evaluates the loss afterwards, within one step, which cannot"
+                " be routed; use torch.optim.AdamW or Muon"
             )
         plan()
 
@@ -185,10 +186,7 @@ class _Hooked(Trained):
         self._handles = [first, self.optimizer.register_step_post_hook(after)]
 
     def _before_step(self, _: Any, args: tuple, kwargs: dict) -> Any:
-        plan = self._before
-        if isinstance(self.moments, Differences):
-            plan = _unmoved(self.names, plan, type(self.optimizer).__name__)
-        return _after_closure(args, kwargs, plan)
+        return _after_closure(args, kwargs, _unmoved(self, self._before))
 
     @torch.no_grad()
     def _after_step(self, _: Any, args: tuple, kwargs: dict) -> None:
@@ -557,9 +555,7 @@ class _Described(_Restored):
     "A routed optimizer that says what it is."
 
     def memory(self) -> int:
-        """Bytes that the router keeps between steps, and those of the weights
-        that it copies within a step where no moments are known.
-        """
+        "Bytes kept between steps, and of the weights copied within a step."
         meters = self._inflation.values()
         sums = [x for meter in meters for x in meter.state_dict().values()]
         kept = [x for x in sums if x is not None]

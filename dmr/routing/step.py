@@ -476,7 +476,7 @@ def taken(
 
     return Vectors(names, make, made=True)
 
-
+# %% ../../nbs/routing/05_step.ipynb #f3620d76
 def displace(
     step: Step,
     steps: Vectors,  # u
