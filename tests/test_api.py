@@ -89,7 +89,7 @@ def test_every_old_module_that_is_kept_was_shown():
 
 def test_a_name_that_is_gone_says_where_its_module_is():
     with pytest.raises(AttributeError, match="dmr.routing.router and dmr.rout"):
-        import_module("dmr.routing").MomentRooter
+        _ = import_module("dmr.routing").MomentRooter
     with pytest.raises(ImportError):
         exec("from dmr.boundary import no_such_name")
     with pytest.raises(ModuleNotFoundError):

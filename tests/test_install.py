@@ -23,21 +23,20 @@ from dmr.text.archive import cache_folder
 ROOT = Path(__file__).parents[1]
 SCRIPT = """\
 import torch, dmr
-parts = torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)
-model = torch.nn.Sequential(*parts)
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 1))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-router = dmr.MomentRouter(model, optimizer, dmr.Projection(rank=4))
+edit, strength = dmr.Projection(rank=4), dmr.OverlapAware(0.5)
+router = dmr.MomentRouter(model, optimizer, edit, "decoupled", strength)
 for domain in range(3):
-    torch.manual_seed(domain)
-    scale = torch.rand(16)
+    scale = torch.rand(16, generator=torch.Generator().manual_seed(domain))
     for step in range(50):
         x = torch.randn(64, 16) * scale
         error = model(x) - x.sum(1, keepdim=True) * (domain + 1)
         optimizer.zero_grad()
         error.square().mean().backward()
         optimizer.step()
-    layers = router.consolidate()["layers"]
-    print(domain, error.square().mean(), layers["0.weight"]["rank"])
+    rank = router.consolidate()["layers"]["0.weight"]["rank"]
+    print(domain, f"{error.square().mean().item():.3f}", rank, router.last)
 """
 
 
@@ -58,9 +57,9 @@ def closure(*names):
 
 
 @pytest.mark.slow
-def test_an_empty_environment_needs_torch_numpy_and_einops_only(tmp_path):
+def test_an_empty_environment_needs_the_core_only(tmp_path):
     """`pip install .` without an index; of this environment's packages the new
-    one may use torch, numpy, einops and what these need.
+    one may use torch, numpy, einops, filelock and what these need.
 
     pip itself and the build backend are lent as well: they are part of no
     running program.
@@ -160,7 +159,7 @@ def test_an_empty_environment_needs_torch_numpy_and_einops_only(tmp_path):
     assert "torch" in lines[4].split()
     owners, needed = (
         packages_distributions(),
-        closure("torch", "numpy", "einops"),
+        closure("torch", "numpy", "einops", "filelock"),
     )
     strangers = {
         m

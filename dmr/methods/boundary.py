@@ -108,3 +108,7 @@ class BoundaryProjection(_LearnsAtTheEnd):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Projection", "BoundaryProjection", 1)
+
+    def load_state_dict(self, state: dict) -> None:
+        # a file of version 0.1 calls the sample `buffer`
+        super().load_state_dict({"sample": state.get("buffer"), **state})
