@@ -170,6 +170,7 @@ OPENING_PAGES: tuple[tuple[str, str], ...] = (
 )
 #: Pages that the build makes, after the chapters: page, title.
 CLOSING_PAGES: tuple[tuple[str, str], ...] = (
+    ("contributing", "Contributing"),
     ("changelog", "Changelog"),
     ("cite", "Cite"),
 )

@@ -41,7 +41,8 @@ def _as_markdown(
     notebooks = re.compile(r"\]\(((?!https?:|#|\.\.|nbs/)[\w/.-]+\.ipynb)")
     for cell in cells:
         if cell.kind == "markdown":
-            parts.append(notebooks.sub(r"](nbs/\1", cell.text))
+            text = notebooks.sub(r"](nbs/\1", cell.text)
+            parts.append(text.replace("](../", "]("))  # from nbs/
         if not cell.is_code or not cell.shown or cell.exports_to is not None:
             continue
         if cell.directives.get("echo") != "false":

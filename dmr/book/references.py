@@ -86,6 +86,14 @@ def resolve_references(
     return _REFERENCE.sub(link, _EQUATION.sub(number, text))
 
 # %% ../../nbs/making/16_references.ipynb #a541a8c6
+#: Files above the notebooks' folder, and the pages that are made of them.
+_OUTSIDE = {
+    "../CONTRIBUTING.md": "contributing",
+    "../CHANGELOG.md": "changelog",
+    "../CITATION.cff": "cite",
+}
+
+
 def rewrite_links(
     text: str,  # Markdown of a chapter
     chapter: Chapter,  # the chapter with that text
@@ -95,6 +103,7 @@ def rewrite_links(
     copies on the site.
     """
     folder, up = posixpath.dirname(chapter.path), chapter.to_root
+    pages = {**_OUTSIDE, **pages}
 
     def link(found: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, found[1]))

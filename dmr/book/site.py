@@ -50,17 +50,18 @@ def _pages_without_notebook(
     book: Book,
     pictures: list[tuple[Chapter, Picture]],
 ) -> dict[str, str]:  # page → Markdown
-    "Write contents, gallery, reference, changelog and citation."
+    "Write the pages that no notebook is: contents, gallery, reference, …"
     read = lambda name: (root / name).read_text(encoding="utf-8")
+    body = lambda name: re.sub(r"^# .*\n", "", read(name), count=1)
     about = "Every figure of the book; each links to the text around it."
     gallery = front_matter("Figures", about, toc="false")
-    changes = re.sub(r"^# .*\n", "", read("CHANGELOG.md"), count=1)
     seconds = {path: x.wall_s for path, (x, _) in book.executions.items()}
     reference = reference_pages(book.chapters, seconds, root)
     return {
         "contents": contents_page(book.chapters),
         "gallery": f"{gallery}\n{gallery_html(pictures)}",
-        "changelog": front_matter("Changelog") + changes,
+        "contributing": front_matter("Contributing") + body("CONTRIBUTING.md"),
+        "changelog": front_matter("Changelog") + body("CHANGELOG.md"),
         "cite": citation_page(read("CITATION.cff"))
         + works_list(read_works(root)),
         **{f"reference/{name}": text for name, text in reference.items()},

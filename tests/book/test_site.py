@@ -277,7 +277,8 @@ def project(tmp_path):
     nbs = tmp_path / "nbs"
     shutil.copytree(ROOT / "nbs/assets", nbs / "assets")
     shutil.copy(ROOT / "nbs/sources.yml", nbs / "sources.yml")
-    for name in ("settings.ini", "_quarto.yml", "CHANGELOG.md", "CITATION.cff"):
+    documents = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff")
+    for name in ("settings.ini", "_quarto.yml", *documents):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/table.csv").write_text("a,b\n1,2\n")
@@ -374,6 +375,7 @@ def test_small_book(project):
         "reference/damping.html",
         "contents.html",
         "gallery.html",
+        "contributing.html",
         "changelog.html",
         "cite.html",
         "reference/index.html",
