@@ -196,9 +196,8 @@ class _MeanSquare:
             if name in grads:
                 if name not in self.sums:
                     self.sums[name] = _zeros(p)
-                total = local(self.sums[name])
-                g = grads[name].to(total.dtype)
-                total.addcmul_(g, g)
+                g = grads[name].to(self.sums[name].dtype)
+                local(self.sums[name]).addcmul_(g, g)
 
     def fisher(self) -> dict[str, Tensor]:
         n = max(self.count, 1)
@@ -219,9 +218,7 @@ class _RowsAndColumns(_MeanSquare):
     "Row and column means of g²: out + in numbers for a matrix."
 
     def load_state_dict(self, state: dict) -> None:
-        at = next(iter(self.trained.parameters().values())).device
-        sums, self.count = state["sums"].items(), state["count"]
-        self.sums = {key: x.to(at, copy=True) for key, x in sums}
+        self.count, self.sums = state["count"], _whole(state["sums"])
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.count += 1
@@ -235,7 +232,8 @@ class _RowsAndColumns(_MeanSquare):
                 parts = {f"rows {name}": square.mean(1)}
                 parts[f"columns {name}"] = square.mean(0)
             for key, x in parts.items():
-                self.sums[key] = self.sums[key] + x if key in self.sums else x
+                total = self.sums.get(key, torch.zeros_like(x))
+                self.sums[key] = total.to(x) + x
 
     def fisher(self) -> dict[str, Tensor]:
         out = {}

@@ -332,8 +332,9 @@ def project(tmp_path):
                 "data": {
                     "text/markdown": (
                         "- [rows](../../results/table.csv), by @eq-damp\n\n###"
-                        " C1: it falls\n\n> quoted\n\n**does not hold**\n\n- by"
-                        " *much*\n"
+                        ' C1: it falls\n\n<div class="claim boxed"'
+                        ' data-verdict="does not hold">\n\n> quoted\n\n**does'
+                        " not hold**\n\n- by *much*\n\n</div>\n"
                     )
                 },
             },
