@@ -14,7 +14,7 @@ from .callbacks import DomainCallback
 __all__ = ['LightningRouter']
 
 # %% ../../nbs/guides/05_lightning.ipynb #355652cf
-need("lightning", "lightning", "dmr.frameworks.lightning")
+_ = need("lightning", "lightning", "dmr.frameworks.lightning")
 
 # %% ../../nbs/guides/05_lightning.ipynb #b4207817
 from lightning.pytorch import Callback

@@ -16,7 +16,7 @@ from .callbacks import DomainCallback
 __all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']
 
 # %% ../../nbs/guides/04_trainer.ipynb #2ee72bde
-need("transformers", "hf", "dmr.frameworks.trainer")
+_ = need("transformers", "hf", "dmr.frameworks.trainer")
 
 # %% ../../nbs/guides/04_trainer.ipynb #ca0ea5ae
 from transformers import Trainer, TrainerCallback
