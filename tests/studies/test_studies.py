@@ -130,7 +130,11 @@ def test_the_projects_own_studies_can_be_read():
         ("projection", "decoupled", "overlap"),
         ("projection", "displacement", "fixed"),
         ("replay", "shared", "fixed"),
-        ("replay", "decoupled", "fixed"),
+    }
+    merged = [c for c in demo.cells if c.parameters.get("consolidation")]
+    assert {c.parameters["modification"] for c in merged} == {
+        "none",
+        "projection",
     }
 
 
