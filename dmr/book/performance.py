@@ -84,7 +84,7 @@ def _naive_hook(
     def before(*_: Any) -> None:
         for p, U in bases.items():
             kept.append(p.grad)  # type: ignore[arg-type]
-            p.grad = p.grad - alpha * (p.grad @ U) @ U.T  # type: ignore[operator]
+            p.grad = p.grad - alpha * (p.grad @ U) @ U.T  # type: ignore
 
     def after(*_: Any) -> None:
         for p, g in zip(bases, kept):
@@ -118,7 +118,7 @@ class _Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, self.table[:, : tokens.shape[1]])  # type: ignore[index]
+            x = block(x, self.table[:, : tokens.shape[1]])  # type: ignore
         return self.head(x)
 
 # %% ../../nbs/making/22_performance.ipynb #cd9567e4

@@ -44,7 +44,7 @@ def shard_groups(
                 " splits its input side; shard it along its output dimension,"
                 " or leave it out with exclude="
             )
-        groups.append(p.device_mesh.get_group(axis))  # type: ignore[attr-defined]
+        groups.append(p.device_mesh.get_group(axis))  # type: ignore
     return tuple(groups)
 
 # %% ../../nbs/routing/04_sharding.ipynb #06112ec0
