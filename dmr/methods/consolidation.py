@@ -14,6 +14,7 @@ from torch import Tensor
 from ..routing.consolidation import Anchored, Trained, check_weight
 from ..routing.modification import accumulator
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
+from ..routing.strength import check_fraction
 
 # %% auto #0
 __all__ = ['new_share', 'remember', 'per_sample', 'running_share', 'outer', 'merge', 'FisherMerge']
@@ -126,8 +127,7 @@ def _check_merge(weight: float, damping: float) -> None:
     "Raise ValueError for a weight or a damping that means nothing."
     if check_weight("weight", weight) is None:
         raise ValueError("weight=None merges nothing; pass a number in (0, 1]")
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping={damping!r} must be a number >= 0")
+    check_fraction("damping", damping, high=float("inf"))
 
 
 def _check_state_dicts(old: Mapping, new: Mapping) -> None:
@@ -357,8 +357,7 @@ def _check_past(curvature: str, keep: float, odds: bool, weight: float) -> None:
             f"curvature={curvature!r} is unknown; choose one of"
             f" {', '.join(_CURVATURES)}"
         )
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep={keep!r} lies outside [0, 1]")
+    check_fraction("keep", keep)
     if odds and weight == 1:
         raise ValueError("odds=True needs weight < 1: at 1 nothing is merged")
 

@@ -399,3 +399,14 @@ def test_the_summary_says_what_the_merge_keeps():
     last = router.summary().splitlines()[-1]
     # θ_p and F_p, 64 · 64 numbers of four bytes each
     assert last.endswith("curvature='gradients'), 32.0 KiB kept")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"damping": "x"}, {"damping": -1.0}, {"keep": None}, {"weight": "a"}],
+)
+def test_a_wrong_setting_is_named(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=name) as error:
+        FisherMerge(**given)
+    assert repr(value) in str(error.value) or f"{value:g}" in str(error.value)
