@@ -54,11 +54,21 @@ class Consolidation:
         "Meet the training run, or raise a ValueError for one that cannot work."
         self.trained = trained
 
+    def begin(self) -> None:
+        "A domain begins: before its first step."
+
+    def observe(self, batch: object) -> None:
+        "A training batch of the running domain, before its backward pass."
+
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         "At every step that is taken: the raw gradients, unscaled and finite."
 
     def anchor(self) -> None:
         "The present weights are the ones that the next merge starts from."
+
+    def pull(self) -> dict:
+        "Inside a domain: change the weights, and leave the past as it is."
+        raise TypeError(f"{type(self).__name__} has no pull method")
 
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."
@@ -129,9 +139,9 @@ class Interpolate(Anchored):
         return f"Interpolate({'' if self.weight is None else self.weight})"
 
     @torch.no_grad()
-    def merge(
+    def pull(
         self,
-        weight: float | None = None,  # λ of this boundary; None: as made
+        weight: float | None = None,  # λ of this time; None: as made
     ) -> dict:
         weight = self.weight if weight is None else weight
         if weight is not None:
@@ -139,5 +149,13 @@ class Interpolate(Anchored):
                 if name in self.before:
                     old = self.before[name].to(p)
                     p.copy_(torch.lerp(old, p, weight))
+        return {}
+
+    def merge(
+        self,
+        weight: float | None = None,  # λ of this boundary; None: as made
+    ) -> dict:
+        self.pull(weight)
+        if (self.weight if weight is None else weight) is not None:
             self.anchor()
         return {}
