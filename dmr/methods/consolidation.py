@@ -292,7 +292,7 @@ def _check_memory(beta2: float, steps: int) -> None:
             f"beta2={beta2} remembers {1 / (1 - beta2):.0f} steps, and this"
             f" domain had {steps}: its second moment stands for the domain's"
             " end only; choose curvature='gradients', or a larger beta2",
-            stacklevel=9,
+            stacklevel=10,
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #3a944ea6
@@ -464,15 +464,9 @@ def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
     merge.anchor()
     merge.recorder.clear()
 
-# %% ../../nbs/methods/11_consolidation.ipynb #881d6743
-class FisherMerge(_Moving):
-    """Average old and new weights at a boundary, each by its curvature. Source
-    of the rule: arXiv:1703.08475.
-    """
-
-    def __repr__(self) -> str:
-        settings = f"weight={self.weight}, damping={self.damping}"
-        return f"FisherMerge({settings}, curvature={self.curvature!r})"
+# %% ../../nbs/methods/11_consolidation.ipynb #14c5436e
+class _Recording(_Moving):
+    "The running domain's curvature, for one sample."
 
     def attach(self, trained: Trained) -> None:
         super().attach(trained)
@@ -482,13 +476,26 @@ class FisherMerge(_Moving):
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.recorder.learn(grads)
 
-    def _found(self) -> dict[str, Tensor]:
+    def _measured(self) -> dict[str, Tensor]:
         scale = per_sample(self.samples, self.reduction)
         found = self.recorder.fisher().items()
-        new = {name: scale * f for name, f in found}
+        return {name: scale * f for name, f in found}
+
+    def _found(self) -> dict[str, Tensor]:
+        new = self._measured()
         for name, f in new.items():
             _check_curvatures(name, f, f, f)
         return new
+
+# %% ../../nbs/methods/11_consolidation.ipynb #881d6743
+class FisherMerge(_Recording):
+    """Average old and new weights at a boundary, each by its curvature. Source
+    of the rule: arXiv:1703.08475.
+    """
+
+    def __repr__(self) -> str:
+        settings = f"weight={self.weight}, damping={self.damping}"
+        return f"FisherMerge({settings}, curvature={self.curvature!r})"
 
     @torch.no_grad()
     def pull(self) -> dict:
