@@ -63,7 +63,7 @@ class _Sampling(Anchored):
         check_count("examples", examples, 200)
         self.loss_fn, self.sample = loss_fn, DomainSample(examples, seed)
 
-# %% ../../nbs/methods/13_rivals.ipynb #a86a89ef
+# %% ../../nbs/methods/13_rivals.ipynb #1e8f814e
 class _Looking(_Sampling):
     "The sample's part in the contract."
 
@@ -93,8 +93,7 @@ class _Looking(_Sampling):
             self.sample.load_state_dict(state["sample"])
 
     def memory(self) -> int:
-        kept = 0 if self.sample is None else self.sample.bytes()
-        return super().memory() + kept
+        return super().memory() + (self.sample.bytes() if self.sample else 0)
 
 # %% ../../nbs/methods/13_rivals.ipynb #798c7f84
 class Seen(MeanSquare):
@@ -321,8 +320,8 @@ def softened(
     added = (1 - shrink) * diagonal + damping * diagonal.mean().clamp_min(1e-30)
     return shrink * gram + torch.diag(added)
 
-# %% ../../nbs/methods/13_rivals.ipynb #7bd1d96e
-class _ByLayer(_Looking):
+# %% ../../nbs/methods/13_rivals.ipynb #2c0c8909
+class _Linear(_Looking):
     "Knows the linear layers that it merges as matrices."
 
     only: list[str] | str | None = None
@@ -347,6 +346,10 @@ class _ByLayer(_Looking):
             for name, target in linear.items()
             if all_of_them or matches(name, self.only)
         }
+
+# %% ../../nbs/methods/13_rivals.ipynb #baeec7be
+class _ByLayer(_Linear):
+    "Has examples for its layers, or says that there are no layers."
 
     def _examples(self, size: int | None = None) -> list:
         if self.sample is None or not self.layers:
@@ -383,7 +386,7 @@ class _Grams(_ByLayer):
         kept = self.grams.values()
         return super().memory() + sum(G.nbytes for G in kept)
 
-# %% ../../nbs/methods/13_rivals.ipynb #9a1b5734
+# %% ../../nbs/methods/13_rivals.ipynb #6b1588a9
 class _Regressing(_Grams):
     "The merge by inputs."
 
@@ -406,6 +409,10 @@ class _Regressing(_Grams):
             layer.matrix(p).copy_(merged)
         return {}
 
+# %% ../../nbs/methods/13_rivals.ipynb #3f528896
+class _Adding(_Regressing):
+    "The moments at which it merges."
+
     @torch.no_grad()
     def pull(self) -> dict:
         return self._move(self._measured()) if self.before else {}
@@ -419,8 +426,8 @@ class _Regressing(_Grams):
         self.anchor()
         return {}
 
-# %% ../../nbs/methods/13_rivals.ipynb #c3760afe
-class RegMean(_Regressing):
+# %% ../../nbs/methods/13_rivals.ipynb #edd4f878
+class RegMean(_Adding):
     "Merge linear layers by their inputs. Source: arXiv:2212.09849."
 
     def __init__(
@@ -568,7 +575,7 @@ class _Factors(_ByLayer, FisherMerge):
         kept = sum(A.nbytes + B.nbytes for A, B in self.factors.values())
         return super().memory() + kept
 
-# %% ../../nbs/methods/13_rivals.ipynb #f08bb25b
+# %% ../../nbs/methods/13_rivals.ipynb #a044f639
 class _Sylvester(_Factors):
     "The merge by factors."
 
@@ -588,6 +595,10 @@ class _Sylvester(_Factors):
             layer.matrix(p).copy_(merged)
         return {}
 
+# %% ../../nbs/methods/13_rivals.ipynb #3dc0cbc8
+class _Remembering(_Sylvester):
+    "The moments at which it merges."
+
     @torch.no_grad()
     def pull(self) -> dict:
         self._look_back()
@@ -605,8 +616,8 @@ class _Sylvester(_Factors):
         self.running = {}
         return report
 
-# %% ../../nbs/methods/13_rivals.ipynb #34f3e0ae
-class KFACMerge(_Sylvester):
+# %% ../../nbs/methods/13_rivals.ipynb #1334cfb1
+class KFACMerge(_Remembering):
     "Merge linear layers by Kronecker factors, all else by the diagonal."
 
     def __init__(
