@@ -386,7 +386,7 @@ class _Grams(_ByLayer):
         kept = self.grams.values()
         return super().memory() + sum(G.nbytes for G in kept)
 
-# %% ../../nbs/methods/13_rivals.ipynb #6b1588a9
+# %% ../../nbs/methods/13_rivals.ipynb #56762ad4
 class _Regressing(_Grams):
     "The merge by inputs."
 
@@ -402,10 +402,10 @@ class _Regressing(_Grams):
             if layer is None or name not in self.grams:
                 p.copy_(torch.lerp(old, p, self.weight))
                 continue
-            pair = (layer.matrix(x).double() for x in (old, p))
-            both = (self.grams[name], running[name])
-            soft = (softened(G, self.shrink, self.damping) for G in both)
-            merged = regression_mean(*pair, *soft, self.weight)
+            start, end = (layer.matrix(x).double() for x in (old, p))
+            both, soft = (self.grams[name], running[name]), softened
+            G_p, G_n = (soft(G, self.shrink, self.damping) for G in both)
+            merged = regression_mean(start, end, G_p, G_n, self.weight)
             layer.matrix(p).copy_(merged)
         return {}
 

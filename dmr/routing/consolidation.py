@@ -46,8 +46,23 @@ class Trained:
         state = self.optimizer.state.get(self.parameters()[name], {})
         return state.get(self.moments.second)
 
+# %% ../../nbs/routing/07_consolidation.ipynb #273be954
+class _Stated:
+    "What a consolidation keeps; by default nothing."
+
+    def state_dict(self) -> dict:
+        "The state as tensors and numbers, whole where they are sharded."
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        "Take over a state written by `state_dict`."
+
+    def memory(self) -> int:
+        "Bytes kept between steps."
+        return 0
+
 # %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class Consolidation:
+class Consolidation(_Stated):
     "What happens to the weights at a boundary. Subclass it; define `merge`."
 
     def attach(self, trained: Trained) -> None:
@@ -73,17 +88,6 @@ class Consolidation:
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."
         raise TypeError(f"{type(self).__name__} has no merge method")
-
-    def state_dict(self) -> dict:
-        "The state as tensors and numbers, whole where they are sharded."
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        "Take over a state written by `state_dict`."
-
-    def memory(self) -> int:
-        "Bytes kept between steps."
-        return 0
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
 def check_weight(
@@ -124,6 +128,18 @@ class Anchored(Consolidation):
         kept = self.before.values()
         return sum(x.numel() * x.element_size() for x in kept)
 
+# %% ../../nbs/routing/07_consolidation.ipynb #a7d5f0cf
+@torch.no_grad()
+def _average(
+    kept: Anchored,  # with the weights of the last boundary
+    weight: float,  # λ in (0, 1]
+) -> None:
+    "Move the present weights to θ_prev + λ(θ - θ_prev)."
+    for name, p in kept.trained.parameters().items():
+        if name in kept.before:
+            old = kept.before[name].to(p)
+            p.copy_(torch.lerp(old, p, weight))
+
 # %% ../../nbs/routing/07_consolidation.ipynb #e650b386
 class Interpolate(Anchored):
     "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
@@ -138,17 +154,13 @@ class Interpolate(Anchored):
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"
 
-    @torch.no_grad()
     def pull(
         self,
         weight: float | None = None,  # λ of this time; None: as made
     ) -> dict:
         weight = self.weight if weight is None else weight
         if weight is not None:
-            for name, p in self.trained.parameters().items():
-                if name in self.before:
-                    old = self.before[name].to(p)
-                    p.copy_(torch.lerp(old, p, weight))
+            _average(self, weight)
         return {}
 
     def merge(

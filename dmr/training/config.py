@@ -443,7 +443,8 @@ def build_consolidation(
                 f"merge={given!r} needs consolidation='interpolate' or 'fisher'"
             )
         return None
-    looking = {"loss_fn": loss_fn, "seed": seed_for(c.seed, "merge")}
+    looking: dict[str, Any] = {"loss_fn": loss_fn}
+    looking["seed"] = seed_for(c.seed, "merge")
     kinds: dict[str, Callable[..., Consolidation]] = {
         "interpolate": Interpolate,
         "fisher": partial(FisherMerge, samples=c.batch),

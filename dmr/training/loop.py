@@ -721,10 +721,8 @@ class StreamRun(SteppedRun):
     def own_hooks(self) -> list[Hook]:
         "The controls that the configuration asks for."
         c = self.config
-        merging = [Merging(c.merges, c.after_merge)]
-        merging = [] if c.consolidation == "none" else merging
         second = [SecondBatch(c.second_batch)] if c.second_batch else []
-        return [*merging, *second]
+        return [Merging(c.merges, c.after_merge), *second]
 
     def draw(self) -> tuple[Tensor, Tensor]:
         c = self.config
