@@ -289,15 +289,14 @@ def trainer(arm: Arm, lr: float, seed: int) -> dict[str, float]:
                 logging_strategy="no", lr_scheduler_type="constant",
             )  # fmt: skip
             if callback is not None and _keeps(callback.modification):
-                trainer = RoutedTrainer(
+                RoutedTrainer(
                     model, arguments, train_dataset=data, router=callback
-                )
-            else:
-                callbacks = [] if callback is None else [callback]
-                trainer = Trainer(
-                    model, arguments, train_dataset=data, callbacks=callbacks
-                )
-            trainer.train()
+                ).train()
+                continue
+            callbacks = [] if callback is None else [callback]
+            Trainer(
+                model, arguments, train_dataset=data, callbacks=callbacks
+            ).train()
     old, new = (held_out(loss_fn, d) for d in domains)
     return {"before": before, "old": old, "new": new}
 
