@@ -463,10 +463,12 @@ for _weight, _keep in ((0.7, 0.7), (0.7, 0.5), (0.8, 0.5)):
     ARMS[f"merge {_weight}, keep {_keep}"] = partial(
         routed, _nothing, merge=_merge
     )
-ARMS["projection, displacement 0.5, merge 0.7, keep 0.5"] = partial(
-    routed, _projection, routing="displacement", strength=0.5,
-    merge=partial(dmr.FisherMerge, 0.7, keep=0.5),
-)  # fmt: skip
+_half = partial(routed, _projection, routing="displacement", strength=0.5)
+ARMS["projection, displacement 0.5"] = _half
+for _weight in (0.7, 0.8):
+    ARMS[f"projection, displacement 0.5, merge {_weight}, keep 0.5"] = partial(
+        _half, merge=partial(dmr.FisherMerge, _weight, keep=0.5)
+    )
 
 
 def _replay(loss_fn: Callable) -> dmr.ReplayMix:
