@@ -375,10 +375,10 @@ def _record(
 
 def _header_problem(columns: list[str]) -> str:
     "What is wrong with the names of a table's columns; empty: nothing."
-    if twice := {c for c in columns if columns.count(c) > 1}:
-        return f"names {', '.join(map(repr, sorted(twice)))} twice"
     if not all(columns) or any(re.match(r"[-+]?\.?\d", c) for c in columns):
         return "is no header: a column has no name, or a number for a name"
+    if twice := {c for c in columns if columns.count(c) > 1}:
+        return f"names {', '.join(map(repr, sorted(twice)))} twice"
     return ""
 
 
