@@ -18,7 +18,7 @@ def test_it_would_notice_a_digit(capsys):
     rows[at][3] = rows[at][3].replace("0.820", "0.822")
     script["main"].__globals__["shown"] = lambda: rows
     assert script["main"]()
-    assert "C1: 0.8200 here, 0.822 on the page" in capsys.readouterr().out
+    assert "C1: 0.8203 here, 0.822 on the page" in capsys.readouterr().out
 
 
 def test_it_shares_no_code_with_the_package():
