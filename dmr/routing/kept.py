@@ -73,6 +73,11 @@ def weights_print(
 _WEIGHT = "the weight of the model"  # key of a note in place of a tensor
 
 
+def _equal(p: Tensor, x: Tensor) -> bool:
+    "Is x what p is in the type of x?"
+    return torch.equal(_whole(p).to(x), x)
+
+
 def leave_out(
     state: Any,  # nested
     weights: Mapping[str, Tensor],  # the model's, by name
@@ -82,11 +87,11 @@ def leave_out(
     if isinstance(state, Mapping):
         return {k: leave_out(x, weights, k) for k, x in state.items()}
     p = weights.get(name)
-    same = isinstance(state, Tensor) and p is not None
-    if same and state.shape == p.shape and state.is_floating_point():
-        if torch.equal(_whole(p).to(state), state):
-            return {_WEIGHT: name, "dtype": state.dtype}
-    return state
+    if p is None or not isinstance(state, Tensor) or p.shape != state.shape:
+        return state
+    if not state.is_floating_point() or not _equal(p, state):
+        return state
+    return {_WEIGHT: name, "dtype": state.dtype}
 
 
 def put_back(state: Any, weights: Mapping[str, Tensor]) -> Any:

@@ -371,6 +371,39 @@ class _Stepping(_Planning):
         if late and not step.active:
             _remind(self.steps, modification)
 
+# %% ../../nbs/routing/08_router.ipynb #51250d33
+def _marks(step: Step) -> dict[str, tuple[int, int]]:
+    "Which tensor each gradient is, and how often it was written to."
+    grads = {name: p.grad for name, (p, _) in step.live.items()}
+    return {n: (id(g), g._version) for n, g in grads.items() if g is not None}
+
+
+class _Watching(_Stepping):
+    "A routed step that notices who changes gradients after it."
+
+    _read: Mapping[str, tuple[int, int]] = {}  # where a hook follows ours
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        super()._before()
+        hooks = list(self.optimizer._optimizer_step_pre_hooks.values())
+        followed = getattr(hooks[-1], "router", None) is not self
+        step, self._read = self._flight, {}
+        if followed and step is not None and step.grads.scale is None:
+            self._read = _marks(step)
+
+    def _finish(self, step: Step) -> None:
+        now = _marks(step) if self._read else {}
+        other = [n for n, mark in self._read.items() if now.get(n) != mark]
+        super()._finish(step)
+        if other:
+            raise ValueError(
+                f"the gradient of {other[0]!r} was changed after the router had"
+                " read it, by a hook that was registered later, so this step"
+                " was not the one that was routed; close() the router and make"
+                " it again after that hook"
+            )
+
 # %% ../../nbs/routing/08_router.ipynb #e224200e
 def _merging(
     consolidation: Consolidation,
@@ -387,7 +420,7 @@ def _merging(
     return lambda: consolidation.merge(interpolate)
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218
-class _Domains(_Stepping):
+class _Domains(_Watching):
     "A routed optimizer whose training is divided into domains."
 
     boundary: int = 0  # steps taken up to the last boundary
