@@ -93,7 +93,7 @@ def leave_out(
         return state
     return {_WEIGHT: name, "dtype": state.dtype}
 
-
+# %% ../../nbs/routing/11_kept.ipynb #926d4736
 def put_back(state: Any, weights: Mapping[str, Tensor]) -> Any:
     "The tensors in place of the notes, as copies of the weights."
     if not isinstance(state, Mapping):
@@ -138,12 +138,11 @@ def _plain(
         return [again(x) for x in value]
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if value is None or isinstance(value, (str, bool)):
+    as_they_are = (str, bool, torch.dtype, torch.device)
+    if value is None or isinstance(value, as_they_are):
         return value
     if isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
-    if isinstance(value, (torch.dtype, torch.device)):
-        return value
     kind = "function" if callable(value) else type(value).__name__
     raise TypeError(f"its {what} is a {kind}")
 

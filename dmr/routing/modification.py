@@ -330,10 +330,6 @@ class _OptionalSetup:
         "Meet the model, and its weights that have an input side."
         self.model, self.targets = model, targets
 
-    def carried(self, model: nn.Module) -> dict | None:
-        "What goes along from an earlier router, before the next `attach`."
-        return None
-
     def detach(self) -> None:
         "The router was closed: let go of the model (remove hooks)."
 
@@ -416,6 +412,10 @@ class _State:
     def memory(self) -> int:
         "Bytes kept between steps."
         return 0
+
+    def carried(self, model: nn.Module) -> dict | None:
+        "What goes along from an earlier router, before the next `attach`."
+        return None
 
 # %% ../../nbs/routing/01_modification.ipynb #fced3d93
 def _first_edition(cls: Any) -> None:

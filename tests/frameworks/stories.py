@@ -127,7 +127,7 @@ def with_lightning(domain, folder, kept):
             return torch.optim.AdamW(self.parameters(), **LR)
 
     callback, module = kept or (None, None)
-    path = folder / "last.ckpt"
+    path = folder / str(domain - 1) / "last.ckpt"
     if callback is None:
         module = Language()
         if domain > 1:
@@ -138,9 +138,7 @@ def with_lightning(domain, folder, kept):
             consolidation=dmr.FisherMerge(0.7),
             saved=path if domain > 1 else None,
         )
-    keep = ModelCheckpoint(folder, "step", save_top_k=0, save_last=True)
-    keep.CHECKPOINT_NAME_LAST = "last"
-    path.unlink(missing_ok=True)
+    keep = ModelCheckpoint(folder / str(domain), save_top_k=0, save_last=True)
     lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",
