@@ -134,7 +134,7 @@ def test_no_second_copy_of_the_weights_at_a_boundary(tmp_path):
     numbers = sum(p.numel() for p in model.parameters())
     assert size_of_weights(read_kept(tmp_path / "within.pt")) == numbers
     plain = torch.load(tmp_path / "boundary.pt", weights_only=True)
-    assert plain["settings"]["routing"] == "decoupled"
+    assert plain["settings"]["routing"] == "displacement"
 
 
 def test_another_model_is_refused_and_left_alone(tmp_path):
