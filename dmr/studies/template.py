@@ -86,7 +86,7 @@ def _as_type(
 # %% ../../nbs/studies/02_template.ipynb #3d689993
 def nearest(word: str, words: Iterable[str]) -> str:
     "The question 'did you mean ...?' where a known word is near, else nothing."
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 # %% ../../nbs/studies/02_template.ipynb #e01041b9
