@@ -11,7 +11,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..routing.consolidation import Anchored, Trained, check_weight
+from dmr.routing.consolidation import (
+    Anchored,
+    Trained,
+    check_only_copy,
+    check_weight,
+)
 from ..routing.modification import accumulator
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
@@ -468,6 +473,7 @@ class FisherMerge(_Moving):
 
     def attach(self, trained: Trained) -> None:
         super().attach(trained)
+        check_only_copy(trained)
         _check_whole(self.curvature, trained)
         self.recorder = _CURVATURES[self.curvature](trained)
 

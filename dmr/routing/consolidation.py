@@ -16,7 +16,7 @@ from .sharding import placed_like, unwrapped
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['Trained', 'Consolidation', 'check_weight', 'Anchored', 'Interpolate']
+__all__ = ['Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #8b61aa30
 class Trained:
@@ -88,6 +88,16 @@ def check_weight(
         )
     return weight
 
+def check_only_copy(trained: Trained) -> None:
+    "Raise TypeError where the optimizer holds weights that no merge reaches."
+    if not getattr(trained.moments, "only_copy", True):
+        raise TypeError(
+            f"{type(trained.optimizer).__name__} holds a second copy of the"
+            " weights, which a merge does not reach and which would undo it;"
+            " leave the consolidation out, or choose an optimizer without a"
+            " copy"
+        )
+
 # %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
 class Anchored(Consolidation):
     "Keeps one copy of the trained weights, from the last boundary."
@@ -127,6 +137,11 @@ class Interpolate(Anchored):
 
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"
+
+    def attach(self, trained: Trained) -> None:
+        super().attach(trained)
+        if self.weight is not None:
+            check_only_copy(trained)
 
     @torch.no_grad()
     def merge(
