@@ -281,14 +281,14 @@ LIBRARIES: dict[str, Callable[[dict, dict], float | Tensor]] = {
     "pytorch_optimizer.SOAP": soap_decay,
     "torchao.AdamW8bit": rate_decay,
 }
-_COPYING = ("ScheduleFree", "SFAdamW", "MSAM", "Lookahead")  # steps hidden z
-_COPYING += ("FP16", "Float16", "MixedPrecision")  # masters in float32
+_HIDDEN = ("ScheduleFree", "SFAdamW", "MSAM", "Lookahead")  # other weights
+_MASTERS = ("FP16", "Float16", "MixedPrecision")  # the same, in float32
 
 # %% ../../nbs/routing/03_moments.ipynb #93587d8b
 def _by_name(optimizer: Optimizer) -> Differences:
     "How the differences of a class that is in no table are read."
     cls = type(optimizer)
-    named = any(part in cls.__name__ for part in _COPYING)
+    named = any(part in cls.__name__ for part in _HIDDEN + _MASTERS)
     masters = bool(getattr(optimizer, "master_weights", False))
     if named or masters or cls.__module__.startswith("schedulefree"):
         return Differences(only_copy=False)
