@@ -88,6 +88,7 @@ def check_weight(
         )
     return weight
 
+
 def check_only_copy(trained: Trained) -> None:
     "Raise TypeError where the optimizer holds weights that no merge reaches."
     if not getattr(trained.moments, "only_copy", True):
