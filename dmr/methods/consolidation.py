@@ -11,12 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dmr.routing.consolidation import (
-    Anchored,
-    Trained,
-    check_only_copy,
-    check_weight,
-)
+from ..routing.consolidation import Anchored, Trained, check_weight
 from ..routing.modification import accumulator
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
@@ -332,6 +327,8 @@ _CURVATURES = {
 class _Settings(Anchored):
     "The settings of a merge, checked."
 
+    weight: float
+
     def __init__(
         self,
         weight: float = 0.5,  # λ in (0, 1], what the new domain counts
@@ -473,7 +470,6 @@ class FisherMerge(_Moving):
 
     def attach(self, trained: Trained) -> None:
         super().attach(trained)
-        check_only_copy(trained)
         _check_whole(self.curvature, trained)
         self.recorder = _CURVATURES[self.curvature](trained)
 

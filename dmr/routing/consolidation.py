@@ -103,8 +103,15 @@ def check_only_copy(trained: Trained) -> None:
 class Anchored(Consolidation):
     "Keeps one copy of the trained weights, from the last boundary."
 
+    weight: float | None = None  # λ of every boundary, where there is one
+
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}  # θ_prev by name
+
+    def attach(self, trained: Trained) -> None:
+        super().attach(trained)
+        if self.weight is not None:
+            check_only_copy(trained)
 
     @torch.no_grad()
     def anchor(self) -> None:
@@ -122,8 +129,7 @@ class Anchored(Consolidation):
         self.before = {name: placed_like(x, params[name]) for name, x in kept}
 
     def memory(self) -> int:
-        kept = self.before.values()
-        return sum(x.numel() * x.element_size() for x in kept)
+        return sum(x.numel() * x.element_size() for x in self.before.values())
 
 # %% ../../nbs/routing/07_consolidation.ipynb #e650b386
 class Interpolate(Anchored):
@@ -138,11 +144,6 @@ class Interpolate(Anchored):
 
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"
-
-    def attach(self, trained: Trained) -> None:
-        super().attach(trained)
-        if self.weight is not None:
-            check_only_copy(trained)
 
     @torch.no_grad()
     def merge(
