@@ -368,7 +368,9 @@ def test_a_state_of_another_consolidation_is_refused():
     router, _ = recorded(model, optimizer)
     state = router.state_dict()
     router.close()
-    other = dmr.MomentRouter(model, optimizer, consolidation=Interpolate(0.5))
+    other = dmr.MomentRouter(
+        model, optimizer, None, "decoupled", consolidation=Interpolate(0.5)
+    )
     with pytest.raises(ValueError, match="consolidation='FisherMerge'"):
         other.load_state_dict(state)
 
