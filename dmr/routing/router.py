@@ -408,10 +408,11 @@ class _Domains(_Stepping):
     "A routed optimizer whose training is divided into domains."
 
     def observe(self, batch: object, total: int | None = None) -> None:
-        """Offer a training batch (before its backward pass) to modifications
-        that keep examples; `total`: examples in the domain.
+        """Offer a training batch (before its backward pass) to what keeps
+        examples; `total`: examples in the domain.
         """
         self.modification.observe(batch, total)
+        self.consolidation.observe(batch)
 
     def anchor(self) -> None:
         "The present parameters are the ones that the next merge starts from."
