@@ -331,6 +331,7 @@ _CURVATURES = {
 class _Settings(Anchored):
     "The settings of a merge, checked."
 
+    weight: float
     curvatures: Mapping[str, type[MeanSquare]] = _CURVATURES
 
     def __init__(

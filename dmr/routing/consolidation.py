@@ -17,7 +17,7 @@ from .sharding import placed_like, unwrapped
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
 def check_order(model: object, optimizer: object) -> None:
@@ -120,12 +120,30 @@ def check_weight(
         )
     return weight
 
+
+def check_only_copy(trained: Trained) -> None:
+    "Raise TypeError where the optimizer holds weights that no merge reaches."
+    if not getattr(trained.moments, "only_copy", True):
+        raise TypeError(
+            f"{type(trained.optimizer).__name__} holds a second copy of the"
+            " weights, which a merge does not reach and which would undo it;"
+            " leave the consolidation out, or choose an optimizer without a"
+            " copy"
+        )
+
 # %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
 class Anchored(Consolidation):
     "Keeps one copy of the trained weights, from the last boundary."
 
+    weight: float | None = None  # λ of every boundary, where there is one
+
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}  # θ_prev by name
+
+    def attach(self, trained: Trained) -> None:
+        super().attach(trained)
+        if self.weight is not None:
+            check_only_copy(trained)
 
     @torch.no_grad()
     def anchor(self) -> None:
@@ -143,8 +161,7 @@ class Anchored(Consolidation):
         self.before = {name: placed_like(x, params[name]) for name, x in kept}
 
     def memory(self) -> int:
-        kept = self.before.values()
-        return sum(x.numel() * x.element_size() for x in kept)
+        return sum(x.numel() * x.element_size() for x in self.before.values())
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a7d5f0cf
 @torch.no_grad()

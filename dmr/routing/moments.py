@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 # %% auto #0
-__all__ = ['SUPPORTED', 'STEPPED', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator', 'sgd_denominator',
-           'Stepped', 'Moments', 'unwrap', 'no_decay', 'rate_decay', 'nadam_decay', 'asgd_decay', 'no_copies',
-           'asgd_copies', 'Differences', 'differences_of', 'moments_of', 'has_form', 'check_group']
+__all__ = ['SUPPORTED', 'STEPPED', 'LIBRARIES', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator',
+           'sgd_denominator', 'Stepped', 'Moments', 'unwrap', 'no_decay', 'rate_decay', 'nadam_decay', 'asgd_decay',
+           'no_copies', 'asgd_copies', 'Differences', 'soap_decay', 'differences_of', 'moments_of', 'has_form',
+           'check_group']
 
 # %% ../../nbs/routing/03_moments.ipynb #977a5f7e
 def _number(x: float | Tensor) -> float | Tensor:
@@ -267,13 +268,27 @@ STEPPED: dict[type[Optimizer], Differences] = {
 }
 
 # %% ../../nbs/routing/03_moments.ipynb #194c1791
-_COPYING = ("ScheduleFree", "Lookahead", "FP16", "Float16", "MixedPrecision")
+def soap_decay(state: dict, group: dict) -> float | Tensor:
+    "ηλ, but for the first step, which takes no step."
+    return rate_decay(state, group) if state else 0.0
 
 
+#: Optimizers of other libraries whose weight decay is known.
+LIBRARIES: dict[str, Callable[[dict, dict], float | Tensor]] = {
+    "bitsandbytes.AdamW8bit": rate_decay,
+    "bitsandbytes.Lion8bit": rate_decay,
+    "lion_pytorch.Lion": rate_decay,
+    "pytorch_optimizer.SOAP": soap_decay,
+    "torchao.AdamW8bit": rate_decay,
+}
+_HIDDEN = ("ScheduleFree", "SFAdamW", "MSAM", "Lookahead")  # other weights
+_MASTERS = ("FP16", "Float16", "MixedPrecision")  # the same, in float32
+
+# %% ../../nbs/routing/03_moments.ipynb #93587d8b
 def _by_name(optimizer: Optimizer) -> Differences:
     "How the differences of a class that is in no table are read."
     cls = type(optimizer)
-    named = any(part in cls.__name__ for part in _COPYING)
+    named = any(part in cls.__name__ for part in _HIDDEN + _MASTERS)
     masters = bool(getattr(optimizer, "master_weights", False))
     if named or masters or cls.__module__.startswith("schedulefree"):
         return Differences(only_copy=False)
@@ -287,9 +302,13 @@ def differences_of(optimizer: Optimizer) -> Differences:
     known = _takes_step_of(cls, STEPPED)
     if known is not None:
         return STEPPED[known]
+    read, package = _by_name(optimizer), cls.__module__.split(".")[0]
+    decay = LIBRARIES.get(f"{package}.{cls.__name__}")
+    if decay is not None and not getattr(optimizer, "decoupled_wd", False):
+        return replace(read, decay=decay)
     groups = optimizer.param_groups
     decays = any(group.get("weight_decay") for group in groups)
-    return replace(_by_name(optimizer), decay_known=not decays)
+    return replace(read, decay_known=not decays)
 
 # %% ../../nbs/routing/03_moments.ipynb #b609f8fc
 #: Optimizers that cannot be routed rightly -> why, and the way out.

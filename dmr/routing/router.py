@@ -21,6 +21,7 @@ from dmr.routing.consolidation import (
     Consolidation,
     Interpolate,
     Trained,
+    check_only_copy,
     check_weight,
 )
 from dmr.routing.inflation import (
@@ -441,7 +442,7 @@ def _merging(
     consolidation: Consolidation,
     interpolate: float | None,  # λ of this boundary, or None
 ) -> Callable[[], dict]:
-    "What merges the weights at this boundary. ValueError for a wrong λ."
+    "What merges the weights at this boundary; raises where nothing can."
     if check_weight("interpolate", interpolate) is None:
         return consolidation.merge
     if not isinstance(consolidation, Interpolate):
@@ -449,6 +450,7 @@ def _merging(
             f"interpolate={interpolate:g} asks for a second merge after"
             f" {consolidation!r}; leave interpolate out"
         )
+    check_only_copy(consolidation.trained)
     return lambda: consolidation.merge(interpolate)
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218

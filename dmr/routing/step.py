@@ -207,7 +207,8 @@ def new_step(
     }
     scale = getattr(optimizer, "grad_scale", None)
     scale = None if scale is None else scale.double()
-    grads = Vectors(list(live), lambda name: local(live[name][0].grad), scale)
+    kept = {name: p.grad for name, (p, _) in live.items()}
+    grads = Vectors(list(live), lambda name: local(kept[name]), scale)
     return Step(moments, optimizer.state, live, grads)
 
 # %% ../../nbs/routing/05_step.ipynb #87cfcfa7
@@ -515,6 +516,15 @@ def remember(
     return sum(x.numel() * x.element_size() for x in kept)
 
 # %% ../../nbs/routing/05_step.ipynb #fe052b6a
+def _tensors(state: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    "Key and tensor, those in dictionaries within the state included."
+    for key, x in state.items():
+        if isinstance(x, Mapping):
+            yield from ((f"{key}.{inner}", t) for inner, t in _tensors(x))
+        elif isinstance(x, Tensor):
+            yield str(key), local(x)
+
+
 def check_copies(
     name: str,  # the parameter's name, for the error
     p: Tensor,  # the weight after the first step
@@ -522,17 +532,16 @@ def check_copies(
     known: Collection[str],  # keys of copies that are followed
 ) -> None:
     "Raise TypeError if the optimizer keeps a second copy of the weight."
-    for key, x in state.items():
-        if key in known or not isinstance(x, Tensor):
+    for key, x in _tensors(state):
+        if key in known or type(x) is not Tensor:  # quantised: no exact copy
             continue
-        x = local(x)
         if x.shape == p.shape and p.any() and torch.equal(x.to(p), p):
             raise TypeError(
                 f"routing='displacement' cannot be used: the optimizer's"
                 f" {key!r} of {name!r} is the weight again; {REFUSED['copies']}"
             )
 
-
+# %% ../../nbs/routing/05_step.ipynb #4b0f5c14
 def differ(step: Step) -> None:
     "θ_before <- lr·u = (1 - s)·θ_before - θ_after."
     for name, before in step.before.items():

@@ -368,7 +368,9 @@ def test_a_state_of_another_consolidation_is_refused():
     router, _ = recorded(model, optimizer)
     state = router.state_dict()
     router.close()
-    other = dmr.MomentRouter(model, optimizer, consolidation=Interpolate(0.5))
+    other = dmr.MomentRouter(
+        model, optimizer, None, "decoupled", consolidation=Interpolate(0.5)
+    )
     with pytest.raises(ValueError, match="consolidation='FisherMerge'"):
         other.load_state_dict(state)
 
@@ -410,3 +412,76 @@ def test_a_wrong_setting_is_named(given):
     with pytest.raises(ValueError, match=name) as error:
         FisherMerge(**given)
     assert repr(value) in str(error.value) or f"{value:g}" in str(error.value)
+
+
+#: Settings that torch's optimizers need here; the rest have their defaults.
+NEEDED = {"SGD": {"lr": 0.01, "momentum": 0.9}, "Muon": {"weight_decay": 0.1}}
+REFUSED = {"LBFGS", "SparseAdam"}  # by the router, with any method
+EVERY = [
+    name
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    if cls is not torch.optim.Optimizer and name not in REFUSED
+]
+
+
+def accepted():
+    "Every optimizer of torch with every routing that it allows."
+    for name in EVERY:
+        for routing in dmr.ROUTINGS:
+            try:
+                merging(name, routing)
+            except ValueError:  # this routing needs a second moment
+                continue
+            yield pytest.param(name, routing, id=f"{name}-{routing}")
+
+
+def merging(name, routing, dtype=torch.float64):
+    "Two matrices, and a router that merges; gradients are seen raw."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6, False), nn.Linear(6, 3, False))
+    model = model.to(dtype)
+    cls = getattr(torch.optim, name)
+    optimizer = cls(model.parameters(), **NEEDED.get(name, {}))
+    method = dmr.Projection(rank=2, every=1)
+    router, seen = recorded(model, optimizer, method, routing, weight=0.6)
+    router.strength = dmr.Fixed(0.7)
+    return model, optimizer, router, seen
+
+
+@pytest.mark.parametrize("name, routing", list(accepted()))
+def test_every_optimizer_of_torch_merges_by_raw_gradients(name, routing):
+    """Whatever the optimizer and whatever the routing make of a gradient, its
+    own square is what counts, and the weights are those of the free function.
+    """
+    model, optimizer, router, seen = merging(name, routing)
+    train(model, optimizer, dtype=torch.float64)
+    router.consolidate()  # from here on the projection edits
+    before, f_old = weights(model), squares(seen)
+    seen.clear()
+    plain = copy.deepcopy(router)
+    train(model, optimizer, seed=1, dtype=torch.float64)
+    after, f_new = weights(model), squares(seen)
+    known = router.consolidation.recorder.fisher()
+    for key, f in f_new.items():
+        torch.testing.assert_close(known[key], f, rtol=1e-12, atol=0.0)
+    router.consolidate()
+    expected = merge(before, after, f_old, f_new, weight=0.6)
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(
+            p.detach(), expected[key], rtol=1e-12, atol=1e-15
+        )
+    plain.strength = dmr.Fixed(0.0)  # the routing did edit something
+    train(plain.model, plain.optimizer, seed=1, dtype=torch.float64)
+    assert (after["0.weight"] - plain.model[0].weight).norm() > 1e-6
+
+
+def test_every_optimizer_is_routed_in_two_ways_at_least():
+    routings = {}
+    for case in accepted():
+        routings.setdefault(case.values[0], set()).add(case.values[1])
+    assert sorted(routings) == sorted(EVERY)
+    every = {"shared", "displacement"}
+    assert all(every <= kinds for kinds in routings.values())
+    four = {name for name, kinds in routings.items() if len(kinds) == 4}
+    assert {"Adam", "AdamW", "RAdam", "Adamax"} <= four

@@ -472,44 +472,6 @@ def test_an_optimizer_stepped_alone_leaves_the_others_router_alone():
     )
 
 
-def third_parties():
-    "name -> class and options, of the libraries that are installed."
-    lion = pytest.importorskip("lion_pytorch")
-    library = pytest.importorskip("pytorch_optimizer")
-    yield lion.Lion, {"weight_decay": 0.0}
-    for name in ("SOAP", "Shampoo", "AdEMAMix", "Prodigy", "CAME", "MARS"):
-        yield getattr(library, name), {"weight_decay": 0.0}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_optimizers_of_other_libraries():
-    for cls, options in third_parties():
-        model, twin, U = layer(), layer(), basis()
-        optimizer = cls(model.parameters(), lr=0.01, **options)
-        method = dmr.Projection(bases={"weight": U})
-        MomentRouter(model, optimizer, method, "displacement", ALPHA)
-        plain, W = cls(twin.parameters(), lr=0.01, **options), twin.weight
-        for g in gradients(W.shape, 12):
-            before = W.detach().clone()
-            run(twin, plain, [g])
-            W.data -= ALPHA * (W.detach() - before) @ U @ U.T
-            run(model, optimizer, [g])
-        torch.testing.assert_close(model.weight, W, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.slow
-def test_schedule_free_is_edited_upstream_or_not_at_all():
-    library = pytest.importorskip("schedulefree")
-    model, method = layer(), dmr.Projection(bases={"weight": basis()})
-    optimizer = library.AdamWScheduleFree(model.parameters())
-    optimizer.train()
-    with pytest.raises(TypeError, match="choose routing='shared'"):
-        MomentRouter(model, optimizer, method, "displacement", ALPHA)
-    MomentRouter(model, optimizer, method, "shared", ALPHA)
-    run(model, optimizer, gradients(model.weight.shape, 3))
-
-
 def test_a_settled_table_of_moments():
     kinds = [made(kind, layer().parameters())[0] for kind in OPTIMIZERS]
     assert all(isinstance(moments_of(opt), Differences) for opt in kinds)
