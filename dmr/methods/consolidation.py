@@ -336,10 +336,10 @@ class _Settings(Anchored):
 
     def __init__(
         self,
-        weight: float = 0.5,  # λ in (0, 1], what the new domain counts
+        weight: float = 0.8,  # λ in (0, 1], what the new domain counts
         damping: float = 1e-3,  # ε in units of a tensor's mean F_p, >= 0
         curvature: str = "gradients",  # gradients, moment or factored
-        keep: float = 1.0,  # γ in [0, 1], kept of the past's curvature
+        keep: float = 0.5,  # γ in [0, 1], kept of the past's curvature
         *,
         odds: bool = False,  # a domain enters the past with λ/(1-λ), not 1
         samples: float = 1,  # that a step's gradient covers: `per_sample`

@@ -55,6 +55,8 @@ def input_moments(
 class InputProjection(Sampled, Projection):
     "A projection on the span of layer inputs, from a sample of each domain."
 
+    usual_strength = 1.0  # as published
+
     def __init__(
         self,
         # batch -> scalar; it is called to run the model, its value is not used

@@ -696,6 +696,8 @@ class Projection(_Told):
     (AAAI 2023), on gradient sketches instead of stored inputs.
     """
 
+    usual_strength = 0.5
+
     def __init__(
         self,
         rank: int | None = None,  # directions added per domain and layer

@@ -923,7 +923,7 @@ class MomentRouter(_Reloaded):
         # family and SGD with momentum, shared or displacement; None:
         # displacement, or shared for a method that edits gradients only
         routing: str | None = None,
-        # how much; None: the method's usual one, 1 for a projection; a
+        # how much; None: the method's usual one, 0.5 for a projection; a
         # number: Fixed(number)
         strength: Strength | float | None = None,
         *,

@@ -451,9 +451,11 @@ def build_consolidation(
         "regmean": partial(RegMean, **looking),
         "kfac": partial(KFACMerge, samples=c.batch, **looking),
     }
-    default = {"weight": 0.5} if c.consolidation == "interpolate" else {}
+    usual: dict[str, dict[str, Any]] = {
+        "interpolate": {"weight": 0.5}, "fisher": {"weight": 0.5, "keep": 1.0}
+    }  # fmt: skip
     try:
-        return kinds[c.consolidation](**default | given)
+        return kinds[c.consolidation](**usual.get(c.consolidation, {}) | given)
     except TypeError as e:  # an argument that it does not have
         raise ValueError(
             f"merge={given!r} does not fit"

@@ -446,16 +446,18 @@ def _nothing(loss_fn: Callable) -> None:
 #: Candidates by name.
 ARMS: dict[str, Arm] = {
     "plain": None,
-    "projection, decoupled": partial(routed, _projection, routing="decoupled"),
+    "projection, decoupled": partial(
+        routed, _projection, routing="decoupled", strength=1.0
+    ),
     "projection, displacement": partial(
-        routed, _projection, routing="displacement"
+        routed, _projection, routing="displacement", strength=1.0
     ),
 }
 for _weight in (0.5, 0.7):
-    _merge = partial(dmr.FisherMerge, _weight)
+    _merge = partial(dmr.FisherMerge, _weight, keep=1.0)
     ARMS[f"merge {_weight}"] = partial(routed, _nothing, merge=_merge)
     ARMS[f"projection, displacement, merge {_weight}"] = partial(
-        routed, _projection, merge=_merge, routing="displacement"
+        ARMS["projection, displacement"], merge=_merge
     )
 # a past that fades, so that long streams are learned as well
 for _weight, _keep in ((0.7, 0.7), (0.7, 0.5), (0.8, 0.5)):
