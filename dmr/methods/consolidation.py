@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..routing.consolidation import Anchored, Trained, check_weight
 from ..routing.modification import accumulator
+from ..routing.moments import Moments
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
 
@@ -192,6 +194,9 @@ class _MeanSquare:
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.count += 1
+        self.learn_more(grads)
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         for name, p in self.trained.parameters().items():
             if name in grads:
                 if name not in self.sums:
@@ -220,8 +225,7 @@ class _RowsAndColumns(_MeanSquare):
     def load_state_dict(self, state: dict) -> None:
         self.count, self.sums = state["count"], _whole(state["sums"])
 
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        self.count += 1
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         for name, p in self.trained.parameters().items():
             if name not in grads:
                 continue
@@ -246,22 +250,32 @@ class _RowsAndColumns(_MeanSquare):
         return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #fe3f5c15
-def _check_moment(trained: Trained) -> None:
-    "Raise ValueError where the optimizer's second moment is no Fisher."
-    optimizer, why = trained.optimizer, ""
+def _no_fisher(
+    optimizer: Optimizer,
+    kind: Moments,  # where it keeps its moments
+) -> str:  # nothing: it is one
+    "Why an optimizer's second moment is no Fisher."
     name = type(optimizer).__name__
     coupled = not isinstance(optimizer, torch.optim.AdamW) and any(
         g.get("weight_decay") and not g.get("decoupled_weight_decay")
         for g in optimizer.param_groups
     )
-    if trained.moments.second is None:
-        why = f"{name} has no second moment"
-    elif isinstance(optimizer, torch.optim.Adamax):
-        why = f"{name} keeps a maximum, not a mean of squares"
-    elif trained.routing in ("shared", "denominator"):
-        why = f"under routing={trained.routing!r} it sees the edited gradient"
-    elif coupled:
-        why = f"{name}'s weight_decay is L2, a part of the gradient it sees"
+    if kind.second is None:
+        return f"{name} has no second moment"
+    if isinstance(optimizer, torch.optim.Adamax):
+        return f"{name} keeps a maximum, not a mean of squares"
+    if coupled:
+        return f"{name}'s weight_decay is L2, a part of the gradient it sees"
+    return ""
+
+
+def _check_moment(trained: Trained) -> None:
+    "Raise ValueError where the second moment of a weight is no Fisher."
+    found = map(_no_fisher, trained.optimizers, trained.kinds)
+    why = next(filter(None, found), "")
+    if trained.routing in ("shared", "denominator"):
+        edited = "it sees the edited gradient"
+        why = why or f"under routing={trained.routing!r} {edited}"
     if why:
         raise ValueError(
             f"curvature='moment' needs a faithful second moment, but {why};"
@@ -272,7 +286,8 @@ def _check_moment(trained: Trained) -> None:
 def _second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
     "v and its β2 by name, where the optimizer has a v."
     out = {}
-    for group in trained.optimizer.param_groups:
+    groups = [g for x in trained.optimizers for g in x.param_groups]
+    for group in groups:
         for p in group["params"]:
             name = trained.names.get(p)
             v = None if name is None else trained.second_moment(name)
@@ -299,8 +314,8 @@ class _SecondMoment(_MeanSquare):
         _check_moment(trained)
         super().__init__(trained)  # `sums` holds v at the last boundary
 
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        self.count += 1
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The optimizer does it."
 
     def fisher(self) -> dict[str, Tensor]:
         out, beta2 = {}, 0.0
@@ -473,6 +488,9 @@ class FisherMerge(_Moving):
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.recorder.learn(grads)
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        self.recorder.learn_more(grads)
 
     @torch.no_grad()
     def merge(self) -> dict:

@@ -103,9 +103,7 @@ def energy_share(
     parts = list(components.values())
     squares = square_norms(parts, parts[0].dtype)
     over = lambda x: total(dict(zip(components, x.unbind())), groups)
-    inside, whole = (
-        over(x) if groups else x.sum() for x in (squares, wholes)
-    )
+    inside, whole = (over(x) if groups else x.sum() for x in (squares, wholes))
     return share_of(inside, whole).nan_to_num(1.0).clamp(0, 1)
 
 # %% ../../nbs/methods/02_projection.ipynb #4784bd9d
@@ -134,6 +132,7 @@ class _Settings(Modification):
     seen: int  # steps
     _hooks: list  # on the layers, for inputs
     # what was computed of the present step
+    _due: bool = False  # does it feed the sketches?
     _measures: bool = False  # was the overlap asked for in the last one?
     _of: Mapping[str, Tensor] | None = None  # what was looked at
     _C: dict[str, tuple[Tensor, Tensor]]  # name -> (U, x U)
@@ -163,6 +162,8 @@ class _Looking(_Settings):
 # %% ../../nbs/methods/02_projection.ipynb #106c54e3
 class _Editing(_Looking):
     "Takes the protected directions out of a gradient or a step."
+
+    reads_grads = False  # `end` only forgets
 
     def edited(self) -> Collection[str]:
         return [name for name, U in self.bases.items() if U.shape[1]]
@@ -260,14 +261,17 @@ class _Learning(_Editing):
         return self.grows and self.seen % self.every == 0
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
-        if self.feeds() and self.source == "gradients":
-            fed = [name for name in self.sketches if name in grads]
-            norms = as_vectors(grads).square_norms(fed) if fed else ()
-            for name, energy in zip(fed, norms):
-                rows = self.targets[name].matrix(grads[name])
-                self.sketches[name].update(rows, energy)
-            self.fed += bool(fed)
+        self._due = self.feeds() and self.source == "gradients"
+        self.learn_more(grads)
         self.seen += 1
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        fed = [n for n in self.sketches if n in grads] if self._due else []
+        norms = as_vectors(grads).square_norms(fed) if fed else ()
+        for name, energy in zip(fed, norms):
+            rows = self.targets[name].matrix(grads[name])
+            self.sketches[name].update(rows, energy)
+        self.fed += bool(fed)
 
     def detach(self) -> None:
         for handle in self._hooks:

@@ -384,6 +384,11 @@ class _OptionalStep:
         the step was taken; None where it was not.
         """
 
+    @property
+    def reads_grads(self) -> bool:
+        "May `end` look at the gradients, so that they must be raw again?"
+        return type(self).end is not _OptionalStep.end
+
 # %% ../../nbs/routing/01_modification.ipynb #befa09d5
 class _State:
     "What of a modification survives a restart."
@@ -452,6 +457,10 @@ class Modification(_State, _OptionalSetup, _OptionalStep):
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         "At every step, protected or not: take note of the raw gradients."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The same step goes on with the gradients of a further optimizer."
+        self.learn(grads)
 
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."
