@@ -432,6 +432,7 @@ def route(
     "Send each tensor's edit to the moments that its routing names."
     through_grad, through_m = channels(routing)
     thin: tuple[dict, dict, dict] = ({}, {}, {})  # edits, moments, factors
+    made: dict[float, float | Tensor] = {}  # one object for each factor
     for name, g, d, alpha in edits(step, edit, guard):
         p, group = step.live[name]
         if through_grad:
@@ -446,7 +447,9 @@ def route(
         factor = through_m * first_moment_factor(beta1, group["maximize"])
         m = first_moment(step, name)
         if isinstance(d, LowRank):
-            thin[0][name], thin[1][name], thin[2][name] = d, m, alpha * factor
+            if factor not in made:  # or equal ones would not be stacked
+                made[factor] = alpha * factor
+            thin[0][name], thin[1][name], thin[2][name] = d, m, made[factor]
         else:
             d.add_to(m, alpha * factor)
     if thin[0]:
