@@ -185,7 +185,7 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in map(local, tensors))
 
 # %% ../../nbs/methods/11_consolidation.ipynb #7cb1e18c
-class _MeanSquare:
+class _Squares:
     "The mean of g² over the running domain, one number a weight."
 
     def __init__(self, trained: Trained):
@@ -210,6 +210,10 @@ class _MeanSquare:
 
     def clear(self) -> None:
         self.sums, self.count = {}, 0
+
+# %% ../../nbs/methods/11_consolidation.ipynb #079042e6
+class _MeanSquare(_Squares):
+    "The same, as it goes into a checkpoint."
 
     def state_dict(self) -> dict:
         return {"count": self.count, "sums": _whole(self.sums)}
@@ -268,7 +272,7 @@ def _no_fisher(
         return f"{name}'s weight_decay is L2, a part of the gradient it sees"
     return ""
 
-
+# %% ../../nbs/methods/11_consolidation.ipynb #5ed33cd9
 def _check_moment(trained: Trained) -> None:
     "Raise ValueError where the second moment of a weight is no Fisher."
     found = map(_no_fisher, trained.optimizers, trained.kinds)

@@ -65,27 +65,9 @@ class Trained(_Optimized):
                 return optimizer.state[p].get(kind.second)
         return None
 
-# %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class Consolidation:
-    "What happens to the weights at a boundary. Subclass it; define `merge`."
-
-    def attach(self, trained: Trained) -> None:
-        "Meet the training run, or raise a ValueError for one that cannot work."
-        self.trained = trained
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        "At every step that is taken: the raw gradients, unscaled and finite."
-
-    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
-        "The same step goes on with the gradients of a further optimizer."
-        self.learn(grads)
-
-    def anchor(self) -> None:
-        "The present weights are the ones that the next merge starts from."
-
-    def merge(self) -> dict:
-        "A domain is over: change the weights. Returns plain numbers."
-        raise TypeError(f"{type(self).__name__} has no merge method")
+# %% ../../nbs/routing/07_consolidation.ipynb #4ce6ff65
+class _Saved:
+    "What of a consolidation survives a restart."
 
     def state_dict(self) -> dict:
         "The state as tensors and numbers, whole where they are sharded."
@@ -97,6 +79,28 @@ class Consolidation:
     def memory(self) -> int:
         "Bytes kept between steps."
         return 0
+
+# %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
+class Consolidation(_Saved):
+    "What happens to the weights at a boundary. Subclass it; define `merge`."
+
+    def attach(self, trained: Trained) -> None:
+        "Meet the training run, or raise a ValueError for one that cannot work."
+        self.trained = trained
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        "At every step that is taken: the raw gradients, unscaled and finite."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The step goes on with a further optimizer's gradients."
+        self.learn(grads)
+
+    def anchor(self) -> None:
+        "The present weights are the ones that the next merge starts from."
+
+    def merge(self) -> dict:
+        "A domain is over: change the weights. Returns plain numbers."
+        raise TypeError(f"{type(self).__name__} has no merge method")
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
 def check_weight(

@@ -384,10 +384,17 @@ class _OptionalStep:
         the step was taken; None where it was not.
         """
 
+# %% ../../nbs/routing/01_modification.ipynb #fc099f34
+class _OptionalRest(_OptionalStep):
+    "What a modification says of itself, with defaults."
+
     @property
     def reads_grads(self) -> bool:
         "May `end` look at the gradients, so that they must be raw again?"
         return type(self).end is not _OptionalStep.end
+
+    def __getstate__(self) -> dict:  # process groups cannot be copied
+        return self.__dict__ | {"group": None}
 
 # %% ../../nbs/routing/01_modification.ipynb #befa09d5
 class _State:
@@ -432,15 +439,12 @@ def _first_edition(cls: Any) -> None:
         cls.end = lambda self, grads=None: followed(self, grads)
 
 # %% ../../nbs/routing/01_modification.ipynb #0fed6fb7
-class Modification(_State, _OptionalSetup, _OptionalStep):
+class Modification(_State, _OptionalSetup, _OptionalRest):
     "What a method takes away from the gradient: d = g - g̃ at full strength."
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         _first_edition(cls)
-
-    def __getstate__(self) -> dict:  # process groups cannot be copied
-        return self.__dict__ | {"group": None}
 
     def edit(self, name: str, x: Tensor) -> Edit | None:
         """d for the gradient (or step) `x` of the parameter `name`; None:

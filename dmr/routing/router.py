@@ -189,6 +189,10 @@ class _Hooked(Trained):
         rows = {p: shard_groups(n, p) for p, n in self.names.items()}
         self.groups = {self.names[p]: at for p, at in rows.items() if at}
 
+# %% ../../nbs/routing/08_router.ipynb #25b9c32f
+class _Attached(_Hooked):
+    "The hooks themselves."
+
     def _attach(self) -> None:
         before = torch.compiler.disable(self._before_step)
         after = torch.compiler.disable(self._after_step)
@@ -214,7 +218,7 @@ class _Hooked(Trained):
         return next(i for i, x in enumerate(self.optimizers) if x is it)
 
 # %% ../../nbs/routing/08_router.ipynb #1abdf2e5
-class _Closable(_Hooked):
+class _Closable(_Attached):
     "Hooks that can be taken off again."
 
     @torch.no_grad()
@@ -297,8 +301,8 @@ class _Measured(_Portable):
         return {k: float(x) for k, x in self._last.items()} | middle(ratios)
 
 # %% ../../nbs/routing/08_router.ipynb #1ff3fd5c
-class _Finishing(_Measured):
-    "What happens after torch's step."
+class _Tracking(_Measured):
+    "What of a step is wanted."
 
     routings: list[str]  # what the routing means for each optimizer
     _copied: int = 0  # bytes of the weights that the last step copied
@@ -313,6 +317,10 @@ class _Finishing(_Measured):
 
     def _tracked(self) -> bool:
         return self.track_step > 0 and self.steps % self.track_step == 0
+
+# %% ../../nbs/routing/08_router.ipynb #2d59168e
+class _Finishing(_Tracking):
+    "What happens after torch's step."
 
     def _finish(self, flight: Round, place: int) -> None:
         step, routing = flight.parts[place], self.routings[place]
@@ -334,13 +342,11 @@ class _Finishing(_Measured):
             self._flight = None
 
 # %% ../../nbs/routing/08_router.ipynb #34441ca3
-class _Planning(_Finishing):
+class _Looking(_Finishing):
     "What happens before torch's step, once the gradients were checked."
 
     strength: Strength
     consolidation: Consolidation
-    guard: str | None
-    restore_grad: bool
 
     def _look(self, flight: Round, place: int, own: Any) -> None:
         "Learn from this optimizer's gradients, and settle the strength."
@@ -363,6 +369,13 @@ class _Planning(_Finishing):
         if step is not whole:
             settle(step, method)
             step.active, step.alpha = whole.active, whole.alpha
+
+# %% ../../nbs/routing/08_router.ipynb #0cad532e
+class _Planning(_Looking):
+    "Each optimizer's own part of a step."
+
+    guard: str | None
+    restore_grad: bool
 
     def _plan(self, flight: Round, place: int) -> None:
         "Route this optimizer's edits, or note what its step will change."
@@ -410,6 +423,12 @@ class _Joining(_Planning):
         kind = self.kinds[place]
         return new_step(self.optimizers[place], kind, self.names)
 
+# %% ../../nbs/routing/08_router.ipynb #448c8033
+class _Opening(_Joining):
+    "A round is opened."
+
+    check_finite: bool
+
     def _open(self, place: int, check: bool) -> Round:
         "Look at what all optimizers are about to step. `check`: is it finite?"
         steps = {i: self._step_of(i) for i in range(len(self.optimizers))}
@@ -426,7 +445,7 @@ class _Joining(_Planning):
         return self._flight
 
 # %% ../../nbs/routing/08_router.ipynb #4ffc32b3
-class _Stepping(_Joining):
+class _Stepping(_Opening):
     "A routed step in any training loop."
 
     strangers: int = 0  # parameters of the optimizer that were spoken of
@@ -655,7 +674,7 @@ def _bytes(n: int) -> str:
 def _class_names(optimizers: Sequence[Optimizer]) -> list[str]:
     return [type(x).__name__ for x in optimizers]
 
-
+# %% ../../nbs/routing/08_router.ipynb #ed090bd4
 class _Described(_Restored):
     "A routed optimizer that says what it is."
 

@@ -432,7 +432,7 @@ def route(
     "Send each tensor's edit to the moments that its routing names."
     through_grad, through_m = channels(routing)
     thin: tuple[dict, dict, dict] = ({}, {}, {})  # edits, moments, factors
-    made: dict[float, float | Tensor] = {}  # one object for each factor
+    made: dict[float, Any] = {}
     for name, g, d, alpha in edits(step, edit, guard):
         p, group = step.live[name]
         if through_grad:
@@ -447,13 +447,11 @@ def route(
         factor = through_m * first_moment_factor(beta1, group["maximize"])
         m = first_moment(step, name)
         if isinstance(d, LowRank):
-            if factor not in made:  # or equal ones would not be stacked
-                made[factor] = alpha * factor
-            thin[0][name], thin[1][name], thin[2][name] = d, m, made[factor]
+            s = made.setdefault(factor, alpha * factor)  # equal ones stack
+            thin[0][name], thin[1][name], thin[2][name] = d, m, s
         else:
             d.add_to(m, alpha * factor)
-    if thin[0]:
-        add_all(*thin)
+    add_all(*thin)
 
 # %% ../../nbs/routing/05_step.ipynb #3b5cefe0
 def amend(
@@ -623,8 +621,8 @@ def same_values(
 
 # %% ../../nbs/routing/05_step.ipynb #4be1237a
 @dataclass
-class Round:
-    "The steps of all optimizers on the gradients of one backward pass."
+class _Parts:
+    "The steps of a round, and what is known of them."
 
     whole: Step  # all of them as one
     parts: dict[int, Step]  # place of the optimizer -> its step
@@ -638,6 +636,10 @@ class Round:
     def __post_init__(self) -> None:
         for place in self.parts if len(self.parts) > 1 else ():
             self.marks[place] = marks(self.parts[place].live)
+
+# %% ../../nbs/routing/05_step.ipynb #6d6dc35f
+class Round(_Parts):
+    "The steps of all optimizers on the gradients of one backward pass."
 
     @property
     def complete(self) -> bool:

@@ -570,8 +570,8 @@ def _find_device(name: str) -> torch.device:
     return torch.device(name)
 
 # %% ../../nbs/training/04_loop.ipynb #882c0d68
-class SteppedRun(_Staged):
-    "The steps of a stage, for any model."
+class _Stepped(_Staged):
+    "What every run has: a model, its optimizers, text, and a loss."
 
     device: torch.device
     model: Any
@@ -592,6 +592,10 @@ class SteppedRun(_Staged):
     @abstractmethod
     def loss(self, batch: Tensor) -> Tensor:
         "Mean loss of the model on a batch of windows."
+
+# %% ../../nbs/training/04_loop.ipynb #4c7c0919
+class SteppedRun(_Stepped):
+    "The steps of a stage, for any model."
 
     def train_step(self, step: int, batch: Tensor, measured: dict) -> Tensor:
         "One optimizer step; the loss on the batch, without what hooks add."
