@@ -318,6 +318,34 @@ class _Tracking(_Measured):
     def _tracked(self) -> bool:
         return self.track_step > 0 and self.steps % self.track_step == 0
 
+# %% ../../nbs/routing/08_router.ipynb #448e39c2
+def _caution(
+    step: Step,
+    routing: str,
+    guard: str | None,
+    modification: Modification,
+) -> None:
+    "Warn of what decoupled routing is known to spoil."
+    if routing != "decoupled" or not isinstance(step.moments, Moments):
+        return
+    first = step.moments.first
+    state = step.state
+    fresh = any(first not in state.get(p, {}) for p, _ in step.live.values())
+    if fresh and modification.acts_on_steps:
+        warnings.warn(
+            "the optimizer is new while something is protected already: under"
+            " routing='decoupled' its first steps are hardly protected; pass"
+            " routing='displacement', or keep the optimizer",
+            stacklevel=8,
+        )
+    elif not modification.acts_on_steps and guard is None:
+        warnings.warn(
+            f"{type(modification).__name__} edits whole gradients: under"
+            " routing='decoupled' a step may become very long where the raw"
+            " gradient is small; pass routing='shared', or guard='clamp'",
+            stacklevel=8,
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #2d59168e
 class _Finishing(_Tracking):
     "What happens after torch's step."
@@ -347,6 +375,8 @@ class _Looking(_Finishing):
 
     strength: Strength
     consolidation: Consolidation
+    guard: str | None
+    _cautioned: frozenset[int] = frozenset()  # of a routing that may do harm
 
     def _look(self, flight: Round, place: int, own: Any) -> None:
         "Learn from this optimizer's gradients, and settle the strength."
@@ -369,12 +399,14 @@ class _Looking(_Finishing):
         if step is not whole:
             settle(step, method)
             step.active, step.alpha = whole.active, whole.alpha
+        if step.active and place not in self._cautioned:
+            _caution(step, self.routings[place], self.guard, method)
+            self._cautioned |= {place}
 
 # %% ../../nbs/routing/08_router.ipynb #0cad532e
 class _Planning(_Looking):
     "Each optimizer's own part of a step."
 
-    guard: str | None
     restore_grad: bool
 
     def _plan(self, flight: Round, place: int) -> None:
@@ -492,10 +524,11 @@ class _Domains(_Stepping):
     "A routed optimizer whose training is divided into domains."
 
     def observe(self, batch: object, total: int | None = None) -> None:
-        """Offer a training batch (before its backward pass) to modifications
-        that keep examples; `total`: examples in the domain.
+        """Offer a training batch (before its backward pass) to what keeps
+        examples; `total`: examples in the domain.
         """
         self.modification.observe(batch, total)
+        self.consolidation.observe(batch)
 
     def anchor(self) -> None:
         "The present parameters are the ones that the next merge starts from."
@@ -713,11 +746,14 @@ class _Described(_Restored):
         )
 
 # %% ../../nbs/routing/08_router.ipynb #5aace75d
-def _as_strength(strength: Strength | float | None) -> Strength:
-    "A strength: a number is a fixed one, None is all."
+def _as_strength(
+    strength: Strength | float | None,
+    modification: Modification,
+) -> Strength:
+    "A strength: a number is a fixed one, None is the method's usual one."
     if isinstance(strength, Strength):
         return strength
-    return Fixed(1.0 if strength is None else strength)
+    return Fixed(modification.usual_strength if strength is None else strength)
 
 # %% ../../nbs/routing/08_router.ipynb #40411d10
 def _as_modification(modification: Modification | None) -> Modification:
@@ -819,9 +855,11 @@ class MomentRouter(_Described):
         # what is edited; None: the plain optimizer, with diagnostics
         modification: Modification | None = None,
         # shared, decoupled, denominator or displacement; beyond Adam's
-        # family and SGD with momentum, shared or displacement
-        routing: str = "decoupled",
-        # how much; None: Fixed(1.0); a number: Fixed(number)
+        # family and SGD with momentum, shared or displacement; None:
+        # displacement, or shared for a method that edits gradients only
+        routing: str | None = None,
+        # how much; None: the method's usual one, 1 for a projection; a
+        # number: Fixed(number)
         strength: Strength | float | None = None,
         *,
         # protect only weights whose names match (shell patterns)
@@ -848,11 +886,13 @@ class MomentRouter(_Described):
         consolidation: Consolidation | None = None,
     ):
         super().__init__(model, optimizer)
-        self.routings = [x.meaning(check_routing(routing)) for x in self.kinds]
+        self.modification = _as_modification(modification)
+        usual = self.modification.usual_routing
+        routing = check_routing(usual if routing is None else routing)
+        self.routings = [kind.meaning(routing) for kind in self.kinds]
         alike = len({*self.routings}) == 1
         self.routing = self.routings[0] if alike else routing
-        self.strength = _as_strength(strength)
-        self.modification = _as_modification(modification)
+        self.strength = _as_strength(strength, self.modification)
         names = _class_names(self.optimizers)
         for each in zip(names, self.kinds, self.routings):
             check_meaning(*each, self.modification)

@@ -107,6 +107,11 @@ def _check_finetuning(config: FinetuneConfig) -> None:
             "optimizer='muon' is not offered for a pretrained model, whose"
             " adapters are no hidden matrices; pass adamw or lion"
         )
+    if (c.merge or {}).get("labels") == "model":
+        raise ValueError(
+            "merge labels='model' draws bytes, and this model reads tokens;"
+            " leave labels out"
+        )
     for name, value in UNUSED.items():
         if getattr(c, name) != value:
             raise ValueError(
