@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..routing.consolidation import Anchored, Trained, check_weight
 from ..routing.modification import accumulator
+from ..routing.moments import Moments
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
 
@@ -184,7 +186,7 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in map(local, tensors))
 
 # %% ../../nbs/methods/11_consolidation.ipynb #7cb1e18c
-class MeanSquare:
+class _Squares:
     "The mean of g² over the running domain, one number a weight."
 
     def __init__(self, trained: Trained):
@@ -193,6 +195,9 @@ class MeanSquare:
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.count += 1
+        self.learn_more(grads)
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         for name, p in self.trained.parameters().items():
             if name in grads:
                 if name not in self.sums:
@@ -206,6 +211,10 @@ class MeanSquare:
 
     def clear(self) -> None:
         self.sums, self.count = {}, 0
+
+# %% ../../nbs/methods/11_consolidation.ipynb #079042e6
+class MeanSquare(_Squares):
+    "The same, as it goes into a checkpoint."
 
     def state_dict(self) -> dict:
         return {"count": self.count, "sums": _whole(self.sums)}
@@ -221,8 +230,7 @@ class _RowsAndColumns(MeanSquare):
     def load_state_dict(self, state: dict) -> None:
         self.count, self.sums = state["count"], _whole(state["sums"])
 
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        self.count += 1
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         for name, p in self.trained.parameters().items():
             if name not in grads:
                 continue
@@ -247,25 +255,35 @@ class _RowsAndColumns(MeanSquare):
         return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #fe3f5c15
-def check_moment(
-    trained: Trained,
-    edited: bool = False,  # is the edited gradient's mean square welcome?
-) -> None:
-    "Raise ValueError where the optimizer's second moment is no Fisher."
-    optimizer, why = trained.optimizer, ""
+def _no_fisher(
+    optimizer: Optimizer,
+    kind: Moments,  # where it keeps its moments
+) -> str:  # nothing: it is one
+    "Why an optimizer's second moment is no Fisher."
     name = type(optimizer).__name__
     coupled = not isinstance(optimizer, torch.optim.AdamW) and any(
         g.get("weight_decay") and not g.get("decoupled_weight_decay")
         for g in optimizer.param_groups
     )
-    if trained.moments.second is None:
-        why = f"{name} has no second moment"
-    elif isinstance(optimizer, torch.optim.Adamax):
-        why = f"{name} keeps a maximum, not a mean of squares"
-    elif not edited and trained.routing in ("shared", "denominator"):
-        why = f"under routing={trained.routing!r} it sees the edited gradient"
-    elif coupled:
-        why = f"{name}'s weight_decay is L2, a part of the gradient it sees"
+    if kind.second is None:
+        return f"{name} has no second moment"
+    if isinstance(optimizer, torch.optim.Adamax):
+        return f"{name} keeps a maximum, not a mean of squares"
+    if coupled:
+        return f"{name}'s weight_decay is L2, a part of the gradient it sees"
+    return ""
+
+# %% ../../nbs/methods/11_consolidation.ipynb #5ed33cd9
+def check_moment(
+    trained: Trained,
+    edited: bool = False,  # is the edited gradient's mean square welcome?
+) -> None:
+    "Raise ValueError where the second moment of a weight is no Fisher."
+    found = map(_no_fisher, trained.optimizers, trained.kinds)
+    why = next(filter(None, found), "")
+    if not edited and trained.routing in ("shared", "denominator"):
+        seen = f"under routing={trained.routing!r} it sees the edited gradient"
+        why = why or seen
     if why:
         raise ValueError(
             "a curvature read off the second moment needs a faithful one, but"
@@ -276,7 +294,8 @@ def check_moment(
 def second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
     "v and its β2 by name, where the optimizer has a v."
     out = {}
-    for group in trained.optimizer.param_groups:
+    groups = [g for x in trained.optimizers for g in x.param_groups]
+    for group in groups:
         for p in group["params"]:
             name = trained.names.get(p)
             v = None if name is None else trained.second_moment(name)
@@ -303,8 +322,8 @@ class _SecondMoment(MeanSquare):
         check_moment(trained)
         super().__init__(trained)  # `sums` holds v at the last boundary
 
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        self.count += 1
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The optimizer does it."
 
     def fisher(self) -> dict[str, Tensor]:
         out, beta2 = {}, 0.0
@@ -501,6 +520,9 @@ class FisherMerge(_Recording):
     @torch.no_grad()
     def pull(self) -> dict:
         return self._move(self._found()) if self.past else {}
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        self.recorder.learn_more(grads)
 
     @torch.no_grad()
     def merge(self) -> dict:

@@ -145,6 +145,8 @@ def _components(
 class _TakesOutSpan(_Vectors):
     "In a step: g̃ = g - Vᵀ V g."
 
+    reads_grads = False  # `end` only forgets
+
     _along: Tensor | None = None  # (k,), V g within a step
 
     def edited(self) -> Collection[str]:

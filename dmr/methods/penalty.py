@@ -350,21 +350,25 @@ class _FollowsPath(Penalty):
     kept = (*Penalty.kept, "path", "start")
     path: dict[str, Tensor]  # ω of the running domain
     start: dict[str, Tensor]  # θ at the domain's first step
-    _before: Mapping[str, Tensor] = {}  # θ before the step
+    _before: dict[str, Tensor] = {}  # θ before the step
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
+        self._before = {}
+        self.learn_more(grads)
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         params = self._params
         if not self.start:
             self.start = {name: _wide(p) for name, p in params.items()}
             zeros = {n: torch.zeros_like(x) for n, x in self.start.items()}
             self.path = zeros
-        self._before = {n: _wide(params[n]) for n in grads if n in params}
+        self._before |= {n: _wide(params[n]) for n in grads if n in params}
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         before, self._before = self._before, {}
-        if grads is None:  # no step was taken
-            return
         for name, old in before.items():
+            if grads is None or name not in grads:  # no step was taken
+                continue
             moved = self._params[name].detach().to(old) - old
             self.path[name].addcmul_(grads[name].to(old), moved, value=-1)
 

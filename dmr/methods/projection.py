@@ -136,6 +136,7 @@ class _Settings(Modification):
     counts: dict[str, int]  # those in which a layer had a gradient, by name
     _hooks: list  # on the layers, for inputs
     # what was computed of the present step
+    _due: bool = False  # does it feed the sketches?
     _measures: bool = False  # was the overlap asked for in the last one?
     _of: Mapping[str, Tensor] | None = None  # what was looked at
     _C: dict[str, tuple[Tensor, Tensor]]  # name -> (U, x U)
@@ -165,6 +166,8 @@ class _Looking(_Settings):
 # %% ../../nbs/methods/02_projection.ipynb #106c54e3
 class _Editing(_Looking):
     "Takes the protected directions out of a gradient or a step."
+
+    reads_grads = False  # `end` only forgets
 
     def edited(self) -> Collection[str]:
         return [name for name, U in self.bases.items() if U.shape[1]]
@@ -264,6 +267,10 @@ class _Learning(_Editing):
         return self.grows and self.counts.get(name, 0) % self.every == 0
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
+        self.learn_more(grads)
+        self.seen += 1
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         here = [name for name in self.targets if name in grads]
         fed = [name for name in here if self.feeds(name)]
         for name in fed:
@@ -273,13 +280,13 @@ class _Learning(_Editing):
             self._feed(fed, as_vectors(grads))
         for name in here:
             self.counts[name] = self.counts.get(name, 0) + 1
-        self.seen += 1
 
     def _feed(self, names: list[str], grads: Vectors) -> None:
         for name, energy in zip(names, grads.square_norms(names)):
             rows = self.targets[name].matrix(grads[name])
             self.sketches[name].update(rows, energy)
         self.fed += 1
+
 
 # %% ../../nbs/methods/02_projection.ipynb #92db4656
 class _Gathering(_Learning):

@@ -181,6 +181,8 @@ def _check_gradients(
 class _ReplayedGradient(_Replays):
     "In a step: the gradient on examples from the buffer."
 
+    reads_grads = False  # `end` only forgets
+
     loss_fn: Callable[[Any], Tensor]
     batch_size: int | None
     _g: Mapping[str, Tensor | None] = {}  # g_r by name, within a step

@@ -106,16 +106,18 @@ class Seen(MeanSquare):
         super().__init__(trained)  # `sums`: Σ v before each step, -v_0/(1-β2)
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
-        now = second_moments(self.trained)
         if not self.count:
-            start = now.items()
+            start = second_moments(self.trained).items()
             self.sums = {name: v / (beta2 - 1) for name, (v, beta2) in start}
         self.count += 1
-        for name in grads:
-            if name in now:
-                v, _ = now[name]
-                begun = self.sums.get(name, torch.zeros_like(v))
-                self.sums[name] = begun + v
+        self.learn_more(grads)
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        now = second_moments(self.trained)
+        for name in (name for name in grads if name in now):
+            v, _ = now[name]
+            begun = self.sums.get(name, torch.zeros_like(v))
+            self.sums[name] = begun + v
 
     def fisher(self) -> dict[str, Tensor]:
         out = {}
@@ -160,6 +162,10 @@ class _Kept(_Choices):
         if self.taken > self.skipped and self.curvature != "pass":
             super().learn(grads)
 
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        if self.taken > self.skipped and self.curvature != "pass":
+            super().learn_more(grads)
+
     def anchor(self) -> None:
         super().anchor()
         self.taken = 0
@@ -177,8 +183,7 @@ class _Kept(_Choices):
         self.ends = {name: x.to(here[name].device) for name, x in ends}
 
     def memory(self) -> int:
-        kept = self.ends.values()
-        return super().memory() + sum(x.nbytes for x in kept)
+        return super().memory() + sum(x.nbytes for x in self.ends.values())
 
 # %% ../../nbs/methods/13_rivals.ipynb #4d51e6d0
 class _Measuring(_Kept):

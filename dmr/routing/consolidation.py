@@ -5,14 +5,14 @@
 # %% ../../nbs/routing/07_consolidation.ipynb #5ce3ca71
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .modification import Made
-from .moments import Moments, moments_of, unwrap
+from .moments import Moments, as_optimizers, moments_of
 from .sharding import placed_like, unwrapped
 from .strength import check_fraction
 
@@ -36,33 +36,52 @@ def check_order(model: object, optimizer: object) -> None:
     )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #8b61aa30
-class Trained:
-    "The trained parameters by name, and the optimizer that steps them."
+class _Optimized:
+    "A model and the optimizers that train it."
 
-    routing: str = "decoupled"  # one of ROUTINGS
-    steps: int = 0  # taken, the present one included
-    domains: int = 0  # consolidated
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer):
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
+    ):
         check_order(model, optimizer)
         self.model = unwrapped(model)
-        self.optimizer = unwrap(optimizer)
-        self.moments: Moments = moments_of(self.optimizer)
+        self.optimizers: list[Optimizer] = as_optimizers(optimizer)
+        self.kinds: list[Moments] = [moments_of(x) for x in self.optimizers]
         self.names: dict[Tensor, str] = self._named()
 
     def _named(self) -> dict[Tensor, str]:
         return {p: name for name, p in self.model.named_parameters()}
 
+    @property
+    def optimizer(self) -> Optimizer:
+        "The first optimizer; most often there is no other."
+        return self.optimizers[0]
+
+    @property
+    def moments(self) -> Moments:
+        "Where the first optimizer keeps its moments."
+        return self.kinds[0]
+
+# %% ../../nbs/routing/07_consolidation.ipynb #522dfade
+class Trained(_Optimized):
+    "The trained parameters by name, and the optimizers that step them."
+
+    routing: str = "decoupled"  # one of ROUTINGS
+    steps: int = 0  # taken, the present one included
+    domains: int = 0  # consolidated
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        "The parameters that the optimizer steps, by name, each once."
-        groups = self.optimizer.param_groups
+        "The parameters that the optimizers step, by name, each once."
+        groups = [g for x in self.optimizers for g in x.param_groups]
         stepped = [p for group in groups for p in group["params"]]
         return {self.names[p]: p for p in stepped if p in self.names}
 
     def second_moment(self, name: str) -> Tensor | None:
-        "The optimizer's own, as it stands; None where there is none (yet)."
-        state = self.optimizer.state.get(self.parameters()[name], {})
-        return state.get(self.moments.second)
+        "Its optimizer's own, as it stands; None where there is none (yet)."
+        p = self.parameters()[name]
+        for optimizer, kind in zip(self.optimizers, self.kinds):
+            if p in optimizer.state:
+                return optimizer.state[p].get(kind.second)
+        return None
 
 # %% ../../nbs/routing/07_consolidation.ipynb #273be954
 class _Stated:
@@ -95,6 +114,10 @@ class Consolidation(Made, _Stated):
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         "At every step that is taken: the raw gradients, unscaled and finite."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The step goes on with a further optimizer's gradients."
+        self.learn(grads)
 
     def anchor(self) -> None:
         "The present weights are the ones that the next merge starts from."

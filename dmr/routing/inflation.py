@@ -16,7 +16,8 @@ from .sharding import sum_over, total
 from .step import Step, taken
 
 # %% auto #0
-__all__ = ['column_sums', 'Inflation', 'measure', 'whole', 'all_ratios', 'middle', 'meters_state', 'load_meters', 'step_norms']
+__all__ = ['column_sums', 'Inflation', 'measure', 'whole', 'all_ratios', 'middle', 'meters_state', 'load_meters', 'step_energies',
+           'step_norms']
 
 # %% ../../nbs/routing/06_inflation.ipynb #4aeba001
 def column_sums(
@@ -185,14 +186,13 @@ def load_meters(
     return meters
 
 # %% ../../nbs/routing/06_inflation.ipynb #cce5ca1b
-def step_norms(
+def step_energies(
     step: Step,
     edits: Mapping[str, Edit],  # what displacement took from u
     matrices: Mapping[str, Target],  # the weights that are measured
     bases: Mapping[str, Tensor],  # protected directions U (fan_in, r)
-    groups: Mapping[str, tuple],  # where the rows of sharded weights are
-) -> dict[str, Tensor]:
-    "‖u‖, its root mean square, and ‖uU‖."
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # ‖u‖² and ‖uU‖² by name
+    "How much of a step there is in each weight, and how much inside."
     energies: dict[str, Tensor] = {}
     inside: dict[str, Tensor] = {}
     names = [name for name in matrices if name in step.live]
@@ -206,9 +206,19 @@ def step_norms(
         if U is not None and U.shape[1]:  # (out, fan_in) @ (fan_in, r)
             C = matrices[name].matrix(u).to(U.dtype) @ U
             inside[name] = torch.linalg.vector_norm(C).square()
+    return energies, inside
+
+# %% ../../nbs/routing/06_inflation.ipynb #fd8e65fb
+def step_norms(
+    energies: Mapping[str, Tensor],  # ‖u‖² by name
+    inside: Mapping[str, Tensor],  # ‖uU‖², where something is protected
+    matrices: Mapping[str, Target],  # the weights that are measured
+    groups: Mapping[str, tuple],  # where the rows of sharded weights are
+) -> dict[str, Tensor]:
+    "‖u‖, its root mean square, and ‖uU‖."
     out: dict[str, Tensor] = {}
     if energies:
-        count = sum(step.live[name][0].numel() for name in names)
+        count = sum(matrices[name].param.numel() for name in energies)
         norm = total(energies, groups).sqrt()
         out = {"step_norm": norm, "step_rms": norm / count**0.5}
     if inside:

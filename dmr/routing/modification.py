@@ -327,11 +327,6 @@ class _OptionalSetup:
     #: protected directions U (fan_in, r) by name, where there are such
     bases: Mapping[str, Tensor] = {}
 
-    @property
-    def usual_routing(self) -> str:  # of a router that is given none
-        "The step where that can be edited, the gradient where it cannot."
-        return "displacement" if self.acts_on_steps else "shared"
-
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         "Meet the model, and its weights that have an input side."
         self.model, self.targets = model, targets
@@ -389,6 +384,25 @@ class _OptionalStep:
         """Forget what was kept for the step. `grads`: the raw gradients, where
         the step was taken; None where it was not.
         """
+
+# %% ../../nbs/routing/01_modification.ipynb #fc099f34
+class _OptionalRest(_OptionalStep):
+    "What a modification says of itself, with defaults."
+
+    acts_on_steps: bool
+
+    @property
+    def usual_routing(self) -> str:  # of a router that is given none
+        "The step where that can be edited, the gradient where it cannot."
+        return "displacement" if self.acts_on_steps else "shared"
+
+    @property
+    def reads_grads(self) -> bool:
+        "May `end` look at the gradients, so that they must be raw again?"
+        return type(self).end is not _OptionalStep.end
+
+    def __getstate__(self) -> dict:  # process groups cannot be copied
+        return self.__dict__ | {"group": None}
 
 # %% ../../nbs/routing/01_modification.ipynb #519f3a7d
 class Made:
@@ -448,15 +462,12 @@ def _first_edition(cls: Any) -> None:
         cls.end = lambda self, grads=None: followed(self, grads)
 
 # %% ../../nbs/routing/01_modification.ipynb #0fed6fb7
-class Modification(Made, _State, _OptionalSetup, _OptionalStep):
+class Modification(Made, _State, _OptionalSetup, _OptionalRest):
     "What a method takes away from the gradient: d = g - g̃ at full strength."
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         _first_edition(cls)
-
-    def __getstate__(self) -> dict:  # process groups cannot be copied
-        return self.__dict__ | {"group": None}
 
     def edit(self, name: str, x: Tensor) -> Edit | None:
         """d for the gradient (or step) `x` of the parameter `name`; None:
@@ -473,6 +484,10 @@ class Modification(Made, _State, _OptionalSetup, _OptionalStep):
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         "At every step, protected or not: take note of the raw gradients."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The same step goes on with the gradients of a further optimizer."
+        self.learn(grads)
 
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."

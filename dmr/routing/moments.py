@@ -5,7 +5,7 @@
 # %% ../../nbs/routing/03_moments.ipynb #24d50c18
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 __all__ = ['SUPPORTED', 'STEPPED', 'LIBRARIES', 'REFUSED', 'adam_denominator', 'radam_denominator', 'adamax_denominator',
            'sgd_denominator', 'Stepped', 'Moments', 'unwrap', 'no_decay', 'rate_decay', 'nadam_decay', 'asgd_decay',
            'no_copies', 'asgd_copies', 'Differences', 'soap_decay', 'differences_of', 'moments_of', 'has_form',
-           'check_group']
+           'check_group', 'as_optimizers']
 
 # %% ../../nbs/routing/03_moments.ipynb #977a5f7e
 def _number(x: float | Tensor) -> float | Tensor:
@@ -393,3 +393,16 @@ def check_group(moments: Moments, group: dict) -> None:
             " made for SGD with plain momentum; use nesterov=False and"
             " momentum=0.9, or make the router with this setting"
         )
+
+# %% ../../nbs/routing/03_moments.ipynb #482cbccf
+def as_optimizers(
+    given: Optimizer | Sequence[Optimizer],  # one, or a list of them
+) -> list[Optimizer]:
+    "The optimizers themselves. Raises ValueError for an empty list."
+    several: list = [*given] if isinstance(given, (list, tuple)) else [given]
+    if not several:
+        raise ValueError(
+            "optimizer=[] is empty, so no weight would be stepped; pass one"
+            " optimizer, or a list such as [muon, adamw]"
+        )
+    return [unwrap(optimizer) for optimizer in several]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dmr.routing.inflation import (
     measure,
     meters_state,
     middle,
+    step_energies,
     step_norms,
 )
 from dmr.routing.kept import (
@@ -53,8 +55,8 @@ from .moments import Differences, Moments, moments_of
 from .sharding import replicas, shard_groups, sum_over
 from dmr.routing.step import (
     EditOf,
+    Round,
     Step,
-    after_step,
     as_vectors,
     capturing,
     check_finite,
@@ -66,11 +68,15 @@ from dmr.routing.step import (
     edits,
     finish,
     give_back,
+    joined,
+    marks,
     new_step,
     remember,
     route,
+    same_values,
     settle,
     strengthen,
+    together,
 )
 from .strength import Fixed, Strength
 
@@ -116,11 +122,11 @@ def _own_precision(
 
 # %% ../../nbs/routing/08_router.ipynb #c2172eba
 def _strangers(
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     names: Mapping[Tensor, str],  # the parameters that the router knows
 ) -> list[nn.Parameter]:
-    "Parameters of the optimizer that the router does not know."
-    groups = optimizer.param_groups
+    "Parameters of the optimizers that the router does not know."
+    groups = [group for x in optimizers for group in x.param_groups]
     return [p for group in groups for p in group["params"] if p not in names]
 
 
@@ -160,19 +166,22 @@ def _remind(
 
 # %% ../../nbs/routing/08_router.ipynb #0f631889
 def _unmoved(
-    trained: Trained,
+    optimizer: Optimizer,
+    moments: Moments,  # where it keeps them
+    weights: Iterable[Tensor],  # that it must not move yet
     plan: Callable[[], None],  # what is done when the gradients are there
 ) -> Callable[[], None]:
     "Where the step is read off the weights: plan it where they began."
-    if not isinstance(trained.moments, Differences):
+    if not isinstance(moments, Differences):
         return plan
-    versions = lambda: [p._version for p in trained.names]
+    weights = [*weights]
+    versions = lambda: [p._version for p in weights]
     start = versions()
 
     def unmoved() -> None:
         if versions() != start:
             raise TypeError(
-                f"{type(trained.optimizer).__name__} changes the weights and"
+                f"{type(optimizer).__name__} changes the weights and"
                 " evaluates the loss afterwards, within one step, which cannot"
                 " be routed; use torch.optim.AdamW or Muon"
             )
@@ -182,46 +191,65 @@ def _unmoved(
 
 # %% ../../nbs/routing/08_router.ipynb #bb57f717
 class _Hooked(Trained):
-    "Two hooks around an optimizer's step, with a step in flight between them."
+    "Two hooks around each optimizer's step, with steps in flight between."
 
     modification: Modification
     group: Any = None  # processes with copies of the model
-    _before: Callable[[], None]  # what is done before torch's step
-    _finish: Callable[[Step], None]  # and after it
+    _before: Callable[[int], None]  # what is done before torch's step
+    _finish: Callable[[Round, int], None]  # and after it
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer):
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
+    ):
         super().__init__(model, optimizer)
         self._handles: list = []
-        self._flight: Step | None = None
+        self._flight: Round | None = None
         rows = {p: shard_groups(n, p) for p, n in self.names.items()}
         self.groups = {self.names[p]: at for p, at in rows.items() if at}
+
+# %% ../../nbs/routing/08_router.ipynb #25b9c32f
+class _Attached(_Hooked):
+    "The hooks themselves."
 
     def _attach(self) -> None:
         before = torch.compiler.disable(self._before_step)
         after = torch.compiler.disable(self._after_step)
         before.router = self
-        first = self.optimizer.register_step_pre_hook(before)
-        self._handles = [first, self.optimizer.register_step_post_hook(after)]
+        for x in self.optimizers:
+            first = x.register_step_pre_hook(before)
+            self._handles += [first, x.register_step_post_hook(after)]
 
-    def _before_step(self, _: Any, args: tuple, kwargs: dict) -> Any:
-        return _after_closure(args, kwargs, _unmoved(self, self._before))
+    def _before_step(self, it: Optimizer, args: tuple, kwargs: dict) -> Any:
+        place = self._place(it)
+        plan = partial(self._before, place)
+        unmoved = _unmoved(it, self.kinds[place], self.names, plan)
+        return _after_closure(args, kwargs, unmoved)
 
     @torch.no_grad()
-    def _after_step(self, _: Any, args: tuple, kwargs: dict) -> None:
-        if self._flight is not None:
+    def _after_step(self, it: Optimizer, args: tuple, kwargs: dict) -> None:
+        flight, place = self._flight, self._place(it)
+        if flight is not None and place in flight.planned - flight.taken:
             with _own_precision(self.names):
-                self._finish(self._flight)
+                self._finish(flight, place)
+
+    def _place(self, it: Optimizer) -> int:
+        return next(i for i, x in enumerate(self.optimizers) if x is it)
 
 # %% ../../nbs/routing/08_router.ipynb #1abdf2e5
-class _Closable(_Hooked):
+class _Closable(_Attached):
     "Hooks that can be taken off again."
 
     @torch.no_grad()
     def _discard(self) -> None:
-        for undo in [] if self._flight is None else self._flight.undo:
-            give_back(undo, stepped=False)
-        self._flight = None
-        self.modification.end()
+        "Clear away a step that raised, and end a round that is not complete."
+        flight, self._flight = self._flight, None
+        for step in [] if flight is None else flight.open_steps():
+            for undo in step.undo:
+                give_back(undo, stepped=False)
+        if flight is not None and flight.taken:
+            self.modification.end(flight.grads())
+        else:
+            self.modification.end()
 
     def close(self) -> None:
         "Detach: the optimizer is plain again, and keeps what routing left."
@@ -243,7 +271,7 @@ class _Portable(_Closable):
     "Hooks that go along when a router is copied, pickled or saved."
 
     def __getstate__(self) -> dict:
-        here = ("_handles", "_flight", "names", "moments", "groups", "group")
+        here = ("_handles", "_flight", "names", "kinds", "groups", "group")
         kept = {k: x for k, x in self.__dict__.items() if k not in here}
         return kept | {"attached": bool(self._handles)}
 
@@ -251,7 +279,8 @@ class _Portable(_Closable):
         attached = state.pop("attached")
         self.__dict__.update(state)
         self._handles, self._flight, self.groups = [], None, {}
-        self.names, self.moments = self._named(), moments_of(self.optimizer)
+        self.kinds = [moments_of(x) for x in self.optimizers]
+        self.names = self._named()
         if attached:
             self._attach()
 
@@ -262,7 +291,9 @@ class _Measured(_Portable):
     track_step: int  # record step lengths every so many steps; 0: never
     track_inflation: bool
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer):
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]
+    ):
         super().__init__(model, optimizer)
         self.matrices = find_targets(self.model)  # what ‖u‖ is taken over
         self._inflation: dict[str, Inflation] = {}
@@ -288,14 +319,15 @@ class _Measured(_Portable):
         return {k: float(x) for k, x in self._last.items()} | middle(ratios)
 
 # %% ../../nbs/routing/08_router.ipynb #1ff3fd5c
-class _Finishing(_Measured):
-    "What happens after torch's step."
+class _Tracking(_Measured):
+    "What of a step is wanted."
 
+    routings: list[str]  # what the routing means for each optimizer
     _copied: int = 0  # bytes of the weights that the last step copied
 
-    def _wanted(self, step: Step) -> list[str]:
+    def _wanted(self, step: Step, place: int) -> list[str]:
         "Whose difference is asked for."
-        displaced = self.routing == "displacement" and not step.idle
+        displaced = self.routings[place] == "displacement" and not step.idle
         names = dict.fromkeys(step.names if displaced else ())
         if self._tracked():
             names |= {n: None for n in self.matrices if n in step.live}
@@ -303,16 +335,6 @@ class _Finishing(_Measured):
 
     def _tracked(self) -> bool:
         return self.track_step > 0 and self.steps % self.track_step == 0
-
-    def _finish(self, step: Step) -> None:
-        displaced = finish(step, self.modification, self.routing)
-        if self._tracked():
-            bases, groups = self.modification.bases, self.groups
-            self._last |= step_norms(
-                step, displaced, self.matrices, bases, groups
-            )
-        self.modification.end(after_step(step))
-        self._flight = None
 
 # %% ../../nbs/routing/08_router.ipynb #448e39c2
 def _caution(
@@ -342,93 +364,187 @@ def _caution(
             stacklevel=8,
         )
 
+# %% ../../nbs/routing/08_router.ipynb #2d59168e
+class _Finishing(_Tracking):
+    "What happens after torch's step."
+
+    def _finish(self, flight: Round, place: int) -> None:
+        step, routing = flight.parts[place], self.routings[place]
+        displaced = finish(step, self.modification, routing)
+        flight.seen_steps |= routing == "displacement" and not step.idle
+        flight.take(place)
+        if self._tracked():
+            at = (self.matrices, self.modification.bases)
+            energies, inside = step_energies(step, displaced, *at)
+            flight.energies |= energies
+            flight.inside |= inside
+            found = (flight.energies, flight.inside)
+            self._last |= step_norms(*found, self.matrices, self.groups)
+        self._end_if_complete(flight)
+
+    def _end_if_complete(self, flight: Round) -> None:
+        if flight.complete:
+            self.modification.end(flight.grads())
+            self._flight = None
+
 # %% ../../nbs/routing/08_router.ipynb #34441ca3
-class _Planning(_Finishing):
+class _Looking(_Finishing):
     "What happens before torch's step, once the gradients were checked."
 
     strength: Strength
     consolidation: Consolidation
     guard: str | None
-    restore_grad: bool
-    _cautioned: bool = False  # of a routing that may do harm
+    _cautioned: frozenset[int] = frozenset()  # of a routing that may do harm
 
-    def _plan(self, step: Step, loops_own: AbstractContextManager) -> None:
-        modification, strength = self.modification, self.strength
-        self.steps, self._last, self._flight = self.steps + 1, {}, step
-        modification.learn(step.grads)
-        self.consolidation.learn(step.grads)
-        settle(step, modification)
-        if step.active:
-            if not self._cautioned:
-                _caution(step, self.routing, self.guard, modification)
-                self._cautioned = True
-            tracked = self._tracked()
-            told = strengthen(step, modification, strength, tracked, loops_own)
-            self._last |= told
-        edit: EditOf = modification.edit
+    def _look(self, flight: Round, place: int, own: Any) -> None:
+        "Learn from this optimizer's gradients, and settle the strength."
+        step, whole = flight.parts[place], flight.whole
+        method, first = self.modification, not flight.planned
+        flight.planned.add(place)
+        if first:
+            method.learn(step.grads)
+            self.consolidation.learn(step.grads)
+            settle(whole, method)
+            if whole.active:
+                tracked = self._tracked()
+                told = strengthen(whole, method, self.strength, tracked, own)
+                self._last |= told
+        else:
+            method.learn_more(step.grads)
+            self.consolidation.learn_more(step.grads)
+            if whole.active and flight.seen_steps:
+                method.begin(whole.grads, overlap=False)
+        if step is not whole:
+            settle(step, method)
+            step.active, step.alpha = whole.active, whole.alpha
+        if step.active and place not in self._cautioned:
+            _caution(step, self.routings[place], self.guard, method)
+            self._cautioned |= {place}
+
+# %% ../../nbs/routing/08_router.ipynb #0cad532e
+class _Planning(_Looking):
+    "Each optimizer's own part of a step."
+
+    restore_grad: bool
+
+    def _plan(self, flight: Round, place: int) -> None:
+        "Route this optimizer's edits, or note what its step will change."
+        step, routing = flight.parts[place], self.routings[place]
+        edit: EditOf = self.modification.edit
         if self.track_inflation:
             made = {name: d for name, _, d, _ in edits(step, edit)}
             edit = lambda name, _: made.get(name)
-            if self.moments.second is not None:
+            if self.kinds[place].second is not None:
                 measure(self._inflation, step, made, self.matrices)
-        if self.routing != "displacement" and not step.idle:
-            route(step, edit, self.routing, self.guard, self.restore_grad)
-        self._copied = remember(step, self._wanted(step))
+        if routing != "displacement" and not step.idle:
+            restore = self.restore_grad or self.modification.reads_grads
+            route(step, edit, routing, self.guard, restore)
+        copied = remember(step, self._wanted(step, place))
+        self._copied = max(copied, self._copied if flight.taken else 0)
 
-# %% ../../nbs/routing/08_router.ipynb #4ffc32b3
-class _Stepping(_Planning):
-    "A routed step in any training loop."
+# %% ../../nbs/routing/08_router.ipynb #c59c6ec2
+class _Joining(_Planning):
+    "A round that the first optimizer opens and the others join."
 
     check_finite: bool
+
+    def _joins(self, place: int) -> Round | None:
+        "The round in flight, if this optimizer goes on with it."
+        flight = self._flight
+        if flight is None or place not in flight.parts.keys() - flight.planned:
+            return None
+        was = flight.marks
+        changed = lambda i: marks(self._step_of(i).live) != was[i]
+        if not changed(place):
+            blind = not self.check_finite or capturing()
+            then, now = flight.parts[place], self._step_of(place)
+            if blind or same_values(then, now):
+                return flight
+        elif any(changed(i) for i in flight.taken):
+            return None
+        name = type(self.optimizers[place]).__name__
+        raise ValueError(
+            f"the gradients of {name} were changed after another optimizer of"
+            " the same round was stepped; unscale (scaler.unscale_) and clip"
+            " those of all optimizers before the first step"
+        )
+
+    def _step_of(self, place: int) -> Step:
+        kind = self.kinds[place]
+        return new_step(self.optimizers[place], kind, self.names)
+
+# %% ../../nbs/routing/08_router.ipynb #448c8033
+class _Opening(_Joining):
+    "A round is opened."
+
+    check_finite: bool
+
+    def _open(self, place: int, check: bool) -> Round:
+        "Look at what all optimizers are about to step. `check`: is it finite?"
+        steps = {i: self._step_of(i) for i in range(len(self.optimizers))}
+        for i, step in steps.items():
+            check_gradients(step.live, self.optimizers[i], self.kinds[i])
+        others = self.check_finite and not capturing()
+        parts = together(steps, place, self.groups, others)
+        whole = joined([*parts.values()])
+        if check:
+            how = (self.modification, self.strength, self.routing, self.groups)
+            check_step(whole, *how)
+        self._flight = Round(whole, parts)
+        self.steps, self._last = self.steps + 1, {}
+        return self._flight
+
+# %% ../../nbs/routing/08_router.ipynb #4ffc32b3
+class _Stepping(_Opening):
+    "A routed step in any training loop."
+
     strangers: int = 0  # parameters of the optimizer that were spoken of
     warn_after: int = 10_000  # steps without consolidate() before a warning
 
     @torch.no_grad()
-    def _before(self) -> None:
-        self._discard()
-        found_inf = getattr(self.optimizer, "found_inf", None)
+    def _before(self, place: int) -> None:
+        flight = self._joins(place)
+        if flight is None:
+            self._discard()
+        found_inf = getattr(self.optimizers[place], "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return  # the fused kernel will skip this step; so do we
-        unknown = _strangers(self.optimizer, self.names)
+        unknown = _strangers(self.optimizers, self.names)
         if len(unknown) > self.strangers:
             self.strangers = _greet(self.model, unknown, self.strangers)
-        modification, strength = self.modification, self.strength
         with _own_precision(self.names) as loops_own:
-            step = new_step(self.optimizer, self.moments, self.names)
-            check_gradients(step.live, self.optimizer, self.moments)
-            if self.check_finite and found_inf is None and not capturing():
-                routing, groups = self.routing, self.groups
-                check_step(step, modification, strength, routing, groups)
-            self._plan(step, loops_own)
+            if flight is None:
+                checked = found_inf is None and not capturing()
+                flight = self._open(place, self.check_finite and checked)
+            self._look(flight, place, loops_own)
+            self._plan(flight, place)
         late = self.domains == 0 and self.steps == self.warn_after
-        if late and not step.active:
-            _remind(self.steps, modification)
+        if late and not flight.whole.active:
+            _remind(self.steps, self.modification)
 
 # %% ../../nbs/routing/08_router.ipynb #51250d33
-def _marks(step: Step) -> dict[str, tuple[int, int]]:
-    "Which tensor each gradient is, and how often it was written to."
-    grads = {name: p.grad for name, (p, _) in step.live.items()}
-    return {n: (id(g), g._version) for n, g in grads.items() if g is not None}
-
-
 class _Watching(_Stepping):
     "A routed step that notices who changes gradients after it."
 
-    _read: Mapping[str, tuple[int, int]] = {}  # where a hook follows ours
+    # by optimizer: its gradients, where a hook follows ours
+    _read: Mapping[int, Mapping] = {}
 
     @torch.no_grad()
-    def _before(self) -> None:
-        super()._before()
-        hooks = list(self.optimizer._optimizer_step_pre_hooks.values())
-        followed = getattr(hooks[-1], "router", None) is not self
-        step, self._read = self._flight, {}
-        if followed and step is not None and step.grads.scale is None:
-            self._read = _marks(step)
+    def _before(self, place: int) -> None:
+        super()._before(place)
+        optimizer, flight = self.optimizers[place], self._flight
+        self._read = {k: x for k, x in self._read.items() if k != place}
+        last = list(optimizer._optimizer_step_pre_hooks.values())[-1]
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        followed = getattr(last, "router", None) is not self
+        if followed and not scaled and flight and place in flight.parts:
+            self._read |= {place: marks(flight.parts[place].live)}
 
-    def _finish(self, step: Step) -> None:
-        now = _marks(step) if self._read else {}
-        other = [n for n, mark in self._read.items() if now.get(n) != mark]
-        super()._finish(step)
+    def _finish(self, flight: Round, place: int) -> None:
+        read = self._read.get(place, {})
+        now = marks(flight.parts[place].live) if read else {}
+        other = [n for n, mark in read.items() if now.get(n) != mark]
+        super()._finish(flight, place)
         if other:
             raise ValueError(
                 f"the gradient of {other[0]!r} was changed after the router had"
@@ -480,6 +596,8 @@ class _Domains(_Watching):
         those of the last boundary if there is a consolidation.
         """
         merge = _merging(self.consolidation, interpolate)
+        if self._flight is not None and self._flight.taken:
+            self._discard()  # not all optimizers were stepped
         report = self.modification.consolidate()
         if self.group is not None:
             self.modification.share()
@@ -645,6 +763,10 @@ def _bytes(n: int) -> str:
     return f"{n / 2**10:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
 
 
+def _class_names(optimizers: Sequence[Optimizer]) -> list[str]:
+    return [type(x).__name__ for x in optimizers]
+
+# %% ../../nbs/routing/08_router.ipynb #ed090bd4
 class _Described(_Restored):
     "A routed optimizer that says what it is."
 
@@ -663,14 +785,21 @@ class _Described(_Restored):
             f"{self!r}\n{self.steps} steps, {self.domains} domains"
             f" consolidated, {_bytes(self.memory())} kept"
         )
-        lines = [head, *self.modification.summary_lines()]
+        lines = [head, *self._differing(), *self.modification.summary_lines()]
         if kept or repr(merging) != "Interpolate()":
             lines.append(f"  at a boundary: {merging!r}, {_bytes(kept)} kept")
         return "\n".join(lines)
 
+    def _differing(self) -> list[str]:
+        "What the routing means where it means another one."
+        pairs = zip(_class_names(self.optimizers), self.routings)
+        return [f"  {x}: {r}" for x, r in pairs if r != self.routing]
+
     def __repr__(self) -> str:
+        names = _class_names(self.optimizers)
+        shown = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
         return (
-            f"MomentRouter({type(self.optimizer).__name__},"
+            f"MomentRouter({shown},"
             f" {self.modification!r}, routing={self.routing!r},"
             f" strength={self.strength!r})"
         )
@@ -868,8 +997,8 @@ def _check_free(
 ) -> None:
     "Raise ValueError if optimizer or modification are taken, or do not fit."
     name = type(modification).__name__
-    hooks = router.optimizer._optimizer_step_pre_hooks.values()
-    if any(hasattr(hook, "router") for hook in hooks):
+    hooks = [x._optimizer_step_pre_hooks for x in router.optimizers]
+    if any(hasattr(hook, "router") for at in hooks for hook in at.values()):
         raise ValueError(
             "this optimizer is routed already; call close() on its router first"
         )
@@ -883,6 +1012,28 @@ def _check_free(
             f"{name} needs whole weights, and these are sharded; use"
             " DistributedDataParallel"
         )
+
+# %% ../../nbs/routing/08_router.ipynb #e1c5160c
+def _check_division(
+    trained: Trained,
+    targets: Mapping[str, Target],  # what may be protected
+) -> None:
+    "Raise ValueError for a weight in two optimizers, or in none."
+    said = ", ".join(_class_names(trained.optimizers))
+    held: dict[Tensor, int] = {}
+    for i, optimizer in enumerate(trained.optimizers):
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            if held.setdefault(p, i) != i:
+                raise ValueError(
+                    f"{trained.names.get(p, 'a parameter')!r} is in two of the"
+                    f" optimizers [{said}]; give each weight to one of them"
+                )
+    for name, target in targets.items():
+        if target.param.requires_grad and target.param not in held:
+            raise ValueError(
+                f"{name!r} is in none of the optimizers [{said}]; give it to"
+                f" one of them, or leave it out with exclude={name!r}"
+            )
 
 # %% ../../nbs/routing/08_router.ipynb #4e581719
 def _meet(
@@ -907,7 +1058,8 @@ class MomentRouter(_Reloaded):
     Attach it once; the training loop stays `loss.backward();
     optimizer.step()`. Call `consolidate()` at the end of each domain. Clip
     gradients, if you do, before `optimizer.step()`: the router sees what the
-    optimizer would see. Raises TypeError for optimizers that cannot be
+    optimizer would see. Several optimizers take one routed step together: see
+    the section on them. Raises TypeError for optimizers that cannot be
     routed (see `dmr.routing.moments`), ValueError for routings without a
     meaning.
     """
@@ -915,8 +1067,9 @@ class MomentRouter(_Reloaded):
     def __init__(
         self,
         model: nn.Module,  # the model that is trained
-        # any, but for those in REFUSED (see `dmr.routing.moments`)
-        optimizer: Optimizer,
+        # any, but for those in REFUSED (see `dmr.routing.moments`); or several
+        # that share out the weights, such as [muon, adamw]
+        optimizer: Optimizer | Sequence[Optimizer],
         # what is edited; None: the plain optimizer, with diagnostics
         modification: Modification | None = None,
         # shared, decoupled, denominator or displacement; beyond Adam's
@@ -955,10 +1108,13 @@ class MomentRouter(_Reloaded):
         self.modification = _as_modification(modification)
         usual = self.modification.usual_routing
         routing = check_routing(usual if routing is None else routing)
-        self.routing = self.moments.meaning(routing)
+        self.routings = [kind.meaning(routing) for kind in self.kinds]
+        alike = len({*self.routings}) == 1
+        self.routing = self.routings[0] if alike else routing
         self.strength = _as_strength(strength, self.modification)
-        name = type(self.optimizer).__name__
-        check_meaning(name, self.moments, self.routing, self.modification)
+        names = _class_names(self.optimizers)
+        for each in zip(names, self.kinds, self.routings):
+            check_meaning(*each, self.modification)
         self.guard = check_guard(guard, self.routing)
         self.track_step = _check_every(track_step)
         self.check_finite, self.restore_grad = check_finite, restore_grad
@@ -966,16 +1122,18 @@ class MomentRouter(_Reloaded):
         self.consolidation = _as_consolidation(consolidation)
         self.group = replicas(model, process_group)
         _check_free(self, self.modification)
-        self.strangers = len(_strangers(self.optimizer, self.names))
+        self.strangers = len(_strangers(self.optimizers, self.names))
         if self.strangers:
             message = (
                 f"{self.strangers} parameters of the optimizer are not the"
                 " model's: they are stepped, but never routed"
             )
             warnings.warn(message, stacklevel=2)
+        targets = find_targets(self.model, include, exclude)
+        if len(self.optimizers) > 1:
+            _check_division(self, targets)
         self.consolidation.attach(self)
         self.modification.group = self.group
-        targets = find_targets(self.model, include, exclude)
         _meet(self.modification, self.model, targets)
         self.modification.serves = True
         self._attach()

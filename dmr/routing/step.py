@@ -6,7 +6,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +42,8 @@ __all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'c
            'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
            'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
            'first_moment', 'clamped', 'edits', 'route', 'amend', 'taken', 'displace', 'remember', 'check_copies',
-           'differ', 'follow', 'finish', 'check_moments', 'check_differences', 'check_meaning', 'check_guard']
+           'differ', 'follow', 'finish', 'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments',
+           'check_differences', 'check_meaning', 'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #e62f44fa
 #: The routings: which moment of the optimizer sees the edited gradient
@@ -425,6 +433,7 @@ def route(
     "Send each tensor's edit to the moments that its routing names."
     through_grad, through_m = channels(routing)
     thin: tuple[dict, dict, dict] = ({}, {}, {})  # edits, moments, factors
+    made: dict[float, Any] = {}
     for name, g, d, alpha in edits(step, edit, guard):
         p, group = step.live[name]
         if through_grad:
@@ -439,11 +448,11 @@ def route(
         factor = through_m * first_moment_factor(beta1, group["maximize"])
         m = first_moment(step, name)
         if isinstance(d, LowRank):
-            thin[0][name], thin[1][name], thin[2][name] = d, m, alpha * factor
+            s = made.setdefault(factor, alpha * factor)  # equal ones stack
+            thin[0][name], thin[1][name], thin[2][name] = d, m, s
         else:
             d.add_to(m, alpha * factor)
-    if thin[0]:
-        add_all(*thin)
+    add_all(*thin)
 
 # %% ../../nbs/routing/05_step.ipynb #3b5cefe0
 def amend(
@@ -586,6 +595,111 @@ def finish(
     modification.begin(steps, overlap=False)
     return displace(step, steps, modification.edit)
 
+# %% ../../nbs/routing/05_step.ipynb #9a18b55f
+def joined(steps: Sequence[Step]) -> Step:
+    "The steps of several optimizers as one, to look at only."
+    if len(steps) == 1:
+        return steps[0]
+    live = {name: x for step in steps for name, x in step.live.items()}
+    grads = {name: g for step in steps for name, g in step.grads.items()}
+    return Step(steps[0].moments, {}, live, as_vectors(grads))
+
+# %% ../../nbs/routing/05_step.ipynb #74abe7c5
+def marks(
+    live: Mapping[str, tuple[nn.Parameter, dict]],  # name -> parameter, group
+) -> dict[str, tuple[int, int]]:
+    "Which tensor each gradient is, and how often it was changed."
+    found = {name: p.grad for name, (p, _) in live.items()}
+    grads = {name: local(g) for name, g in found.items() if g is not None}
+    return {name: (id(g), g._version) for name, g in grads.items()}
+
+# %% ../../nbs/routing/05_step.ipynb #50f19312
+def same_values(
+    then: Step,  # as it was looked at
+    now: Step,  # as it is about to be taken
+) -> bool:
+    "Have the gradients kept their size? One transfer to the host."
+    if now.grads.scale is not None:
+        return False
+    if not then.live:
+        return True
+    names = list(then.live)
+    return torch.equal(
+        then.grads.square_norms(names), now.grads.square_norms(names)
+    )
+
+# %% ../../nbs/routing/05_step.ipynb #4be1237a
+@dataclass
+class _Parts:
+    "The steps of a round, and what is known of them."
+
+    whole: Step  # all of them as one
+    parts: dict[int, Step]  # place of the optimizer -> its step
+    planned: set[int] = field(default_factory=set)
+    taken: set[int] = field(default_factory=set)
+    marks: dict[int, dict] = field(default_factory=dict)  # of the gradients
+    seen_steps: bool = False  # has the method looked at a step since?
+    energies: dict[str, Tensor] = field(default_factory=dict)  # ‖u‖² by name
+    inside: dict[str, Tensor] = field(default_factory=dict)  # ‖uU‖² by name
+
+    def __post_init__(self) -> None:
+        for place in self.parts if len(self.parts) > 1 else ():
+            self.marks[place] = marks(self.parts[place].live)
+
+# %% ../../nbs/routing/05_step.ipynb #6d6dc35f
+class Round(_Parts):
+    "The steps of all optimizers on the gradients of one backward pass."
+
+    @property
+    def complete(self) -> bool:
+        "Was every step taken?"
+        return self.taken == self.parts.keys()
+
+    def open_steps(self) -> list[Step]:
+        "Those that were not taken."
+        return [x for i, x in self.parts.items() if i not in self.taken]
+
+    def take(self, place: int) -> None:
+        "This optimizer's step was taken."
+        self.taken.add(place)
+        if place in self.marks:
+            self.marks[place] = marks(self.parts[place].live)
+
+    def grads(self) -> Vectors:
+        "Raw gradients of the steps that were taken, as far as they are left."
+        if self.whole in self.parts.values():
+            return after_step(self.whole)
+        left = {}
+        for place in self.taken:
+            for name, g in self.parts[place].grads.items():
+                if self.marks[place].get(name) == (id(g), g._version):
+                    left[name] = g
+        return as_vectors(left)
+
+# %% ../../nbs/routing/05_step.ipynb #d39548f4
+def together(
+    steps: Mapping[int, Step],  # place of the optimizer -> its step
+    first: int,  # place of the one that is stepped now
+    groups: Mapping[str, tuple],  # where the rows of sharded parameters are
+    check: bool,  # may the others be left out where they are not finite?
+) -> dict[int, Step]:
+    "The steps that can make up one round, with the gradients held on to."
+    if len(steps) == 1:
+        return dict(steps)
+    if steps[first].grads.scale is not None:
+        raise ValueError(
+            "a GradScaler has not unscaled the gradients of all optimizers yet;"
+            " call scaler.unscale_(optimizer) for each of them before the first"
+            " scaler.step"
+        )
+    for step in steps.values():
+        held = {name: step.grads.make(name) for name in step.grads}
+        step.grads = as_vectors(held)
+    fine = lambda step: all_finite(step.grads, {}, groups)
+    return {
+        i: s for i, s in steps.items() if i == first or not check or fine(s)
+    }
+
 # %% ../../nbs/routing/05_step.ipynb #a669d312
 def check_moments(
     optimizer: str,  # the name of its class
@@ -615,8 +729,7 @@ def check_differences(
         )
     if routing == "displacement" and not moments.only_copy:
         raise TypeError(
-            f"{optimizer} cannot be routed by displacement:"
-            f" {REFUSED['copies']}"
+            f"{optimizer} cannot be routed by displacement: {REFUSED['copies']}"
         )
     if routing == "displacement" and not moments.decay_known:
         warnings.warn(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
@@ -21,7 +21,12 @@ from ..methods.projection import Projection
 from ..methods.registry import FAMILIES, make
 from ..methods.replay import ReplayBuffer, ReplayMix
 from ..routing.modification import Modification
-from ..routing.moments import moments_of
+from dmr.routing.moments import (
+    STEPPED,
+    Differences,
+    moments_of,
+    rate_decay,
+)
 from ..routing.router import MomentRouter
 from ..routing.step import GUARDS, ROUTINGS
 from ..routing.strength import Fixed, OverlapAware, Strength
@@ -34,9 +39,10 @@ from ..methods.rivals import FisherVariant, KFACMerge, RegMean
 from ..routing.consolidation import Consolidation, Interpolate
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'CONSOLIDATIONS', 'LIMITS', 'seed_for', 'generator_for', 'build_optimizer',
-           'rate_factor', 'next_byte_logit', 'for_language_model', 'Config', 'drawn_byte_loss', 'build_consolidation',
-           'build_router', 'check_config', 'open_optimizer', 'check_parameters']
+__all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'CONSOLIDATIONS', 'LIMITS', 'seed_for', 'generator_for', 'Lion',
+           'build_optimizer', 'rate_factor', 'next_byte_logit', 'for_language_model', 'Config', 'drawn_byte_loss',
+           'build_consolidation', 'build_router', 'hidden_matrices', 'open_optimizers', 'check_config',
+           'check_parameters']
 
 # %% ../../nbs/training/03_config.ipynb #35548e27
 def seed_for(
@@ -61,6 +67,44 @@ def generator_for(
     "A fresh generator for one purpose."
     return torch.Generator().manual_seed(seed_for(seed, *purpose))
 
+# %% ../../nbs/training/03_config.ipynb #47175651
+class Lion(Optimizer):
+    """Steps by the sign of an average of gradients. Source: Chen et al. 2023,
+    arXiv:2302.06675, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Any,  # parameters or parameter groups
+        lr: float = 1e-4,  # η, > 0
+        betas: tuple[float, float] = (0.9, 0.99),  # of the sign, of m
+        weight_decay: float = 0.0,  # λ, decoupled
+    ):
+        settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            rate, (beta1, beta2) = group["lr"], group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                m = state["exp_avg"]
+                update = m.lerp(p.grad, 1 - beta1).sign_()
+                p.mul_(1 - rate * group["weight_decay"])
+                p.add_(update, alpha=-rate)
+                m.lerp_(p.grad, 1 - beta2)
+        return loss
+
+# %% ../../nbs/training/03_config.ipynb #bb648094
+STEPPED[Lion] = Differences(
+    decay=rate_decay, why="it uses only the signs of an average of gradients"
+)
+
 # %% ../../nbs/training/03_config.ipynb #26a5a7b2
 #: Optimizers that a run may name.
 OPTIMIZERS: tuple[str, ...] = (
@@ -70,6 +114,8 @@ OPTIMIZERS: tuple[str, ...] = (
     "radam",
     "adamax",
     "sgd",
+    "muon",
+    "lion",
 )
 
 
@@ -77,12 +123,14 @@ def build_optimizer(
     name: str,  # one of OPTIMIZERS
     params: Any,  # parameters or parameter groups
     lr: float,
-    beta1: float = 0.9,  # decay of the first moment; SGD: momentum
+    # decay of the first moment; SGD: momentum; Muon has its own, 0.95
+    beta1: float = 0.9,
     beta2: float = 0.95,  # decay of the second moment
     eps: float = 1e-8,
-    weight_decay: float = 0.0,  # decoupled for AdamW, L2 for the others
+    # decoupled for AdamW, Muon and Lion, L2 for the others
+    weight_decay: float = 0.0,
 ) -> Optimizer:
-    "One of torch's optimizers. Raises ValueError for an unknown name."
+    "One of torch's optimizers, or Lion. Raises ValueError for an unknown name."
     adaptive: dict[str, Any] = {
         "lr": lr,
         "betas": (beta1, beta2),
@@ -103,6 +151,10 @@ def build_optimizer(
         return torch.optim.SGD(
             params, lr=lr, momentum=beta1, weight_decay=weight_decay, fused=True
         )
+    if name == "muon":
+        return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay)
+    if name == "lion":
+        return Lion(params, lr, (beta1, beta2), weight_decay)
     raise ValueError(
         f"optimizer={name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}"
     )
@@ -242,6 +294,7 @@ LIMITS: dict[str, str] = {
     "steps": "[1, inf)",
     "optimizer": f"{{{', '.join(OPTIMIZERS)}}}",
     "lr": "(0, inf)",
+    "rest_lr": "(0, inf)",
     "beta1": "[0, 1)",
     "beta2": "[0, 1)",
     "eps": "[0, inf)",
@@ -387,6 +440,7 @@ class Config:
     merge: dict | None = None  # arguments of the consolidation
     merges: int = 1  # a domain: evenly spaced, the last at its end
     after_merge: str = "kept"  # of the optimizer: first or both moments go
+    rest_lr: float | None = None  # of AdamW beside Muon; None: lr / 20
 
     def __post_init__(self) -> None:
         kinds = {f.name: str(f.type) for f in fields(self)}
@@ -397,8 +451,8 @@ class Config:
 
     @property
     def horizon(self) -> float | None:
-        "H; None for an optimizer without a second moment."
-        has = self.optimizer != "sgd"
+        "H; None where what is protected has no second moment."
+        has = self.optimizer not in ("sgd", "muon", "lion")
         return float(horizon(self.steps, self.beta2)) if has else None
 
 # %% ../../nbs/training/03_config.ipynb #389aaed5
@@ -466,7 +520,7 @@ def build_consolidation(
 def build_router(
     config: Config,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],  # one, or several
     loss_fn: Loss,  # for modifications that look at batches of their own
     **options: Any,  # further arguments of MomentRouter
 ) -> MomentRouter:
@@ -502,6 +556,30 @@ def build_router(
             f"optimizer={c.optimizer!r}, modification={c.modification!r},"
             f" routing={c.routing!r}: {e}"
         ) from None
+
+# %% ../../nbs/training/03_config.ipynb #6632712d
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    "Trained matrices, without embeddings and head."
+    apart = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    apart += [m for n, m in model.named_modules() if n.split(".")[-1] == "head"]
+    outside = {id(p) for m in apart for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [p for p in trained if p.ndim == 2 and id(p) not in outside]
+
+
+def open_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
+    "The optimizers of a run, over the weights of a model that are trained."
+    c = config
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = (c.beta1, c.beta2, c.eps, c.weight_decay)
+    if c.optimizer != "muon":
+        return [build_optimizer(c.optimizer, trained, c.lr, *moments)]
+    hidden = hidden_matrices(model)
+    taken = {id(p) for p in hidden}
+    rest = [p for p in trained if id(p) not in taken]
+    rate = c.lr / 20 if c.rest_lr is None else c.rest_lr
+    muon = build_optimizer("muon", hidden, c.lr, *moments)
+    return [muon, build_optimizer("adamw", rest, rate, *moments)]
 
 # %% ../../nbs/training/03_config.ipynb #63b4b773
 def _check_merging(config: Config) -> None:
@@ -561,29 +639,27 @@ def check_config(config: Config) -> None:
             f"interpolate={c.interpolate} and consolidation="
             f"{c.consolidation!r} merge the weights twice; leave one out"
         )
+    if c.rest_lr is not None and c.optimizer != "muon":
+        raise ValueError(
+            f"rest_lr={c.rest_lr} is AdamW's rate beside Muon, and has no"
+            f" meaning with optimizer={c.optimizer!r}; leave it out"
+        )
     if c.second_batch and c.modification != "none":
         raise ValueError(
             f"second_batch={c.second_batch} is a control of its own; pass"
             f" modification='none', not {c.modification!r}"
         )
     _check_merging(c)
-    probe = torch.nn.utils.skip_init(nn.Linear, 4, 4, bias=False)
-    optimizer = open_optimizer(c, probe)
-    if c.after_merge == "first" and not moments_of(optimizer).first:
-        raise ValueError(
-            f"after_merge='first': {c.optimizer} keeps no first moment that"
-            " dmr knows; choose 'kept' or 'both'"
-        )
-    build_router(c, probe, optimizer, lambda batch: batch.sum()).close()
-
-
-def open_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    "The optimizer of a run, over the weights of a model that are trained."
-    c = config
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return build_optimizer(
-        c.optimizer, trained, c.lr, c.beta1, c.beta2, c.eps, c.weight_decay
-    )
+    bias = c.optimizer == "muon"  # for AdamW
+    probe = torch.nn.utils.skip_init(nn.Linear, 4, 4, bias=bias)
+    optimizers = open_optimizers(c, probe)
+    for optimizer in optimizers if c.after_merge == "first" else ():
+        if not moments_of(optimizer).first:
+            raise ValueError(
+                f"after_merge='first': {c.optimizer} keeps no first moment that"
+                " dmr knows; choose 'kept' or 'both'"
+            )
+    build_router(c, probe, optimizers, lambda batch: batch.sum()).close()
 
 # %% ../../nbs/training/03_config.ipynb #2f574752
 def check_parameters(

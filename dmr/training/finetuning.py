@@ -76,7 +76,12 @@ class FinetuneConfig(Config):
 
 # %% ../../nbs/training/06_finetuning.ipynb #4db3e685
 # parameters of the byte-level loop that have no meaning here
-UNUSED: dict[str, Any] = {"size": "nano", "joint": False, "compile": False}
+UNUSED: dict[str, Any] = {
+    "size": "nano",
+    "joint": False,
+    "compile": False,
+    "rest_lr": None,
+}
 
 
 def _check_finetuning(config: FinetuneConfig) -> None:
@@ -96,6 +101,11 @@ def _check_finetuning(config: FinetuneConfig) -> None:
         raise ValueError(
             f"modification={c.modification!r} is not offered for a"
             " pretrained model; choose none, projection or replay"
+        )
+    if c.optimizer == "muon":
+        raise ValueError(
+            "optimizer='muon' is not offered for a pretrained model, whose"
+            " adapters are no hidden matrices; pass adamw or lion"
         )
     if (c.merge or {}).get("labels") == "model":
         raise ValueError(

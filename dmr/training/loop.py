@@ -28,7 +28,7 @@ from dmr.training.config import (
     build_router,
     check_config,
     generator_for,
-    open_optimizer,
+    open_optimizers,
     rate_factor,
     seed_for,
 )
@@ -37,8 +37,8 @@ from .model import ByteLM, build_model, next_byte_loss
 
 # %% auto #0
 __all__ = ['sample_starts', 'take_windows', 'even_starts', 'evaluation_windows', 'evaluating', 'held_out_losses', 'mean_error',
-           'Hook', 'SecondBatch', 'clear_moments', 'Merging', 'plain', 'SteppedRun', 'StreamRun', 'ContinualRun',
-           'train_stream']
+           'Hook', 'SecondBatch', 'clear_moments', 'Merging', 'plain', 'SteppedRun', 'StreamRun', 'optimizer_states',
+           'load_optimizers', 'ContinualRun', 'train_stream']
 
 # %% ../../nbs/training/04_loop.ipynb #b19d46b3
 def sample_starts(
@@ -218,11 +218,13 @@ class Merging(Hook):
     def after_step(self, run: SteppedRun, step: int, loss: Tensor) -> None:
         if step + 1 in self.due and run.stage:
             run.router.consolidation.pull()
-            clear_moments(run.optimizer, self.after)
+            for optimizer in run.optimizers:
+                clear_moments(optimizer, self.after)
 
     def end_domain(self, run: SteppedRun) -> dict[str, Any]:
         if run.stage:
-            clear_moments(run.optimizer, self.after)
+            for optimizer in run.optimizers:
+                clear_moments(optimizer, self.after)
         return {}
 
 # %% ../../nbs/training/04_loop.ipynb #bf2e1b77
@@ -614,14 +616,25 @@ def _find_device(name: str) -> torch.device:
     return torch.device(name)
 
 # %% ../../nbs/training/04_loop.ipynb #882c0d68
-class SteppedRun(_Staged):
-    "The steps of a stage, for any model."
+class _Stepped(_Staged):
+    "What every run has: a model, its optimizers, text, and a loss."
 
     device: torch.device
     model: Any
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
+    rates: list[float]  # of each, at the peak
     hooks: list[Hook]
     text: Tensor  # of the domain in training
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        "The first optimizer; most often there is no other."
+        return self.optimizers[0]
+
+    def equip(self) -> None:
+        "Open the optimizers, each at its peak rate."
+        self.optimizers = open_optimizers(self.config, self.model)
+        self.rates = [x.param_groups[0]["lr"] for x in self.optimizers]
 
     @abstractmethod
     def draw(self) -> tuple[Tensor, Tensor]:
@@ -631,11 +644,17 @@ class SteppedRun(_Staged):
     def loss(self, batch: Tensor) -> Tensor:
         "Mean loss of the model on a batch of windows."
 
+# %% ../../nbs/training/04_loop.ipynb #4c7c0919
+class SteppedRun(_Stepped):
+    "The steps of a stage, for any model."
+
     def train_step(self, step: int, batch: Tensor, measured: dict) -> Tensor:
         "One optimizer step; the loss on the batch, without what hooks add."
         c = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = c.lr * rate_factor(step, c.steps, c.warmup, c.decay)
+        factor = rate_factor(step, c.steps, c.warmup, c.decay)
+        for rate, optimizer in zip(self.rates, self.optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
         # windows in the domain: what a replayed fraction is a fraction of
         self.router.observe(batch, len(self.text) // (c.context + 1))
         loss = self.loss(batch)
@@ -643,13 +662,15 @@ class SteppedRun(_Staged):
         for hook in self.hooks:
             loss = hook.loss(self, step, loss)
         loss.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if c.track_step and self.router.steps % c.track_step == 0:
             for key, value in self.router.last.items():
                 measured.setdefault(key, []).append(value)
         for hook in self.hooks:
             hook.after_step(self, step, loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         return own
 
     def train_domain(self) -> dict[str, Any]:
@@ -657,7 +678,8 @@ class SteppedRun(_Staged):
         text, starts = self.draw()
         self.text, starts = text.to(self.device), starts.to(self.device)
         if c.state == "reset" and self.stage:
-            self.optimizer.state.clear()
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
         for hook in self.hooks:
             hook.begin_domain(self)
         losses: list[Tensor] = []
@@ -694,9 +716,9 @@ class StreamRun(SteppedRun):
         self.config, self.device = config, _find_device(config.device)
         self.stream = _prepare_stream(config, stream)
         self.open()
-        self.optimizer = open_optimizer(config, self.model)
+        self.equip()
         self.router = build_router(
-            config, self.model, self.optimizer, self.loss, **self.routed()
+            config, self.model, self.optimizers, self.loss, **self.routed()
         )
         self.hooks = [*self.own_hooks(), *hooks]
         self.text = torch.empty(0, dtype=torch.uint8)
@@ -736,6 +758,22 @@ class StreamRun(SteppedRun):
         generator = generator_for(c.seed, "batches", self.domain.name)
         return text, sample_starts(len(text), *size, generator)
 
+# %% ../../nbs/training/04_loop.ipynb #0ae24ba7
+def optimizer_states(optimizers: Sequence[torch.optim.Optimizer]) -> Any:
+    "The state of one optimizer, or the states of several."
+    states = [x.state_dict() for x in optimizers]
+    return states[0] if len(states) == 1 else states
+
+
+def load_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer],
+    states: Any,  # as `optimizer_states` gave it
+) -> None:
+    "Take the states over."
+    each = [states] if isinstance(states, dict) else states
+    for optimizer, state in zip(optimizers, each, strict=True):
+        optimizer.load_state_dict(state)
+
 # %% ../../nbs/training/04_loop.ipynb #ab3ca0f5
 class ContinualRun(StreamRun):
     "A run of a byte-level model through a stream."
@@ -774,13 +812,13 @@ class ContinualRun(StreamRun):
     def state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_states(self.optimizers),
             "router": self.router.state_dict(),
         }
 
     def take(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizers(self.optimizers, state["optimizer"])
         self.router.load_state_dict(state["router"])
 
 # %% ../../nbs/training/04_loop.ipynb #be39abd1

@@ -457,7 +457,7 @@ for _weight in (0.5, 0.7):
     _merge = partial(dmr.FisherMerge, _weight, keep=1.0)
     ARMS[f"merge {_weight}"] = partial(routed, _nothing, merge=_merge)
     ARMS[f"projection, displacement, merge {_weight}"] = partial(
-        ARMS["projection, displacement"], merge=_merge
+        routed, _projection, merge=_merge, routing="displacement", strength=1.0
     )
 # a past that fades, so that long streams are learned as well
 for _weight, _keep in ((0.7, 0.7), (0.7, 0.5), (0.8, 0.5)):

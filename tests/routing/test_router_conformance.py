@@ -25,8 +25,8 @@ torch.set_num_threads(1)
 ROUTINGS = ["shared", "decoupled", "denominator", "displacement"]
 ALPHA = 0.6
 INFOS = {info.optim_cls: info for info in optimizers.optim_db}
-#: Muon takes no biases, and has tests of its own.
-TAKEN = dict.fromkeys([*SUPPORTED, *STEPPED])
+#: torch's own; Muon takes no biases, and has tests of its own.
+TAKEN = {cls: None for cls in (*SUPPORTED, *STEPPED) if cls in INFOS}
 del TAKEN[torch.optim.Muon]
 
 

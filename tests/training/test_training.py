@@ -63,6 +63,8 @@ PROJECTION = {
     "options": {"every": 2},
 }
 REPLAY = {"modification": "replay", "fraction": 0.05}
+MUON = {**PROJECTION, "optimizer": "muon", "lr": 0.01}
+FISHER = {"consolidation": "fisher", "merge": {"weight": 0.7}}
 
 
 def run(hooks=(), **parameters) -> dict:
@@ -268,14 +270,62 @@ def test_the_state_can_be_reset():
     assert StepsOfState.seen == [1.0, 1.0, 1.0]
 
 
+def test_muon_and_its_adamw():
+    "Who steps what, at which rate; both schedules, and both states cleared."
+
+    class Watch(Hook):
+        def __init__(self):
+            self.rates, self.steps = [], []
+
+        def after_step(self, run, step, loss):
+            pair = run.optimizers
+            self.rates.append([x.param_groups[0]["lr"] for x in pair])
+            if step == 0:
+                state = next(iter(pair[1].state.values()))
+                norm = lambda s: float(s["momentum_buffer"].norm())
+                first = next(iter(pair[0].state.values()))
+                self.steps.append((float(state["step"]), norm(first)))
+            hidden, rest = ({*x.state} for x in pair)
+            assert not hidden & rest
+            assert hidden | rest == {*run.model.parameters()}
+            assert run.model.head.weight in rest
+            assert all(p.ndim == 2 for p in hidden)
+            assert run.router.routings == ["displacement", "decoupled"]
+
+    watch = Watch()
+    run([watch], **MUON, warmup=0.25, decay="cosine", state="reset")
+    assert watch.rates[2] == [0.01, 5e-4] and len(watch.rates) == 36
+    assert all(a == pytest.approx(20 * b) for a, b in watch.rates)
+    assert watch.rates[:12] * 3 == watch.rates
+    assert [steps for steps, _ in watch.steps] == [1.0, 1.0, 1.0]
+    own = Watch()
+    run([own], **MUON, rest_lr=3e-3)
+    assert own.rates[0] == [0.01, 3e-3]
+    assert [steps for steps, _ in own.steps] == [1.0, 13.0, 25.0]
+
+
+def test_a_checkpoint_of_muon_holds_both_states(tmp_path):
+    states = []
+    for folder in (None, str(tmp_path)):
+        config = Config(**{**BASE, **MUON, "checkpoint": folder})
+        state = ContinualRun(config, STREAM, progress=False)
+        state.run_stage()
+        if folder:
+            state = ContinualRun(config, STREAM, progress=False)
+            assert state.stage == 1
+        states.append([x.state_dict() for x in state.optimizers])
+    assert same(states[0], states[1]) and len(states[0]) == 2
+
+
 @pytest.mark.parametrize(
-    "optimizer", ["adam", "amsgrad", "radam", "adamax", "sgd"]
+    "optimizer", ["adam", "amsgrad", "radam", "adamax", "sgd", "muon", "lion"]
 )
 def test_every_optimizer_learns(optimizer):
-    lr = {"sgd": 0.3}.get(optimizer, 5e-3)
+    lr = {"sgd": 0.3, "muon": 0.04, "lion": 2e-3}.get(optimizer, 5e-3)
     result = run(optimizer=optimizer, lr=lr, **PROJECTION, routing="shared")
     assert losses(result, 0)[0] < losses(result, -1)[0] - 0.5
-    assert (result["stages"][0]["horizon"] is None) == (optimizer == "sgd")
+    without = optimizer in ("sgd", "muon", "lion")
+    assert (result["stages"][0]["horizon"] is None) == without
 
 
 def test_dtype_and_inflation():
@@ -433,6 +483,9 @@ class Cut(Hook):
         },
         REPLAY,
         {"second_batch": 0.5, "order": "shuffled"},
+        {**MUON, **FISHER, "decay": "cosine"},
+        {**MUON, "state": "reset", "rest_lr": 1e-3},
+        {**PROJECTION, **FISHER, "optimizer": "lion", "routing": "shared"},
     ],
     ids=[
         "vanilla",
@@ -441,6 +494,9 @@ class Cut(Hook):
         "displacement",
         "replay",
         "second batch",
+        "muon, fisher",
+        "muon, reset",
+        "lion, fisher",
     ],
 )
 def test_resumed_bit_for_bit(arm, tmp_path):
@@ -543,6 +599,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             "is a control of its own",
         ),
         ({"optimizer": "sgd", "modification": "replay"}, "no second moment"),
+        ({"optimizer": "lion", "modification": "projection"}, "only the signs"),
+        ({"optimizer": "muon", "modification": "replay"}, "choose shared"),
+        ({"rest_lr": 1e-3}, "rest_lr=0.001 is AdamW's rate beside Muon"),
+        (
+            {
+                "optimizer": "muon",
+                "consolidation": "fisher",
+                "merge": {"curvature": "moment"},
+            },
+            "Muon has no second moment",
+        ),
         (
             {"modification": "replay", "options": {"nothing": 1}},
             "options=.*do not fit modification='replay'",
