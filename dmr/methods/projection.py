@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .inputs import catchable, input_rows
+from .inputs import catchable, first_input, input_rows, watched
 from .subspace import Growth, Sketch, grow
 from dmr.routing.modification import (
+    Dense,
     Edit,
     LowRank,
     Modification,
@@ -70,6 +71,24 @@ def _component(
     return target.matrix(x).to(U.dtype) @ U
 
 # %% ../../nbs/methods/02_projection.ipynb #18d2f245
+def _stacked(
+    vectors: Vectors,
+    bases: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
+) -> tuple[dict[str, Tensor], list[str]]:  # and names that stay alone
+    "x U of small equal weights, in one product for each kind."
+    found: dict[str, Tensor] = {}
+    whole = [n for n in bases if targets[n].part is None]
+    odd = lambda n, x: targets[n].transposed or x.dtype != bases[n].dtype
+    agree = lambda n, x: n if odd(n, x) else bases[n].shape
+    grouped, alone = stacks({n: vectors[n] for n in whole}, agree)
+    for names in grouped:  # (n, out, fan_in) @ (n, fan_in, r)
+        X = torch.stack([vectors[n] for n in names])
+        U = torch.stack([bases[n] for n in names])
+        found |= zip(names, (X @ U).unbind())
+    return found, alone + [n for n in bases if targets[n].part is not None]
+
+
 def components(
     vectors: Vectors,
     bases: Mapping[str, Tensor],  # U (fan_in, r) of each name that is wanted
@@ -77,20 +96,18 @@ def components(
     remember: bool,  # is ‖x‖² wanted soon, too?
 ) -> dict[str, Tensor]:  # (out, r) by name
     "x U for every basis."
-    found: dict[str, Tensor] = {}
-    alone = list(bases)
-    if bases and not vectors.made:
-        odd = lambda n, x: targets[n].transposed or x.dtype != bases[n].dtype
-        agree = lambda n, x: n if odd(n, x) else bases[n].shape
-        grouped, alone = stacks({n: vectors[n] for n in bases}, agree)
-        for names in grouped:  # (n, out, fan_in) @ (n, fan_in, r)
-            X = torch.stack([vectors[n] for n in names])
-            U = torch.stack([bases[n] for n in names])
-            found |= zip(names, (X @ U).unbind())
+    stack = bool(bases) and not vectors.made
+    found, alone = (
+        _stacked(vectors, bases, targets) if stack else ({}, list(bases))
+    )
+    x, of = torch.empty(0), ""
     for n in alone:
-        found[n] = _component(targets[n], vectors[n], bases[n])
+        if targets[n].parameter != of:  # the experts of one share it
+            of = targets[n].parameter
+            x = vectors[of]
+        found[n] = _component(targets[n], x, bases[n])
         if remember:
-            vectors.remember(n)
+            vectors.remember(of)
     return found
 
 # %% ../../nbs/methods/02_projection.ipynb #481521fe
@@ -107,6 +124,18 @@ def energy_share(
         over(x) if groups else x.sum() for x in (squares, wholes)
     )
     return share_of(inside, whole).nan_to_num(1.0).clamp(0, 1)
+
+# %% ../../nbs/methods/02_projection.ipynb #a28db316
+def _by_parameter(
+    found: Mapping[str, Tensor],  # g U (out, r) by name
+    targets: Mapping[str, Target],
+) -> dict[str, Tensor]:  # by parameter; those of its parts in one vector
+    "The components of each parameter together."
+    out: dict[str, list[Tensor]] = {}
+    for name, C in found.items():
+        out.setdefault(targets[name].parameter, []).append(C)
+    flat = lambda parts: torch.cat([C.flatten() for C in parts])
+    return {n: C[0] if len(C) == 1 else flat(C) for n, C in out.items()}
 
 # %% ../../nbs/methods/02_projection.ipynb #4784bd9d
 class _Settings(Modification):
@@ -128,6 +157,7 @@ class _Settings(Modification):
     energies: dict[str, Tensor]  # (r,), accumulated
     _lam: dict[str, Tensor]  # (r,), importances
     _groups: dict[str, tuple]  # where the rows of sharded weights are
+    _parts: dict[str, list[str]]  # parameter -> its parts, where it has some
     # what is sketched of the running domain
     sketches: dict[str, Sketch]
     fed: int  # gradients in the sketches
@@ -147,7 +177,8 @@ class _Looking(_Settings):
         if self._of is not vectors:
             self._C, self._of = {}, vectors
         bases = {n: U for n, U in self.bases.items() if U.shape[1]}
-        bases = {n: U for n, U in bases.items() if n in vectors}
+        own = lambda n: self.targets[n].parameter
+        bases = {n: U for n, U in bases.items() if own(n) in vectors}
         known = lambda n, U: n in self._C and self._C[n][0] is U
         missing = {n: U for n, U in bases.items() if not known(n, U)}
         made = components(vectors, missing, self.targets, self._measures)
@@ -158,14 +189,18 @@ class _Looking(_Settings):
         # a NaN in a row of g is one in that row of g U
         found = self._look(as_vectors(grads))
         # the overlap takes each ‖g‖² anyway, and the router finds it
-        return {} if self._measures else found
+        if self._measures:
+            return {}
+        # of a stack of experts, some may have no direction
+        return {n: C for n, C in found.items() if self.targets[n].part is None}
 
 # %% ../../nbs/methods/02_projection.ipynb #106c54e3
 class _Editing(_Looking):
     "Takes the protected directions out of a gradient or a step."
 
     def edited(self) -> Collection[str]:
-        return [name for name, U in self.bases.items() if U.shape[1]]
+        names = [name for name, U in self.bases.items() if U.shape[1]]
+        return list(dict.fromkeys(self.targets[n].parameter for n in names))
 
     def begin(
         self, vectors: Mapping[str, Tensor], overlap: bool
@@ -177,10 +212,12 @@ class _Editing(_Looking):
         found = self._look(vectors) if overlap else {}
         if not found:
             return None
+        found = _by_parameter(found, self.targets)
         wholes = vectors.square_norms(list(found))
         return energy_share(found, wholes, self._groups)
 
-    def edit(self, name: str, x: Tensor) -> Edit | None:
+    def _taken(self, name: str, x: Tensor) -> LowRank | None:
+        "What goes from a weight; `x`: a tensor of its parameter's shape."
         U, target = self.bases.get(name), self.targets.get(name)
         if U is None or target is None or not U.shape[1]:
             return None
@@ -189,6 +226,22 @@ class _Editing(_Looking):
             C = _component(target, x, U)
         C = C * self._lam[name] if name in self._lam else C
         return LowRank(C, U, target.transposed)
+
+# %% ../../nbs/methods/02_projection.ipynb #72c20880
+class _Assembling(_Editing):
+    "The edit of a parameter, which may be several weights."
+
+    def edit(self, name: str, x: Tensor) -> Edit | None:
+        if name not in self._parts:
+            return self._taken(name, x)
+        found = {n: self._taken(n, x) for n in self._parts[name]}
+        edits = {n: edit for n, edit in found.items() if edit is not None}
+        if not edits:
+            return None
+        d = torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device)
+        for n, edit in edits.items():
+            edit.add_to(self.targets[n].of(d), 1.0)
+        return Dense(d)
 
 # %% ../../nbs/methods/02_projection.ipynb #9151ad84
 def _gathered(
@@ -222,12 +275,13 @@ class _InputHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         projection = self.projection
-        training = module.training and torch.is_grad_enabled()
+        training = module.training or projection.shown
+        training = training and torch.is_grad_enabled()
         if not projection.feeds() or not training:
             return
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = local(first_input(args, kwargs))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = input_rows(self.target, local(x.detach()))
+            rows = input_rows(self.target, x)
             projection.sketches[self.target.name].update(rows)
         projection.fed = 1
 
@@ -238,26 +292,20 @@ def _catch_inputs(
     targets: Mapping[str, Target],
 ) -> list:  # of handles, to take the hooks off again
     "Hooks on every layer that uses one of the weights."
-    handles = []
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            continue
-        for name, t in targets.items():
-            if getattr(module, "weight", None) is t.param:
-                here = Target(name, t.param, module, t.transposed)
-                hook = _InputHook(projection, here)
-                handles.append(
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                )
-    return handles
+    return [
+        module.register_forward_pre_hook(
+            _InputHook(projection, here), with_kwargs=True
+        )
+        for module, here in watched(model, targets)
+    ]
 
 # %% ../../nbs/methods/02_projection.ipynb #42ff5d39
-class _Learning(_Editing):
+class _Learning(_Assembling):
     "Feeds a sketch of each layer, every so many steps."
 
     def feeds(self) -> bool:
         "Does this step feed the sketches?"
-        return self.grows and self.seen % self.every == 0
+        return self.grows and (self.shown or self.seen % self.every == 0)
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         if self.feeds() and self.source == "gradients":
@@ -266,8 +314,17 @@ class _Learning(_Editing):
             for name, energy in zip(fed, norms):
                 rows = self.targets[name].matrix(grads[name])
                 self.sketches[name].update(rows, energy)
+            for name, parts in self._parts.items():
+                if name in grads:
+                    self._learn_parts(parts, grads[name])
+                    fed.append(name)
             self.fed += bool(fed)
         self.seen += 1
+
+    def _learn_parts(self, parts: list[str], g: Tensor) -> None:
+        for name in parts:
+            if name in self.sketches:
+                self.sketches[name].update(self.targets[name].matrix(g))
 
     def detach(self) -> None:
         for handle in self._hooks:
@@ -423,6 +480,23 @@ def _check_basis(
             f" {error:.2g}); pass torch.linalg.qr(U).Q"
         )
 
+# %% ../../nbs/methods/02_projection.ipynb #c906789c
+def _parts_of(
+    targets: Mapping[str, Target],
+) -> dict[str, list[str]]:  # parameter -> names of its parts
+    "The parameters that are stacks of weights."
+    parts: dict[str, list[str]] = {}
+    for name, target in targets.items():
+        if target.part is not None:
+            parts.setdefault(target.parameter, []).append(name)
+    return parts
+
+
+def _name_parts(name: str, targets: Mapping[str, Target]) -> str:
+    "A hint for who named a stack of experts as if it were one weight."
+    parts = _parts_of(targets).get(name)
+    return f"; pass one basis for each of {parts[:2]}..." if parts else ""
+
 # %% ../../nbs/methods/02_projection.ipynb #444765b1
 def _chosen(
     model: nn.Module,
@@ -434,16 +508,16 @@ def _chosen(
     names = {id(p): n for n, p in model.named_parameters()}
     name = lambda k: k if isinstance(k, str) else names.get(id(k), "?")
     given = {name(key): U for key, U in bases.items()}
-    if given and only:
-        targets = {n: t for n, t in targets.items() if n in given}
     for n, U in given.items():
         if n not in targets:
             raise ValueError(
                 f"bases name {n!r}, which is not the weight of a linear or"
                 " convolutional layer of the model; the layers are"
-                f" {list(targets)[:5]}"
+                f" {list(targets)[:5]}{_name_parts(n, targets)}"
             )
         _check_basis(targets[n], U)
+    if given and only:
+        targets = {n: t for n, t in targets.items() if n in given}
     return targets, given
 
 # %% ../../nbs/methods/02_projection.ipynb #deea96e7
@@ -483,6 +557,7 @@ class _Attached(_Streaming):
             if over := shard_groups(name, t.param, t.transposed):
                 self._groups[name] = over
             self._start(name, t, given.get(name, torch.zeros(t.fan_in, 0)))
+        self._parts = _parts_of(self.targets)
         self._refresh()
         self.detach()
         if inputs:
@@ -557,7 +632,40 @@ class _Saved(_Attached):
         self._refresh()
 
 # %% ../../nbs/methods/02_projection.ipynb #c304b328
-class _Told(_Saved):
+class _Covering(_Saved):
+    "How much of a model a projection reaches."
+
+    def coverage(self) -> float:
+        "Share of the trainable parameters that lie in its weights, in [0, 1]."
+        named = self.model.named_parameters()
+        trained = {n: p for n, p in named if p.requires_grad}
+        own = [t for t in self.targets.values() if t.parameter in trained]
+        covered = sum(t.of(t.param).numel() for t in own)
+        return covered / max(sum(p.numel() for p in trained.values()), 1)
+
+    def _coverage_line(self) -> str:
+        share = self.coverage()
+        line = f"  covers {share:.1%} of the trainable parameters"
+        if share >= 0.5:
+            return line
+        return (
+            f"{line}\n  WARNING: less than half; what is not listed below is"
+            " never protected by it, see the guide on what is not"
+        )
+
+    def _lines(self) -> dict[str, list[int]]:
+        "fan_in, ranks and cap by parameter."
+        out: dict[str, list[int]] = {}
+        for name, U in self.bases.items():
+            target = self.targets[name]
+            own, parts = target.parameter, self._parts.get(target.parameter)
+            own = f"{own}[0..{len(parts) - 1}]" if parts else own
+            line = out.setdefault(own, [U.shape[0], self.cap(target)])
+            line.append(U.shape[1])
+        return out
+
+
+class _Told(_Covering):
     "What a projection costs and protects."
 
     def memory(self) -> int:
@@ -568,12 +676,14 @@ class _Told(_Saved):
         return own + sum(s.memory() for s in sketches)
 
     def summary_lines(self) -> list[str]:
-        "One line per layer, for the router's summary."
-        width = max([len(n) for n in self.bases], default=0)
-        line = "  {:{width}}  fan_in {:5}  protected {:4}  cap {:5}"
-        return [
-            line.format(n, *U.shape, self.cap(self.targets[n]), width=width)
-            for n, U in self.bases.items()
+        "What is covered, and one line a parameter, for the router's summary."
+        lines = self._lines()
+        width = max([len(n) for n in lines], default=0)
+        line = "  {:{width}}  fan_in {:5}  protected {:>4}  cap {:5}"
+        span = lambda r: f"{min(r)}-{max(r)}" if len(set(r)) > 1 else str(r[0])
+        return [self._coverage_line()] + [
+            line.format(n, fan_in, span(ranks), cap, width=width)
+            for n, (fan_in, cap, *ranks) in lines.items()
         ]
 
     def __repr__(self) -> str:
@@ -679,3 +789,4 @@ class Projection(_Told):
         self.bases, self.energies, self.sketches = {}, {}, {}
         self.fed = self.seen = 0
         self._lam, self._groups, self._hooks, self._C = {}, {}, [], {}
+        self._parts = {}

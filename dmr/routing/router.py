@@ -280,7 +280,8 @@ class _Finishing(_Measured):
         displaced = self.routing == "displacement" and not step.idle
         names = dict.fromkeys(step.names if displaced else ())
         if self._tracked():
-            names |= {n: None for n in self.matrices if n in step.live}
+            parts = (target.parameter for target in self.matrices.values())
+            names |= {n: None for n in parts if n in step.live}
         return list(names)
 
     def _tracked(self) -> bool:
