@@ -457,7 +457,38 @@ def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
     merge.recorder.clear()
 
 # %% ../../nbs/methods/11_consolidation.ipynb #881d6743
-class FisherMerge(_Moving):
+class _Shown(_Moving):
+    "Takes in a past that was shown and not trained."
+
+    examples: _MeanSquare | None = None  # what was shown so far
+
+    def show(self, grads: Mapping[str, Tensor]) -> None:
+        factored = self.curvature == "factored"
+        kind = _RowsAndColumns if factored else _MeanSquare
+        if self.examples is None:
+            self.examples = kind(self.trained)
+        self.examples.learn(grads)
+
+    def _checked(self, recorder: _MeanSquare) -> dict[str, Tensor]:
+        scale = per_sample(self.samples, self.reduction)
+        found = recorder.fisher().items()
+        new = {name: scale * f for name, f in found}
+        for name, f in new.items():
+            _check_curvatures(name, f, f, f)
+        return new
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        if self.examples is not None:
+            new, self.examples = self._checked(self.examples), None
+            _take_in(self, new)
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.examples = None
+
+# %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
+class FisherMerge(_Shown):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.
     """
@@ -476,11 +507,7 @@ class FisherMerge(_Moving):
 
     @torch.no_grad()
     def merge(self) -> dict:
-        scale = per_sample(self.samples, self.reduction)
-        found = self.recorder.fisher().items()
-        new = {name: scale * f for name, f in found}
-        for name, f in new.items():
-            _check_curvatures(name, f, f, f)
+        new = self._checked(self.recorder)
         report = self._move(new) if self.past else self._begin()
         _take_in(self, new)
         return report

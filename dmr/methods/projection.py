@@ -415,6 +415,15 @@ class _Growing(_Sizing):
             total=float(sketch.energy),
         )
 
+    def _put(self, growths: Mapping[str, Growth]) -> dict:
+        "Let the grown bases take the place of the old ones; the report."
+        for name, growth in growths.items():
+            self.bases[name], self.energies[name] = growth.U, growth.energy
+            if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
+                self._warn_full(name)
+        self._refresh()
+        return self._report(growths)
+
     def _report(self, growths: Mapping[str, Growth]) -> dict:
         return _growth_report(self.bases, growths)
 
@@ -434,21 +443,41 @@ class _Bounded(_Growing):
             for name, state in self._gather().items():
                 self.sketches[name].load_state_dict(state)
         growths = {n: self._grown(n, x) for n, x in self.sketches.items()}
-        for name, growth in growths.items():
-            self.bases[name], self.energies[name] = growth.U, growth.energy
-            self.sketches[name].clear()
-            if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
-                self._warn_full(name)
+        for sketch in self.sketches.values():
+            sketch.clear()
         self.fed = self.seen = 0
-        self._refresh()
-        return self._report(growths)
+        return self._put(growths)
 
     def share(self) -> None:
         for kept in (self.bases, self.energies, self._lam):
             kept.update(same_everywhere(kept, self.group))
 
+# %% ../../nbs/methods/02_projection.ipynb #c831130c
+class _Reading(_Bounded):
+    "Takes directions from the weights themselves."
+
+    def read_weights(self, rank: int | None = None) -> dict:
+        if not self.grows:
+            raise TypeError(
+                f"{self!r} does not grow from what it is shown; make it with"
+                " a rank, or with energy=0.95"
+            )
+        rank = _positive("rank", rank)
+        growths = {
+            name: grow(
+                self.bases[name],
+                self.energies[name],
+                target.matrix(target.param.detach()),
+                rank=rank or self.rank,
+                threshold=None if rank else self.energy,
+                max_rank=self.cap(target),
+            )
+            for name, target in self.targets.items()
+        }
+        return self._put(growths)
+
 # %% ../../nbs/methods/02_projection.ipynb #6ad89353
-class _Streaming(_Bounded):
+class _Streaming(_Reading):
     "Forgets a step, and may end a domain by itself."
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:

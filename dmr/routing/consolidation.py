@@ -60,6 +60,14 @@ class Consolidation:
     def anchor(self) -> None:
         "The present weights are the ones that the next merge starts from."
 
+    def show(self, grads: Mapping[str, Tensor]) -> None:
+        "Raw gradients on an example of what the model knows already."
+        self.learn(grads)
+
+    def take_in(self) -> None:
+        "What was shown is the past now. The weights stay as they are."
+        self.anchor()
+
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."
         raise TypeError(f"{type(self).__name__} has no merge method")
@@ -127,6 +135,10 @@ class Interpolate(Anchored):
 
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"
+
+    def take_in(self) -> None:
+        if self.weight is not None:  # else no merge would use the copy
+            self.anchor()
 
     @torch.no_grad()
     def merge(

@@ -573,6 +573,17 @@ class Modification(_State, _OptionalSetup, _OptionalStep):
         "End of a domain. Returns a report of plain numbers."
         return {}
 
+    def read_weights(
+        self,
+        rank: int | None = None,  # directions a weight; None: as made
+    ) -> dict:
+        "Learn from the weights alone what to protect. Returns a report."
+        raise TypeError(
+            f"{type(self).__name__} learns nothing from weights alone; call"
+            " protect(batches, loss_fn), with text that the model writes"
+            " itself where there is no other: dmr.sample_text"
+        )
+
 # %% ../../nbs/routing/01_modification.ipynb #e2194a72
 class Nothing(Modification):
     "The modification of a router that was given none."

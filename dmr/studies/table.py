@@ -159,7 +159,8 @@ def arm_label(
         adaptive = "adaptive " if get("strength") == "overlap" else ""
         words = [f"{adaptive or fixed}{routing} {modification}"]
         if modification == "replay" and fraction is not None:
-            words = [f"replay {100 * fraction:g} % {adaptive}{routing}"]
+            own = "self " if get("memory") == "self" else ""
+            words = [f"{own}replay {100 * fraction:g} % {adaptive}{routing}"]
         if lam is not None:
             words.append("+ interpolation")
         if merge is not None:

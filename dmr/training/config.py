@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from ..methods.projection import Projection
 from ..methods.registry import FAMILIES, make
-from ..methods.replay import ReplayBuffer, ReplayMix
+from ..methods.replay import ReplayBuffer, ReplayMix, Writer
+from ..methods.sampling import sample_text
 from ..routing.modification import Modification
 from ..routing.router import MomentRouter
 from ..routing.step import GUARDS, ROUTINGS
@@ -163,6 +164,27 @@ def for_language_model(
         **options,
     )
 
+# %% ../../nbs/training/03_config.ipynb #7ff63e97
+def _writer(
+    c: Config,
+    model: nn.Module,  # that writes
+) -> Writer | None:  # None: the domain's own windows are kept
+    "What replay keeps in place of a domain's text."
+    if c.memory is None:
+        return None
+
+    def write(count: int, boundary: int) -> Iterator[Tensor]:
+        length = c.context + 1  # of a window
+        return sample_text(
+            model,
+            tokens=count * length,
+            length=length,
+            batch=64,
+            seed=seed_for(c.seed, "written", str(boundary)),
+        )
+
+    return write
+
 # %% ../../nbs/training/03_config.ipynb #89b60a3a
 Loss = Callable[[Tensor], Tensor]  # a batch of windows -> mean loss
 
@@ -178,6 +200,7 @@ MODIFICATIONS: dict[
         ReplayBuffer(seed=seed_for(c.seed, "replay")),
         loss_fn,
         fraction=c.fraction,
+        write=_writer(c, model),
         **(c.options or {}),
     ),
 }
@@ -247,6 +270,7 @@ LIMITS: dict[str, str] = {
     "fraction": "(0, 1]",
     "interpolate": "(0, 1]",
     "consolidation": "{none, interpolate, fisher}",
+    "memory": "{self}",
     "second_batch": "[0, 1)",
     "freeze_after": "[1, inf)",
     "seed": "[0, inf)",
@@ -374,6 +398,9 @@ class Config:
     arm: str = ""  # a label
     consolidation: str = "none"  # of the weights at a boundary
     merge: dict | None = None  # arguments of the consolidation
+    # what replay keeps; None: windows of each domain; self: what the model
+    # writes itself
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         kinds = {f.name: str(f.type) for f in fields(self)}
@@ -480,6 +507,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"interpolate={c.interpolate} and consolidation="
             f"{c.consolidation!r} merge the weights twice; leave one out"
+        )
+    if c.memory is not None and c.modification != "replay":
+        raise ValueError(
+            f"memory={c.memory!r} says what replay keeps, so it needs"
+            f" modification='replay', not {c.modification!r}"
         )
     if c.second_batch and c.modification != "none":
         raise ValueError(

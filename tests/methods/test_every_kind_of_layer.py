@@ -37,7 +37,9 @@ def transposed(x, groups):
     "A weight (in, out / groups, *kernel) as one matrix a group, by loops."
     size = x.shape[0] // groups
     return [
-        torch.stack([x[i].flatten() for i in range(g * size, (g + 1) * size)], 1)
+        torch.stack(
+            [x[i].flatten() for i in range(g * size, (g + 1) * size)], 1
+        )
         for g in range(groups)
     ]
 
@@ -68,7 +70,9 @@ KINDS = {
     ),
     "lstm": (
         lambda: Read(
-            nn.LSTM(6, 5, bias=False, batch_first=True, proj_size=4, num_layers=2)
+            nn.LSTM(
+                6, 5, bias=False, batch_first=True, proj_size=4, num_layers=2
+            )
         ),
         (4, 7, 6),
         {
@@ -117,7 +121,11 @@ def train(model, optimizer, shape, seed, steps=6):
 
 
 def names_of(name, parts):
-    return [name] if len(parts) == 1 else [f"{name}[{i}]" for i in range(len(parts))]
+    return (
+        [name]
+        if len(parts) == 1
+        else [f"{name}[{i}]" for i in range(len(parts))]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,7 +154,12 @@ def test_protected_directions_stand_still_under_displacement(kind, routing):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     projection = dmr.Projection(RANK, every=1)
     router = dmr.MomentRouter(
-        model, optimizer, projection, routing, track_step=1, track_inflation=True
+        model,
+        optimizer,
+        projection,
+        routing,
+        track_step=1,
+        track_inflation=True,
     )
     train(model, optimizer, shape, 1)
     router.consolidate()
@@ -177,10 +190,13 @@ def test_an_old_input_is_answered_as_before(kind):
     view = [1] * len(shape)
     view[channel] = -1
     mask = spanned.double().view(view)
-    old = lambda seed: mask * torch.randn(
-        shape,
-        dtype=torch.float64,
-        generator=torch.Generator().manual_seed(seed),
+    old = lambda seed: (
+        mask
+        * torch.randn(
+            shape,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seed),
+        )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     router = dmr.MomentRouter(

@@ -192,7 +192,9 @@ def test_state_and_summary_of_experts():
     model, _ = made("mixtral")
     optimizer = torch.optim.AdamW(model.parameters())
     projection = dmr.Projection(rank=3, every=1)
-    router = dmr.MomentRouter(model, optimizer, projection, track_inflation=True)
+    router = dmr.MomentRouter(
+        model, optimizer, projection, track_inflation=True
+    )
     router.protect(texts(1), loss_on(model))
     train(model, optimizer, 1)
     name = "model.layers.0.mlp.experts.down_proj"
