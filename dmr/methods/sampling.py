@@ -92,7 +92,8 @@ class _Reader:
         new = text[:, -1:] if self.past else text
         out = self.model(input_ids=new, use_cache=True, **self.past)
         names = ("cache", "past_key_values")  # by version of transformers
-        self.past = {key: out[key] for key in names if key in out}
+        held = [key for key in names if key in out]
+        self.past = {key: out[key] for key in held[:1]}
         return out.logits[:, -1]
 
 # %% ../../nbs/methods/13_sampling.ipynb #fa22b346
