@@ -40,7 +40,7 @@ def _patches(
     places, kernel = range(3, 3 + axes), range(3 + axes, x.ndim)
     return x.permute(0, 1, *places, 2, *kernel)
 
-
+# %% ../../nbs/methods/04_inputs.ipynb #9a8035d0
 def input_rows(
     target: Target,  # a weight and the module that owns it
     x: Tensor,  # what the module was given

@@ -154,7 +154,7 @@ def _check_sampling(
             f" {type(model).__name__} knows; pass length<={longest}"
         )
 
-
+# %% ../../nbs/methods/13_sampling.ipynb #37af0acc
 def sample_text(
     model: nn.Module,  # of transformers, or bytes -> logits
     tokenizer: Any = None,  # None: the model's configuration knows the tokens

@@ -47,8 +47,8 @@ class Trained:
         return state.get(self.moments.second)
 
 # %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class Consolidation:
-    "What happens to the weights at a boundary. Subclass it; define `merge`."
+class _Looking:
+    "What a consolidation may see, and when."
 
     def attach(self, trained: Trained) -> None:
         "Meet the training run, or raise a ValueError for one that cannot work."
@@ -67,6 +67,10 @@ class Consolidation:
     def take_in(self) -> None:
         "What was shown is the past now. The weights stay as they are."
         self.anchor()
+
+# %% ../../nbs/routing/07_consolidation.ipynb #9524f952
+class Consolidation(_Looking):
+    "What happens to the weights at a boundary. Subclass it; define `merge`."
 
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."

@@ -208,7 +208,7 @@ def _squares_inside(
             out[name] = torch.linalg.vector_norm(C).square()
     return out
 
-
+# %% ../../nbs/routing/06_inflation.ipynb #86c26895
 def step_norms(
     step: Step,
     edits: Mapping[str, Edit],  # what displacement took from u

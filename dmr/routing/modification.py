@@ -183,8 +183,8 @@ def square_norms(
 
 # %% ../../nbs/routing/01_modification.ipynb #8de1b243
 @dataclass
-class Target:
-    "A weight with an input side: its name, the parameter, the owning module."
+class _Place:
+    "Where a weight is: its name, the parameter, the owning module."
 
     name: str
     param: nn.Parameter = field(repr=False)
@@ -203,6 +203,11 @@ class Target:
     def of(self, x: Tensor) -> Tensor:
         "This target's part of a tensor of the parameter's shape, a view."
         return x if self.part is None else x[self.part]
+
+# %% ../../nbs/routing/01_modification.ipynb #2f055212
+@dataclass
+class Target(_Place):
+    "A weight with an input side: its name, the parameter, the owning module."
 
     @property
     def fan_in(self) -> int:
@@ -299,15 +304,17 @@ def _input_weights(module: nn.Module) -> list[_Weight]:
         names = [f"{part}_weight" for part in parts]
         return [(getattr(module, name), False, _WHOLE) for name in names]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        own = module.named_parameters(recurse=False)
-        return [(p, False, _WHOLE) for n, p in own if n.startswith("weight_")]
+        return [
+            (p, False, _WHOLE)
+            for n, p in module.named_parameters(recurse=False)
+            if n.startswith("weight_")
+        ]
     kind = type(module).__name__
     if kind == "Conv1D" and hasattr(module, "nf"):
         return [(module.weight, True, _WHOLE)]
     if kind.lower().endswith("topkrouter"):
-        weight: Any = getattr(module, "weight", None)
-        matrix = getattr(weight, "ndim", 0) == 2
-        return [(weight, False, _WHOLE)] if matrix else []
+        own = dict(module.named_parameters(recurse=False))
+        return [(p, False, _WHOLE) for p in own.values() if p.ndim == 2]
     return _expert_weights(module)
 
 # %% ../../nbs/routing/01_modification.ipynb #816669e2
@@ -352,10 +359,9 @@ def _discover(
             if param is None or name is None or name in known:
                 continue
             named = name in wanted
-            left_out = (id(param) in tables and not named) or (
-                wanted and not matches(name, wanted)
-            )
-            if left_out or matches(name, unwanted):
+            hidden = id(param) in tables and not named
+            unasked = wanted and not matches(name, wanted)
+            if hidden or unasked or matches(name, unwanted):
                 continue
             known.add(name)
             for i, part in enumerate(parts):
@@ -374,7 +380,17 @@ def _check_shaped(model: nn.Module) -> None:
                 " one batch through the model before the router is made"
             )
 
+def _check_found(
+    missing: list[str],  # named by the user, and no weight of ours
+) -> None:
+    "Raise ValueError for a parameter without an input side."
+    for name in missing:
+        raise ValueError(
+            f"include={name!r} is not the weight of a linear or"
+            " convolutional layer, so it has no input side; leave it out"
+        )
 
+# %% ../../nbs/routing/01_modification.ipynb #872be396
 def find_targets(
     model: nn.Module,  # searched for weights of linear maps
     # only weights whose names match (shell patterns); None: all found
@@ -397,12 +413,8 @@ def find_targets(
     _check_patterns("include", wanted, list(order))
     _check_patterns("exclude", unwanted, list(order))
     have = {target.parameter for target in found.values()}
-    for name in wanted:
-        if name in order and name not in have and not matches(name, unwanted):
-            raise ValueError(
-                f"include={name!r} is not the weight of a linear or"
-                " convolutional layer, so it has no input side; leave it out"
-            )
+    missing = [n for n in wanted if n in order and n not in have]
+    _check_found([n for n in missing if not matches(n, unwanted)])
     place = lambda named: order[named[1].parameter]
     return dict(sorted(found.items(), key=place))
 
