@@ -450,7 +450,6 @@ class _OptionalSetup:
     needs_consolidate: bool = True  # is it idle before the first consolidate?
     usual_strength: float = 1.0  # of a router that is given none
     serves: bool = False  # does a router use it? Set by the router
-    shown: bool = False  # are these examples shown by `protect`? Also set
     group: Any = None  # processes with copies of the model; set by the router
     #: protected directions U (fan_in, r) by name, where there are such
     bases: Mapping[str, Tensor] = {}
@@ -536,6 +535,23 @@ class _State:
         "Bytes kept between steps."
         return 0
 
+# %% ../../nbs/routing/01_modification.ipynb #f55aa533
+class _OptionalPast:
+    "What a modification can learn before anything is trained or shown."
+
+    shown: bool = False  # are these examples of a past? Set by the router
+
+    def read_weights(
+        self,
+        rank: int | None = None,  # directions a weight; None: as made
+    ) -> dict:
+        "Learn from the weights alone what to protect. Returns a report."
+        raise TypeError(
+            f"{type(self).__name__} learns nothing from weights alone; call"
+            " protect(batches, loss_fn), with text that the model writes"
+            " itself where there is no other: dmr.sample_text"
+        )
+
 # %% ../../nbs/routing/01_modification.ipynb #fced3d93
 def _first_edition(cls: Any) -> None:
     "Let a class that defines `active` or `after_step` keep its meaning."
@@ -561,7 +577,7 @@ def _first_edition(cls: Any) -> None:
         cls.end = lambda self, grads=None: followed(self, grads)
 
 # %% ../../nbs/routing/01_modification.ipynb #0fed6fb7
-class Modification(_State, _OptionalSetup, _OptionalStep):
+class Modification(_State, _OptionalSetup, _OptionalStep, _OptionalPast):
     "What a method takes away from the gradient: d = g - g̃ at full strength."
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -590,17 +606,6 @@ class Modification(_State, _OptionalSetup, _OptionalStep):
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."
         return {}
-
-    def read_weights(
-        self,
-        rank: int | None = None,  # directions a weight; None: as made
-    ) -> dict:
-        "Learn from the weights alone what to protect. Returns a report."
-        raise TypeError(
-            f"{type(self).__name__} learns nothing from weights alone; call"
-            " protect(batches, loss_fn), with text that the model writes"
-            " itself where there is no other: dmr.sample_text"
-        )
 
 # %% ../../nbs/routing/01_modification.ipynb #e2194a72
 class Nothing(Modification):
