@@ -11,12 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .modification import Made
 from .moments import Moments, moments_of, unwrap
 from .sharding import placed_like, unwrapped
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['Trained', 'Consolidation', 'check_weight', 'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'Anchored', 'Interpolate']
+
+# %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
+def check_order(model: object, optimizer: object) -> None:
+    "TypeError for a model that is none, such as an optimizer in its place."
+    if isinstance(model, nn.Module) and not isinstance(optimizer, nn.Module):
+        return
+    name = type(model).__name__
+    if isinstance(optimizer, nn.Module):
+        raise TypeError(
+            f"the optimizer is a model ({type(optimizer).__name__}) and the"
+            f" model a {name}: pass the model first, then its optimizer"
+        )
+    raise TypeError(
+        f"model={name} is no torch.nn.Module; pass the model whose parameters"
+        " the optimizer steps"
+    )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #8b61aa30
 class Trained:
@@ -27,6 +44,7 @@ class Trained:
     domains: int = 0  # consolidated
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
+        check_order(model, optimizer)
         self.model = unwrapped(model)
         self.optimizer = unwrap(optimizer)
         self.moments: Moments = moments_of(self.optimizer)
@@ -46,13 +64,24 @@ class Trained:
         state = self.optimizer.state.get(self.parameters()[name], {})
         return state.get(self.moments.second)
 
-# %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class _Looking:
-    "What a consolidation may see, and when."
+# %% ../../nbs/routing/07_consolidation.ipynb #273be954
+class _Stated:
+    "What a consolidation keeps; by default nothing."
 
-    def attach(self, trained: Trained) -> None:
-        "Meet the training run, or raise a ValueError for one that cannot work."
-        self.trained = trained
+    def state_dict(self) -> dict:
+        "The state as tensors and numbers, whole where they are sharded."
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        "Take over a state written by `state_dict`."
+
+    def memory(self) -> int:
+        "Bytes kept between steps."
+        return 0
+
+# %% ../../nbs/routing/07_consolidation.ipynb #2ad85bc3
+class _Taught(_Stated):
+    "What a consolidation hears of."
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         "At every step that is taken: the raw gradients, unscaled and finite."
@@ -68,24 +97,27 @@ class _Looking:
         "What was shown is the past now. The weights stay as they are."
         self.anchor()
 
-# %% ../../nbs/routing/07_consolidation.ipynb #9524f952
-class Consolidation(_Looking):
+# %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
+class Consolidation(Made, _Taught):
     "What happens to the weights at a boundary. Subclass it; define `merge`."
+
+    def attach(self, trained: Trained) -> None:
+        "Meet the training run, or raise a ValueError for one that cannot work."
+        self.trained = trained
+
+    def begin(self) -> None:
+        "A domain begins: before its first step."
+
+    def observe(self, batch: object) -> None:
+        "A training batch of the running domain, before its backward pass."
+
+    def pull(self) -> dict:
+        "Inside a domain: change the weights, and leave the past as it is."
+        raise TypeError(f"{type(self).__name__} has no pull method")
 
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."
         raise TypeError(f"{type(self).__name__} has no merge method")
-
-    def state_dict(self) -> dict:
-        "The state as tensors and numbers, whole where they are sharded."
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        "Take over a state written by `state_dict`."
-
-    def memory(self) -> int:
-        "Bytes kept between steps."
-        return 0
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
 def check_weight(
@@ -126,9 +158,21 @@ class Anchored(Consolidation):
         kept = self.before.values()
         return sum(x.numel() * x.element_size() for x in kept)
 
+# %% ../../nbs/routing/07_consolidation.ipynb #a7d5f0cf
+@torch.no_grad()
+def _average(
+    kept: Anchored,  # with the weights of the last boundary
+    weight: float,  # λ in (0, 1]
+) -> None:
+    "Move the present weights to θ_prev + λ(θ - θ_prev)."
+    for name, p in kept.trained.parameters().items():
+        if name in kept.before:
+            old = kept.before[name].to(p)
+            p.copy_(torch.lerp(old, p, weight))
+
 # %% ../../nbs/routing/07_consolidation.ipynb #e650b386
-class Interpolate(Anchored):
-    "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
+class _Weighted(Anchored):
+    "Keeps a copy where a weight λ says that it is used."
 
     def __init__(
         self,
@@ -137,23 +181,31 @@ class Interpolate(Anchored):
         super().__init__()
         self.weight = check_weight("weight", weight)
 
-    def __repr__(self) -> str:
-        return f"Interpolate({'' if self.weight is None else self.weight})"
-
     def take_in(self) -> None:
         if self.weight is not None:  # else no merge would use the copy
             self.anchor()
 
-    @torch.no_grad()
+# %% ../../nbs/routing/07_consolidation.ipynb #b65e346d
+class Interpolate(_Weighted):
+    "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
+
+    def __repr__(self) -> str:
+        return f"Interpolate({'' if self.weight is None else self.weight})"
+
+    def pull(
+        self,
+        weight: float | None = None,  # λ of this time; None: as made
+    ) -> dict:
+        weight = self.weight if weight is None else weight
+        if weight is not None:
+            _average(self, weight)
+        return {}
+
     def merge(
         self,
         weight: float | None = None,  # λ of this boundary; None: as made
     ) -> dict:
-        weight = self.weight if weight is None else weight
-        if weight is not None:
-            for name, p in self.trained.parameters().items():
-                if name in self.before:
-                    old = self.before[name].to(p)
-                    p.copy_(torch.lerp(old, p, weight))
+        self.pull(weight)
+        if (self.weight if weight is None else weight) is not None:
             self.anchor()
         return {}
