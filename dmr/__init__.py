@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dmr.methods.consolidation import FisherMerge, merge
     from dmr.methods.projection import Projection
     from dmr.methods.replay import ReplayBuffer, ReplayMix
+    from dmr.methods.sampling import sample_text
     from dmr.routing.router import MomentRouter
     from dmr.routing.step import ROUTINGS
     from dmr.text.load import load_stream
@@ -53,6 +54,7 @@ _HOME = {
     "load_results": "reporting.results",
     "build_model": "training.model",
     "load_pretrained": "training.pretrained",
+    "sample_text": "methods.sampling",
     "route_lora": "frameworks.lora",
     "restart_lora": "frameworks.lora",
     "RouterCallback": "frameworks.trainer",
@@ -79,6 +81,7 @@ __all__ = [
     "load_results",
     "build_model",
     "load_pretrained",
+    "sample_text",
     "route_lora",
     "restart_lora",
     "RouterCallback",

@@ -113,6 +113,7 @@ LONGER = {
     "methods/09_replay.ipynb": PARAMETERS,
     "methods/10_controls.ipynb": PARAMETERS,
     "methods/12_registry.ipynb": "the table of all methods",
+    "methods/14_sampling.ipynb": PARAMETERS,
     "routing/09_probes.ipynb": PARAMETERS,
     "training/03_config.ipynb": "the list of a run's parameters",
     "routing/08_router.ipynb": PARAMETERS,

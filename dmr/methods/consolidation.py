@@ -508,7 +508,35 @@ class _Recording(_Moving):
         return new
 
 # %% ../../nbs/methods/11_consolidation.ipynb #881d6743
-class FisherMerge(_Recording):
+class _Shown(_Recording):
+    "Takes in a past that was shown and not trained."
+
+    examples: MeanSquare | None = None  # what was shown so far
+
+    def show(self, grads: Mapping[str, Tensor]) -> None:
+        if self.examples is None:
+            kind = self.curvatures[self.curvature]
+            moment = issubclass(kind, _SecondMoment)
+            self.examples = (MeanSquare if moment else kind)(self.trained)
+        self.examples.learn(grads)
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        if self.examples is not None:
+            kept, self.recorder = self.recorder, self.examples
+            self.examples = None
+            try:
+                new = self._found()
+            finally:
+                self.recorder = kept
+            _take_in(self, new)
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.examples = None
+
+# %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
+class FisherMerge(_Shown):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.
     """

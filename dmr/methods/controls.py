@@ -5,7 +5,8 @@
 # %% ../../nbs/methods/10_controls.ipynb #cdce58f7
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,16 +35,23 @@ class _Shadow(Projection):
     def _shown(self, U: Tensor, learned: Tensor) -> Tensor:
         return learned
 
-    def consolidate(self) -> dict:
+    def _behind(self, learn: Callable[[], dict]) -> dict:
+        "What is learned stays behind; what is shown follows it."
         shown, self.bases = self.bases, self.learned
         try:
-            report = super().consolidate()
+            report = learn()
             self.learned = self.bases
         finally:
             self.bases = shown
         new = {n: self._shown(shown[n], U) for n, U in self.learned.items()}
         self.bases = new
         return report
+
+    def consolidate(self) -> dict:
+        return self._behind(super().consolidate)
+
+    def read_weights(self, rank: int | None = None) -> dict:
+        return self._behind(partial(super().read_weights, rank))
 
     def state_dict(self) -> dict:
         learned = {name: U.clone() for name, U in self.learned.items()}

@@ -8,29 +8,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .subspace import square_root
 from ..routing.modification import Target
 
 # %% auto #0
-__all__ = ['input_rows', 'InputMoment', 'capture_inputs', 'catchable']
+__all__ = ['input_rows', 'InputMoment', 'watched', 'first_input', 'capture_inputs', 'catchable']
 
 # %% ../../nbs/methods/04_inputs.ipynb #f8fb4d07
-def input_rows(
-    target: Target,  # a weight and the module that owns it
-    x: Tensor,  # what the module was given
-) -> Tensor:  # (n, fan_in): one row for each product with the weight
-    """The inputs of a linear or convolutional layer as rows: x W^T is the
-    layer's output without its bias.
-    """
-    conv = target.module
-    if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return x.reshape(-1, target.fan_in)
+def _patches(
+    conv: Any,  # a convolution
+    x: Tensor,  # (batch, channels, ...), or without the batch
+) -> Tensor:  # (batch, groups, *places, channels, *kernel)
+    "What the kernel meets at each place."
     axes = len(conv.kernel_size)
     x = x if x.ndim == axes + 2 else x[None]  # (batch, channels, ...)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
@@ -41,7 +38,22 @@ def input_rows(
         x = x.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
     x = x.unflatten(1, (conv.groups, -1))
     places, kernel = range(3, 3 + axes), range(3 + axes, x.ndim)
-    return x.permute(0, 1, *places, 2, *kernel).reshape(-1, target.fan_in)
+    return x.permute(0, 1, *places, 2, *kernel)
+
+# %% ../../nbs/methods/04_inputs.ipynb #9a8035d0
+def input_rows(
+    target: Target,  # a weight and the module that owns it
+    x: Tensor,  # what the module was given
+) -> Tensor:  # (n, fan_in): one row for each product with the weight
+    """The inputs of a layer as rows: x W^T is the layer's output without its
+    bias, in the order of the weight's rows.
+    """
+    module: Any = target.module
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        x = _patches(module, x)
+    elif target.transposed and hasattr(module, "output_padding"):
+        x = x.movedim(-1 - len(module.kernel_size), -1)  # channels last
+    return x.reshape(-1, target.fan_in)
 
 # %% ../../nbs/methods/04_inputs.ipynb #f613f143
 @dataclass
@@ -62,18 +74,28 @@ class InputMoment:
         return square_root(self.matrix)
 
 # %% ../../nbs/methods/04_inputs.ipynb #2514d2aa
-def _watched(
+def watched(
     model: nn.Module, targets: Mapping[str, Target]
 ) -> list[tuple[nn.Module, Target]]:
     "The modules that multiply by a target's weight, with the target there."
     tables = (nn.Embedding, nn.EmbeddingBag)
     return [
-        (module, Target(name, target.param, module, target.transposed))
+        (module, replace(target, module=module))
         for module in model.modules()
-        for name, target in targets.items()
-        if getattr(module, "weight", None) is target.param
+        for target in targets.values()
+        if module is target.module
+        or module._parameters.get("weight") is target.param
         and not isinstance(module, tables)
     ]
+
+# %% ../../nbs/methods/04_inputs.ipynb #ebd43e04
+def first_input(
+    args: tuple,  # of a module's call
+    kwargs: dict,
+) -> Tensor:  # detached
+    "What a module was given to read."
+    x = args[0] if args else next(iter(kwargs.values()))
+    return (x.data if isinstance(x, PackedSequence) else x).detach()
 
 # %% ../../nbs/methods/04_inputs.ipynb #7494eaac
 @contextmanager
@@ -89,14 +111,14 @@ def capture_inputs(
 
     def hook(here: Target) -> Callable:
         def take(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            moments[here.name].take(input_rows(here, x.detach()))
+            x = first_input(args, kwargs)
+            moments[here.name].take(input_rows(here, x))
 
         return take
 
     handles = [
         module.register_forward_pre_hook(hook(here), with_kwargs=True)
-        for module, here in _watched(model, targets)
+        for module, here in watched(model, targets)
     ]
     try:
         yield moments
@@ -105,18 +127,27 @@ def capture_inputs(
             handle.remove()
 
 # %% ../../nbs/methods/04_inputs.ipynb #ca951d20
+def _hidden(target: Target) -> bool:
+    "Does the weight's module multiply where no hook can look?"
+    quantizable = nn.modules.linear.NonDynamicallyQuantizableLinear
+    recurrent = isinstance(target.module, (nn.RNNBase, nn.RNNCellBase))
+    reads = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    state = recurrent and target.parameter.rpartition(".")[2] not in reads
+    inside = isinstance(target.module, (nn.MultiheadAttention, quantizable))
+    return inside or state or target.part is not None
+
+
 def catchable(
     targets: Mapping[str, Target],  # found by `find_targets`
 ) -> dict[str, Target]:
     "The targets whose inputs a hook can see; warns about the others."
-    quantizable = nn.modules.linear.NonDynamicallyQuantizableLinear
-    hidden = (nn.MultiheadAttention, quantizable)
-    missed = {n for n, t in targets.items() if isinstance(t.module, hidden)}
+    missed = {n: t.parameter for n, t in targets.items() if _hidden(t)}
     if missed:
         warnings.warn(
-            f"the inputs of {sorted(missed)} cannot be seen, because"
-            " nn.MultiheadAttention calls no layer; they are not protected."
-            " Write attention with nn.Linear to protect it",
+            f"the inputs of {sorted(set(missed.values()))} cannot be seen,"
+            " because their module calls no layer with them; they are not"
+            " protected. Protect them by source='gradients', or write"
+            " attention with nn.Linear",
             stacklevel=5,
         )
     return {name: t for name, t in targets.items() if name not in missed}

@@ -13,9 +13,10 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from .inputs import catchable, input_rows
+from .inputs import catchable, first_input, input_rows, watched
 from .subspace import Growth, Sketch, grow
 from dmr.routing.modification import (
+    Dense,
     Edit,
     LowRank,
     Modification,
@@ -72,6 +73,24 @@ def _component(
     return target.matrix(x).to(U.dtype) @ U
 
 # %% ../../nbs/methods/02_projection.ipynb #18d2f245
+def _stacked(
+    vectors: Vectors,
+    bases: Mapping[str, Tensor],
+    targets: Mapping[str, Target],
+) -> tuple[dict[str, Tensor], list[str]]:  # and names that stay alone
+    "x U of small equal weights, in one product for each kind."
+    found: dict[str, Tensor] = {}
+    whole = [n for n in bases if targets[n].part is None]
+    odd = lambda n, x: targets[n].transposed or x.dtype != bases[n].dtype
+    agree = lambda n, x: n if odd(n, x) else bases[n].shape
+    grouped, alone = stacks({n: vectors[n] for n in whole}, agree)
+    for names in grouped:  # (n, out, fan_in) @ (n, fan_in, r)
+        X = torch.stack([vectors[n] for n in names])
+        U = torch.stack([bases[n] for n in names])
+        found |= zip(names, (X @ U).unbind())
+    return found, alone + [n for n in bases if targets[n].part is not None]
+
+
 def components(
     vectors: Vectors,
     bases: Mapping[str, Tensor],  # U (fan_in, r) of each name that is wanted
@@ -79,20 +98,18 @@ def components(
     remember: bool,  # is ‖x‖² wanted soon, too?
 ) -> dict[str, Tensor]:  # (out, r) by name
     "x U for every basis."
-    found: dict[str, Tensor] = {}
-    alone = list(bases)
-    if bases and not vectors.made:
-        odd = lambda n, x: targets[n].transposed or x.dtype != bases[n].dtype
-        agree = lambda n, x: n if odd(n, x) else bases[n].shape
-        grouped, alone = stacks({n: vectors[n] for n in bases}, agree)
-        for names in grouped:  # (n, out, fan_in) @ (n, fan_in, r)
-            X = torch.stack([vectors[n] for n in names])
-            U = torch.stack([bases[n] for n in names])
-            found |= zip(names, (X @ U).unbind())
+    stack = bool(bases) and not vectors.made
+    found, alone = (
+        _stacked(vectors, bases, targets) if stack else ({}, list(bases))
+    )
+    x, of = torch.empty(0), ""
     for n in alone:
-        found[n] = _component(targets[n], vectors[n], bases[n])
+        if targets[n].parameter != of:  # the experts of one share it
+            of = targets[n].parameter
+            x = vectors[of]
+        found[n] = _component(targets[n], x, bases[n])
         if remember:
-            vectors.remember(n)
+            vectors.remember(of)
     return found
 
 # %% ../../nbs/methods/02_projection.ipynb #481521fe
@@ -107,6 +124,18 @@ def energy_share(
     over = lambda x: total(dict(zip(components, x.unbind())), groups)
     inside, whole = (over(x) if groups else x.sum() for x in (squares, wholes))
     return share_of(inside, whole).nan_to_num(1.0).clamp(0, 1)
+
+# %% ../../nbs/methods/02_projection.ipynb #a28db316
+def _by_parameter(
+    found: Mapping[str, Tensor],  # g U (out, r) by name
+    targets: Mapping[str, Target],
+) -> dict[str, Tensor]:  # by parameter; those of its parts in one vector
+    "The components of each parameter together."
+    out: dict[str, list[Tensor]] = {}
+    for name, C in found.items():
+        out.setdefault(targets[name].parameter, []).append(C)
+    flat = lambda parts: torch.cat([C.flatten() for C in parts])
+    return {n: C[0] if len(C) == 1 else flat(C) for n, C in out.items()}
 
 # %% ../../nbs/methods/02_projection.ipynb #4784bd9d
 class _Settings(Modification):
@@ -128,6 +157,7 @@ class _Settings(Modification):
     energies: dict[str, Tensor]  # (r,), accumulated
     _lam: dict[str, Tensor]  # (r,), importances
     _groups: dict[str, tuple]  # where the rows of sharded weights are
+    _parts: dict[str, list[str]]  # parameter -> its parts, where it has some
     # what is sketched of the running domain
     sketches: dict[str, Sketch]
     _sketch: Callable[[Target], Sketch]  # a new one, for a layer
@@ -150,7 +180,8 @@ class _Looking(_Settings):
         if self._of is not vectors:
             self._C, self._of = {}, vectors
         bases = {n: U for n, U in self.bases.items() if U.shape[1]}
-        bases = {n: U for n, U in bases.items() if n in vectors}
+        own = lambda n: self.targets[n].parameter
+        bases = {n: U for n, U in bases.items() if own(n) in vectors}
         known = lambda n, U: n in self._C and self._C[n][0] is U
         missing = {n: U for n, U in bases.items() if not known(n, U)}
         made = components(vectors, missing, self.targets, self._measures)
@@ -161,7 +192,10 @@ class _Looking(_Settings):
         # a NaN in a row of g is one in that row of g U
         found = self._look(as_vectors(grads))
         # the overlap takes each ‖g‖² anyway, and the router finds it
-        return {} if self._measures else found
+        if self._measures:
+            return {}
+        # of a stack of experts, some may have no direction
+        return {n: C for n, C in found.items() if self.targets[n].part is None}
 
 # %% ../../nbs/methods/02_projection.ipynb #106c54e3
 class _Editing(_Looking):
@@ -170,7 +204,8 @@ class _Editing(_Looking):
     reads_grads = False  # `end` only forgets
 
     def edited(self) -> Collection[str]:
-        return [name for name, U in self.bases.items() if U.shape[1]]
+        names = [name for name, U in self.bases.items() if U.shape[1]]
+        return list(dict.fromkeys(self.targets[n].parameter for n in names))
 
     def begin(
         self, vectors: Mapping[str, Tensor], overlap: bool
@@ -182,10 +217,12 @@ class _Editing(_Looking):
         found = self._look(vectors) if overlap else {}
         if not found:
             return None
+        found = _by_parameter(found, self.targets)
         wholes = vectors.square_norms(list(found))
         return energy_share(found, wholes, self._groups)
 
-    def edit(self, name: str, x: Tensor) -> Edit | None:
+    def _taken(self, name: str, x: Tensor) -> LowRank | None:
+        "What goes from a weight; `x`: a tensor of its parameter's shape."
         U, target = self.bases.get(name), self.targets.get(name)
         if U is None or target is None or not U.shape[1]:
             return None
@@ -194,6 +231,22 @@ class _Editing(_Looking):
             C = _component(target, x, U)
         C = C * self._lam[name] if name in self._lam else C
         return LowRank(C, U, target.transposed)
+
+# %% ../../nbs/methods/02_projection.ipynb #72c20880
+class _Assembling(_Editing):
+    "The edit of a parameter, which may be several weights."
+
+    def edit(self, name: str, x: Tensor) -> Edit | None:
+        if name not in self._parts:
+            return self._taken(name, x)
+        found = {n: self._taken(n, x) for n in self._parts[name]}
+        edits = {n: edit for n, edit in found.items() if edit is not None}
+        if not edits:
+            return None
+        d = torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device)
+        for n, edit in edits.items():
+            edit.add_to(self.targets[n].of(d), 1.0)
+        return Dense(d)
 
 # %% ../../nbs/methods/02_projection.ipynb #9151ad84
 def _gathered(
@@ -227,14 +280,15 @@ class _InputHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         projection = self.projection
-        training = module.training and torch.is_grad_enabled()
+        training = module.training or projection.shown
+        training = training and torch.is_grad_enabled()
         name = self.target.name
         feeds = projection.feeds(name) and name in projection.sketches
         if not feeds or not training:
             return
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = local(first_input(args, kwargs))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = input_rows(self.target, local(x.detach()))
+            rows = input_rows(self.target, x)
             projection.sketches[name].update(rows)
         projection.fed = 1
 
@@ -245,33 +299,29 @@ def _catch_inputs(
     targets: Mapping[str, Target],
 ) -> list:  # of handles, to take the hooks off again
     "Hooks on every layer that uses one of the weights."
-    handles = []
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            continue
-        for name, t in targets.items():
-            if getattr(module, "weight", None) is t.param:
-                here = Target(name, t.param, module, t.transposed)
-                hook = _InputHook(projection, here)
-                handles.append(
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
-                )
-    return handles
+    return [
+        module.register_forward_pre_hook(
+            _InputHook(projection, here), with_kwargs=True
+        )
+        for module, here in watched(model, targets)
+    ]
 
 # %% ../../nbs/methods/02_projection.ipynb #42ff5d39
-class _Learning(_Editing):
+class _Learning(_Assembling):
     "Feeds a sketch of each layer, every so many steps."
 
     def feeds(self, name: str) -> bool:
         "Does this step feed the sketch of a layer, if the layer has a part?"
-        return self.grows and self.counts.get(name, 0) % self.every == 0
+        due = self.shown or self.counts.get(name, 0) % self.every == 0
+        return self.grows and due
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.learn_more(grads)
         self.seen += 1
 
     def learn_more(self, grads: Mapping[str, Tensor]) -> None:
-        here = [name for name in self.targets if name in grads]
+        own = {name: t.parameter for name, t in self.targets.items()}
+        here = [name for name in self.targets if own[name] in grads]
         fed = [name for name in here if self.feeds(name)]
         for name in fed:
             if name not in self.sketches:  # it was frozen until now
@@ -282,11 +332,17 @@ class _Learning(_Editing):
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _feed(self, names: list[str], grads: Vectors) -> None:
-        for name, energy in zip(names, grads.square_norms(names)):
-            rows = self.targets[name].matrix(grads[name])
-            self.sketches[name].update(rows, energy)
+        whole = [name for name in names if self.targets[name].part is None]
+        norms = grads.square_norms(whole) if whole else ()
+        energies = dict(zip(whole, norms))
+        g, of = torch.empty(0), ""
+        for name in names:
+            target = self.targets[name]
+            if target.parameter != of:  # the experts of one share it
+                of = target.parameter
+                g = grads[of]
+            self.sketches[name].update(target.matrix(g), energies.get(name))
         self.fed += 1
-
 
 # %% ../../nbs/methods/02_projection.ipynb #92db4656
 class _Gathering(_Learning):
@@ -385,6 +441,15 @@ class _Growing(_Sizing):
             total=float(sketch.energy),
         )
 
+    def _put(self, growths: Mapping[str, Growth]) -> dict:
+        "Let the grown bases take the place of the old ones; the report."
+        for name, growth in growths.items():
+            self.bases[name], self.energies[name] = growth.U, growth.energy
+            if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
+                self._warn_full(name)
+        self._refresh()
+        return self._report(growths)
+
     def _report(self, growths: Mapping[str, Growth]) -> dict:
         return _growth_report(self.bases, growths)
 
@@ -405,21 +470,41 @@ class _Bounded(_Growing):
                 self.sketches[name].load_state_dict(state)
         fed = {n: x for n, x in self.sketches.items() if bool(x.energy != 0)}
         growths = {n: self._grown(n, x) for n, x in fed.items()}
-        for name, growth in growths.items():
-            self.bases[name], self.energies[name] = growth.U, growth.energy
+        for name in growths:
             self.sketches[name].clear()
-            if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
-                self._warn_full(name)
         self.fed, self.seen, self.counts = 0, 0, {}
-        self._refresh()
-        return self._report(growths)
+        return self._put(growths)
 
     def share(self) -> None:
         for kept in (self.bases, self.energies, self._lam):
             kept.update(same_everywhere(kept, self.group))
 
+# %% ../../nbs/methods/02_projection.ipynb #c831130c
+class _Reading(_Bounded):
+    "Takes directions from the weights themselves."
+
+    def read_weights(self, rank: int | None = None) -> dict:
+        if not self.grows:
+            raise TypeError(
+                f"{self!r} does not grow from what it is shown; make it with"
+                " a rank, or with energy=0.95"
+            )
+        rank = _positive("rank", rank)
+        growths = {
+            name: grow(
+                self.bases[name],
+                self.energies[name],
+                target.matrix(target.param.detach()),
+                rank=rank or self.rank,
+                threshold=None if rank else self.energy,
+                max_rank=self.cap(target),
+            )
+            for name, target in self.targets.items()
+        }
+        return self._put(growths)
+
 # %% ../../nbs/methods/02_projection.ipynb #6ad89353
-class _Streaming(_Bounded):
+class _Streaming(_Reading):
     "Forgets a step, and may end a domain by itself."
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
@@ -450,6 +535,17 @@ def _check_basis(
             f"the basis of {name!r} is not orthonormal (error of UᵀU"
             f" {error:.2g}); pass torch.linalg.qr(U).Q"
         )
+
+# %% ../../nbs/methods/02_projection.ipynb #c906789c
+def _parts_of(
+    targets: Mapping[str, Target],
+) -> dict[str, list[str]]:  # parameter -> names of its parts
+    "The parameters that are stacks of weights."
+    parts: dict[str, list[str]] = {}
+    for name, target in targets.items():
+        if target.part is not None:
+            parts.setdefault(target.parameter, []).append(name)
+    return parts
 
 # %% ../../nbs/methods/02_projection.ipynb #444765b1
 def _chosen(
@@ -526,6 +622,7 @@ class _Attached(_Streaming):
             if over := shard_groups(name, t.param, t.transposed):
                 self._groups[name] = over
             self._start(name, t, given.get(name, torch.zeros(t.fan_in, 0)))
+        self._parts = _parts_of(self.targets)
         self._refresh()
         self.detach()
         if inputs:
@@ -629,7 +726,40 @@ class _Saved(_Reused):
                 sketch.clear()
 
 # %% ../../nbs/methods/02_projection.ipynb #c304b328
-class _Told(_Saved):
+class _Covering(_Saved):
+    "How much of a model a projection reaches."
+
+    def coverage(self) -> float:
+        "Share of the trainable parameters that lie in its weights, in [0, 1]."
+        named = self.model.named_parameters()
+        trained = {n: p for n, p in named if p.requires_grad}
+        own = [t for t in self.targets.values() if t.parameter in trained]
+        covered = sum(t.of(t.param).numel() for t in own)
+        return covered / max(sum(p.numel() for p in trained.values()), 1)
+
+    def _coverage_line(self) -> str:
+        share = self.coverage()
+        line = f"  covers {share:.1%} of the trainable parameters"
+        if share >= 0.5:
+            return line
+        return (
+            f"{line}\n  WARNING: less than half; what is not listed below is"
+            " never protected by it, see the guide on what is not"
+        )
+
+    def _lines(self) -> dict[str, list[int]]:
+        "fan_in, ranks and cap by parameter."
+        out: dict[str, list[int]] = {}
+        for name, U in self.bases.items():
+            target = self.targets[name]
+            own, parts = target.parameter, self._parts.get(target.parameter)
+            own = f"{own}[0..{len(parts) - 1}]" if parts else own
+            line = out.setdefault(own, [U.shape[0], self.cap(target)])
+            line.append(U.shape[1])
+        return out
+
+
+class _Told(_Covering):
     "What a projection costs and protects."
 
     def memory(self) -> int:
@@ -640,12 +770,14 @@ class _Told(_Saved):
         return own + sum(s.memory() for s in sketches)
 
     def summary_lines(self) -> list[str]:
-        "One line per layer, for the router's summary."
-        width = max([len(n) for n in self.bases], default=0)
-        line = "  {:{width}}  fan_in {:5}  protected {:4}  cap {:5}"
-        return [
-            line.format(n, *U.shape, self.cap(self.targets[n]), width=width)
-            for n, U in self.bases.items()
+        "What is covered, and one line a parameter, for the router's summary."
+        lines = self._lines()
+        width = max([len(n) for n in lines], default=0)
+        line = "  {:{width}}  fan_in {:5}  protected {:>4}  cap {:5}"
+        span = lambda r: f"{min(r)}-{max(r)}" if len(set(r)) > 1 else str(r[0])
+        return [self._coverage_line()] + [
+            line.format(n, fan_in, span(ranks), cap, width=width)
+            for n, (fan_in, cap, *ranks) in lines.items()
         ]
 
     def __repr__(self) -> str:
@@ -753,3 +885,4 @@ class Projection(_Told):
         self.bases, self.energies, self.sketches = {}, {}, {}
         self.fed, self.seen, self.counts = 0, 0, {}
         self._lam, self._groups, self._hooks, self._C = {}, {}, [], {}
+        self._parts = {}

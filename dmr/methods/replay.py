@@ -5,7 +5,7 @@
 # %% ../../nbs/methods/09_replay.ipynb #950bc968
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dmr.methods.examples import (
     Batch,
     Reservoir,
     batch_of,
+    columns_of,
     gradients_of,
     scalar_of,
 )
@@ -23,7 +24,7 @@ from ..routing.sharding import sum_over
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['ReplayBuffer', 'ReplayMix']
+__all__ = ['Writer', 'ReplayBuffer', 'ReplayMix']
 
 # %% ../../nbs/methods/09_replay.ipynb #5fddfe1d
 class _Memory(Reservoir):
@@ -116,11 +117,47 @@ def _reservoir_size(
     return max(1, round((fraction or 0.0) * total))
 
 # %% ../../nbs/methods/09_replay.ipynb #ba5ec1b3
-class _Replays(Modification):
+#: Writes examples: how many, and boundaries so far -> batches of them.
+Writer = Callable[[int, int], Iterable[Batch]]
+
+
+class _Fills(Modification):
     "Keeps a buffer, and fills it."
 
     buffer: ReplayBuffer
     fraction: float | None
+    write: Writer | None = None  # None: a domain's own examples are kept
+    wanted: int = 0  # examples that are to be written at the boundary
+
+    def observe(self, batch: Any, total: int | None = None) -> None:
+        buffer, n = self.buffer, len(next(iter(columns_of(batch)[1].values())))
+        if self.shown:  # all of it was chosen
+            buffer.observe(batch, buffer.seen + n)
+            return
+        size = _reservoir_size(buffer.capacity, self.fraction, total)
+        if self.write is None:
+            buffer.observe(batch, size)
+        else:
+            self.wanted = size
+            buffer.seen, buffer.batch_size = buffer.seen + n, n
+
+    def _write(self) -> None:
+        "What the model writes takes the place of what was observed."
+        buffer, size = self.buffer, self.buffer.batch_size
+        assert self.write is not None
+        buffer.seen = 0
+        for batch in self.write(self.wanted, buffer.domains):
+            buffer.observe(batch, self.wanted)
+        if not buffer.seen:
+            raise ValueError(
+                f"write({self.wanted}, {buffer.domains}) gave no batch, so"
+                " there is nothing to replay"
+            )
+        buffer.batch_size, self.wanted = size, 0
+
+# %% ../../nbs/methods/09_replay.ipynb #eaf3d370
+class _Replays(_Fills):
+    "Has a memory, and says what is in it."
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
@@ -129,10 +166,6 @@ class _Replays(Modification):
     def edited(self) -> Collection[str]:
         return self._params if len(self.buffer) else ()
 
-    def observe(self, batch: Any, total: int | None = None) -> None:
-        size = _reservoir_size(self.buffer.capacity, self.fraction, total)
-        self.buffer.observe(batch, size)
-
     def consolidate(self) -> dict:
         buffer = self.buffer
         if not buffer.seen:
@@ -140,6 +173,8 @@ class _Replays(Modification):
                 "consolidate() came before any observed batch of this domain;"
                 " call router.observe(batch, total) in the training loop"
             )
+        if self.wanted:
+            self._write()
         buffer.consolidate()
         drawn = buffer.drawn[buffer.domain < buffer.domains - 1].double()
         return {
@@ -150,10 +185,12 @@ class _Replays(Modification):
         }
 
     def state_dict(self) -> dict:
-        return self.buffer.state_dict()
+        written = {} if self.write is None else {"wanted": self.wanted}
+        return self.buffer.state_dict() | written
 
     def load_state_dict(self, state: dict) -> None:
         self.buffer.load_state_dict(state)
+        self.wanted = state.get("wanted", 0)
 
     def memory(self) -> int:
         return self.buffer.bytes()
@@ -231,7 +268,8 @@ class ReplayMix(_Mixes):
     (1 - ρ) g + ρ g_r, ρ being the router's strength.
 
     Call `router.observe(batch, total)` before each backward pass,
-    `router.consolidate()` at each domain's end. Each step costs one more
+    `router.consolidate()` at each domain's end. With `write`, for instance by
+    `dmr.sample_text`, no example of a domain is kept. Each step costs one more
     forward and backward pass. Overlap signal: cos²(g, g_r). Experience
     replay by gradient mixing; cf. Chaudhry et al. 2019.
     """
@@ -248,7 +286,11 @@ class ReplayMix(_Mixes):
         fraction: float | None = 0.005,
         # examples drawn per step; None: as many as the last observed batch had
         batch_size: int | None = None,
+        # (examples, boundaries so far) -> batches that the model writes itself
+        # in place of the domain's own; None: the domain's own are kept
+        write: Writer | None = None,
     ):
+        self.write = write
         self.buffer, self.loss_fn, self.batch_size = buffer, loss_fn, batch_size
         if fraction is None and buffer.capacity is None:
             raise ValueError(

@@ -51,7 +51,8 @@ class Arm:
     rate: float = 1.0  # in units of the base rate
     interpolate: float | None = None  # weight at a domain's end
     merge: float | None = None  # weight there of a merge by curvature
-    other: bool = False  # second batch, joint, frozen, or a schedule
+    # second batch, joint, frozen, a schedule, or replay of self-written text
+    other: bool = False
 
     @property
     def plain(self) -> bool:
@@ -89,7 +90,8 @@ def read_arm(
         rate = 1.0
     scheduled = get("warmup") or (get("decay") or "none") != "none"
     frozen = get("freeze_after") is not None
-    other = get("second_batch") or get("joint") or frozen or scheduled
+    own = get("memory") is not None  # replay of what the model wrote
+    other = get("second_batch") or get("joint") or frozen or scheduled or own
     adaptive = modification != "none" and get("strength") == "overlap"
     averages = (weight, merge, bool(other))
     return Arm(routing, modification, adaptive, rate, *averages)

@@ -98,8 +98,30 @@ class _Stated:
         "Bytes kept between steps."
         return 0
 
+# %% ../../nbs/routing/07_consolidation.ipynb #2ad85bc3
+class _Taught(_Stated):
+    "What a consolidation hears of."
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        "At every step that is taken: the raw gradients, unscaled and finite."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The step goes on with a further optimizer's gradients."
+        self.learn(grads)
+
+    def anchor(self) -> None:
+        "The present weights are the ones that the next merge starts from."
+
+    def show(self, grads: Mapping[str, Tensor]) -> None:
+        "Raw gradients on an example of what the model knows already."
+        self.learn(grads)
+
+    def take_in(self) -> None:
+        "What was shown is the past now. The weights stay as they are."
+        self.anchor()
+
 # %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class Consolidation(Made, _Stated):
+class Consolidation(Made, _Taught):
     "What happens to the weights at a boundary. Subclass it; define `merge`."
 
     def attach(self, trained: Trained) -> None:
@@ -111,16 +133,6 @@ class Consolidation(Made, _Stated):
 
     def observe(self, batch: object) -> None:
         "A training batch of the running domain, before its backward pass."
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        "At every step that is taken: the raw gradients, unscaled and finite."
-
-    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
-        "The step goes on with a further optimizer's gradients."
-        self.learn(grads)
-
-    def anchor(self) -> None:
-        "The present weights are the ones that the next merge starts from."
 
     def pull(self) -> dict:
         "Inside a domain: change the weights, and leave the past as it is."
@@ -199,8 +211,8 @@ def _average(
             p.copy_(torch.lerp(old, p, weight))
 
 # %% ../../nbs/routing/07_consolidation.ipynb #e650b386
-class Interpolate(Anchored):
-    "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
+class _Weighted(Anchored):
+    "Keeps a copy where a weight λ says that it is used."
 
     def __init__(
         self,
@@ -208,6 +220,14 @@ class Interpolate(Anchored):
     ):
         super().__init__()
         self.weight = check_weight("weight", weight)
+
+    def take_in(self) -> None:
+        if self.weight is not None:  # else no merge would use the copy
+            self.anchor()
+
+# %% ../../nbs/routing/07_consolidation.ipynb #b65e346d
+class Interpolate(_Weighted):
+    "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
 
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .modification import Edit, LowRank, Target, accumulator
+from dmr.routing.modification import (
+    Dense,
+    Edit,
+    LowRank,
+    Target,
+    accumulator,
+)
 from .moments import Differences
 from .sharding import sum_over, total
 from .step import Step, taken
@@ -111,14 +117,17 @@ def measure(
 ) -> None:
     "Let the meters take in this step's gradients."
     for name, target in matrices.items():
-        if name not in step.live:
+        if target.parameter not in step.live:
             continue
-        p, group = step.live[name]
+        p, group = step.live[target.parameter]
+        edit = edits.get(target.parameter)
+        if isinstance(edit, Dense):
+            edit = Dense(target.matrix(edit.d))
         state = step.state.get(p, {})
         fresh = not state or float(state["step"]) == 0
         meters.setdefault(name, Inflation()).update(
-            target.matrix(step.grads[name]),
-            edits.get(name),
+            target.matrix(step.grads[target.parameter]),
+            edit,
             step.alpha,
             float(group["betas"][1]),
             fresh,
@@ -186,31 +195,47 @@ def load_meters(
     return meters
 
 # %% ../../nbs/routing/06_inflation.ipynb #cce5ca1b
+def _squares_inside(
+    u: Tensor,  # the step of a parameter
+    parts: Mapping[str, Target],  # of that parameter, by name
+    bases: Mapping[str, Tensor],  # protected directions U (fan_in, r)
+) -> dict[str, Tensor]:
+    "‖uU‖² of each part that has protected directions."
+    out = {}
+    for name, target in parts.items():
+        U = bases.get(name)
+        if U is not None and U.shape[1]:  # (out, fan_in) @ (fan_in, r)
+            C = target.matrix(u).to(U.dtype) @ U
+            out[name] = torch.linalg.vector_norm(C).square()
+    return out
+
+# %% ../../nbs/routing/06_inflation.ipynb #86c26895
 def step_energies(
     step: Step,
     edits: Mapping[str, Edit],  # what displacement took from u
     matrices: Mapping[str, Target],  # the weights that are measured
     bases: Mapping[str, Tensor],  # protected directions U (fan_in, r)
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # ‖u‖² and ‖uU‖² by name
-    "How much of a step there is in each weight, and how much inside."
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "‖u‖² of each parameter, and ‖uU‖² of each part."
     energies: dict[str, Tensor] = {}
     inside: dict[str, Tensor] = {}
-    names = [name for name in matrices if name in step.live]
-    for name, u in taken(step, names).items():
+    parts: dict[str, dict[str, Target]] = {}
+    for name, target in matrices.items():
+        if target.parameter in step.live:
+            parts.setdefault(target.parameter, {})[name] = target
+    for name, u in taken(step, list(parts)).items():
         if name in edits:
             edits[name].add_to(u, -step.alpha)
         if isinstance(step.moments, Differences):  # u was η·u until here
             u.mul_(step.moments.per_rate(step.live[name][1]))
         norm = torch.linalg.vector_norm(u, dtype=accumulator(u.dtype))
-        energies[name], U = norm.square(), bases.get(name)
-        if U is not None and U.shape[1]:  # (out, fan_in) @ (fan_in, r)
-            C = matrices[name].matrix(u).to(U.dtype) @ U
-            inside[name] = torch.linalg.vector_norm(C).square()
+        energies[name] = norm.square()
+        inside |= _squares_inside(u, parts[name], bases)
     return energies, inside
 
 # %% ../../nbs/routing/06_inflation.ipynb #fd8e65fb
 def step_norms(
-    energies: Mapping[str, Tensor],  # ‖u‖² by name
+    energies: Mapping[str, Tensor],  # ‖u‖² by parameter
     inside: Mapping[str, Tensor],  # ‖uU‖², where something is protected
     matrices: Mapping[str, Target],  # the weights that are measured
     groups: Mapping[str, tuple],  # where the rows of sharded weights are
@@ -218,7 +243,8 @@ def step_norms(
     "‖u‖, its root mean square, and ‖uU‖."
     out: dict[str, Tensor] = {}
     if energies:
-        count = sum(matrices[name].param.numel() for name in energies)
+        sizes = {t.parameter: t.param.numel() for t in matrices.values()}
+        count = sum(sizes[name] for name in energies)
         norm = total(energies, groups).sqrt()
         out = {"step_norm": norm, "step_rms": norm / count**0.5}
     if inside:

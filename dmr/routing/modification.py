@@ -6,28 +6,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm', 'square_norms',
-           'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made', 'Modification', 'Nothing']
+__all__ = ['Edit', 'SMALL', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm',
+           'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made', 'Modification',
+           'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
-    x: Tensor,  # shaped as a weight: (out, ...), or (in, out) if transposed
+    x: Tensor,  # shaped as a weight: (out, ...), or (in, ...) if transposed
     transposed: bool = False,  # is the input side first (transformers' Conv1D)?
 ) -> Tensor:  # (out, fan_in), a view where one exists
     "View or copy a weight-shaped tensor as the matrix (out, fan_in)."
-    if transposed:
-        return x.t()
+    if transposed:  # (in, out, *kernel) -> (out * kernel, in)
+        return x.t() if x.ndim <= 2 else x.flatten(1).t()
     # (out, in, *kernel) -> (out, in * kernel)
     return x if x.ndim == 2 else x.reshape(x.shape[0], x.shape[1:].numel())
+
+
+def as_weight(
+    matrix: Tensor,  # (out, fan_in)
+    shape: torch.Size,  # of the weight
+    transposed: bool = False,  # is the weight's input side first?
+) -> Tensor:  # of that shape
+    "The way back: a matrix shaped as the weight that it came from."
+    return (matrix.t() if transposed else matrix).reshape(shape)
 
 # %% ../../nbs/routing/01_modification.ipynb #3e2a2d96
 def _add_product(
@@ -43,7 +55,8 @@ def _add_product(
     matrix = as_matrix(x, transposed)
     memory = lambda y: y.untyped_storage().data_ptr()
     if x.ndim != 2 and memory(matrix) != memory(x):  # as_matrix had to copy
-        x.add_((C @ U.mT).reshape(x.shape).to(x.dtype), alpha=scale)
+        d = as_weight(C @ U.mT, x.shape, transposed)
+        x.add_(d.to(x.dtype), alpha=scale)
     elif x.dtype == C.dtype:  # (out, r) @ (r, fan_in) -> (out, fan_in)
         matrix.addmm_(C, U.mT, alpha=scale)
     else:  # half precision: one rounding, at the end
@@ -64,8 +77,7 @@ class LowRank:
 
     def dense(self, like: Tensor) -> Tensor:
         "The difference with the shape of the weight."
-        d = self.C @ self.U.mT
-        d = d.t() if self.transposed else d.reshape(like.shape)
+        d = as_weight(self.C @ self.U.mT, like.shape, self.transposed)
         return d.to(like.dtype)
 
 # %% ../../nbs/routing/01_modification.ipynb #e44a43a2
@@ -172,47 +184,139 @@ def square_norms(
 
 # %% ../../nbs/routing/01_modification.ipynb #8de1b243
 @dataclass
-class Target:
-    "A weight with an input side: its name, the parameter, the owning module."
+class _Place:
+    "Where a weight is: its name, the parameter, the owning module."
 
     name: str
     param: nn.Parameter = field(repr=False)
     module: nn.Module = field(repr=False)
     transposed: bool = False  # the input side is the first dimension
     named: bool = False  # named by the user, not discovered
+    # which part of the parameter it is; None: all of it
+    part: int | slice | None = None
+
+    @property
+    def parameter(self) -> str:
+        "The parameter's name: the target's without the number of its part."
+        whole = self.part is None
+        return self.name if whole else self.name[: self.name.rindex("[")]
+
+    def of(self, x: Tensor) -> Tensor:
+        "This target's part of a tensor of the parameter's shape, a view."
+        return x if self.part is None else x[self.part]
+
+# %% ../../nbs/routing/01_modification.ipynb #2f055212
+@dataclass
+class Target(_Place):
+    "A weight with an input side: its name, the parameter, the owning module."
 
     @property
     def fan_in(self) -> int:
         "Inputs per output unit: the columns of the weight as a matrix."
-        shape = self.param.shape
+        shape = self.of(self.param).shape
         return shape[0] if self.transposed else shape[1:].numel()
 
     @property
     def fan_out(self) -> int:
         "Rows of the weight as a matrix."
-        return self.param.numel() // self.fan_in
+        return self.of(self.param).numel() // self.fan_in
 
     def matrix(self, x: Tensor) -> Tensor:
-        "A tensor of the weight's shape as (out, fan_in)."
-        return as_matrix(x, self.transposed)
+        "A tensor of the parameter's shape as (out, fan_in)."
+        return as_matrix(self.of(x), self.transposed)
 
 # %% ../../nbs/routing/01_modification.ipynb #7fe38079
-def _input_weights(
+#: A weight with an input side: the parameter (or None), is it transposed?, and
+#: the parts that it falls into.
+_Weight = tuple[Any, bool, Sequence[int | slice | None]]
+_WHOLE = (None,)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _groups(module: Any) -> Sequence[int | slice | None]:
+    "The parts of a transposed convolution's weight (in, out / groups, ...)."
+    size = module.in_channels // module.groups
+    starts = range(0, module.in_channels, size)
+    alone = module.groups == 1
+    return _WHOLE if alone else [slice(i, i + size) for i in starts]
+
+# %% ../../nbs/routing/01_modification.ipynb #13fc4071
+def _behind(
+    module: nn.Module,  # with a weight
+    rows: int = 0,  # the dimension of the weight that counts its outputs
+) -> Any:  # a parameter; None where it cannot be protected
+    "The weight, or what a normalisation computes the weight from."
+    if not is_parametrized(module, "weight"):
+        return module.weight
+    chain: Any = module.parametrizations
+    chain = chain["weight"]
+    kinds = [type(each).__name__ for each in chain]
+    if kinds == ["_SpectralNorm"]:
+        return chain.original
+    if kinds == ["_WeightNorm"] and chain[0].dim in (rows, -1):
+        return chain.original1
+    return None
+
+# %% ../../nbs/routing/01_modification.ipynb #94cd3bca
+def _are_transposed(
     module: nn.Module,
-) -> list[tuple[Any, bool]]:  # weight (or None), is it transposed?
+    up: Tensor,  # the first of its stacks
+    down: Tensor,  # the last
+) -> bool | None:  # None: neither order fits
+    "Are the stacks of a mixture (experts, in, out), not (experts, out, in)?"
+    (_, a, b), (_, c, d) = up.shape, down.shape
+    plain = b == c and a in (d, 2 * d)  # gate and up may be one matrix
+    turned = a == d and b in (c, 2 * c)
+    if plain and turned:
+        return bool(getattr(module, "is_transposed", False))
+    return turned if plain or turned else None
+
+
+def _expert_weights(module: nn.Module) -> list[_Weight]:
+    "The stacked weights of a mixture's experts, one part an expert."
+    own = dict(module.named_parameters(recurse=False))
+    alone = type(module).__name__.endswith("ParallelExperts")
+    names = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+    stacks = [own[n] for n in (("weight",) if alone else names) if n in own]
+    usable = lambda p: p.requires_grad and not hasattr(p, "placements")
+    if any(p.ndim != 3 or not usable(p) for p in stacks):
+        return []
+    if alone:  # (experts, out, in)
+        return [(p, False, range(len(p))) for p in stacks]
+    if len(stacks) < 2 or "down_proj" not in own:
+        return []
+    turned = _are_transposed(module, stacks[0], stacks[-1])
+    return [(p, turned, range(len(p))) for p in stacks if turned is not None]
+
+# %% ../../nbs/routing/01_modification.ipynb #2dfadf95
+def _input_weights(module: nn.Module) -> list[_Weight]:
     "The weights of this module, not of its children, that have an input side."
     if isinstance(module, nn.Linear):
+        weight = _behind(module)
         # a flat shard of a weight is no matrix
-        flat = getattr(module.weight, "ndim", 0) != 2
-        return [] if flat else [(module.weight, False)]
+        flat = getattr(weight, "ndim", 0) != 2
+        return [] if flat else [(weight, False, _WHOLE)]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return [(module.weight, False)]
+        return [(_behind(module), False, _WHOLE)]
+    if isinstance(module, _TRANSPOSED):
+        return [(_behind(module, rows=1), True, _groups(module))]
     if isinstance(module, nn.MultiheadAttention):
         parts = ("in_proj", "q_proj", "k_proj", "v_proj")
-        return [(getattr(module, f"{part}_weight"), False) for part in parts]
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return [(module.weight, True)]
-    return []
+        names = [f"{part}_weight" for part in parts]
+        return [(getattr(module, name), False, _WHOLE) for name in names]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return [
+            (p, False, _WHOLE)
+            for n, p in module.named_parameters(recurse=False)
+            if n.startswith("weight_")
+        ]
+    kind = type(module).__name__
+    if kind == "Conv1D" and hasattr(module, "nf"):
+        return [(module.weight, True, _WHOLE)]
+    if kind.lower().endswith("topkrouter"):
+        own = dict(module.named_parameters(recurse=False))
+        return [(p, False, _WHOLE) for p in own.values() if p.ndim == 2]
+    return _expert_weights(module)
 
 # %% ../../nbs/routing/01_modification.ipynb #816669e2
 def matches(
@@ -249,47 +353,71 @@ def _discover(
     kinds = (nn.Embedding, nn.EmbeddingBag)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
     found: dict[str, Target] = {}
+    known = set()
     for module in model.modules():
-        for param, transposed in _input_weights(module):
+        for param, transposed, parts in _input_weights(module):
             name = names.get(id(param))
-            if param is None or name is None or name in found:
+            if param is None or name is None or name in known:
                 continue
             named = name in wanted
-            left_out = (id(param) in tables and not named) or (
-                wanted and not matches(name, wanted)
-            )
-            if not left_out and not matches(name, unwanted):
-                found[name] = Target(name, param, module, transposed, named)
+            hidden = id(param) in tables and not named
+            unasked = wanted and not matches(name, wanted)
+            if hidden or unasked or matches(name, unwanted):
+                continue
+            known.add(name)
+            for i, part in enumerate(parts):
+                own = name if part is None else f"{name}[{i}]"
+                rest = (transposed, named, part)
+                found[own] = Target(own, param, module, *rest)
     return found
 
 # %% ../../nbs/routing/01_modification.ipynb #c400013f
+def _check_shaped(model: nn.Module) -> None:
+    "Raise ValueError for a lazy layer that has not seen a batch."
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(
+                f"{name!r} belongs to a lazy layer and has no shape yet; run"
+                " one batch through the model before the router is made"
+            )
+
+def _check_found(
+    missing: list[str],  # named by the user, and no weight of ours
+) -> None:
+    "Raise ValueError for a parameter without an input side."
+    for name in missing:
+        raise ValueError(
+            f"include={name!r} is not the weight of a linear or"
+            " convolutional layer, so it has no input side; leave it out"
+        )
+
+# %% ../../nbs/routing/01_modification.ipynb #872be396
 def find_targets(
     model: nn.Module,  # searched for weights of linear maps
     # only weights whose names match (shell patterns); None: all found
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,  # leave out those that match
-) -> dict[str, Target]:  # by parameter name, in the model's order
+) -> dict[str, Target]:  # by name, in the model's order
     """The weights of `model` that have an input side, by name.
 
-    Found are linear, convolutional, packed-attention and transposed linear
-    weights; an embedding table, or a head tied to one, only if named exactly.
-    Raises ValueError if a name in `include` or `exclude` matches no parameter,
-    or one in `include` has no input side.
+    Found are linear, convolutional, recurrent and packed-attention weights,
+    and each expert's of a mixture; an embedding table, or a head tied to one,
+    only if named exactly. Raises ValueError if a name in `include` or
+    `exclude` matches no parameter, or one in `include` has no input side.
     """
+    _check_shaped(model)
     names = {id(p): n for n, p in model.named_parameters()}
-    order = list(names.values())
+    order = {name: i for i, name in enumerate(names.values())}
     wanted = [include] if isinstance(include, str) else list(include or [])
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude or [])
     found = _discover(model, names, wanted, unwanted)
-    _check_patterns("include", wanted, order)
-    _check_patterns("exclude", unwanted, order)
-    for name in wanted:
-        if name in order and name not in found and not matches(name, unwanted):
-            raise ValueError(
-                f"include={name!r} is not the weight of a linear or"
-                " convolutional layer, so it has no input side; leave it out"
-            )
-    return {name: found[name] for name in order if name in found}
+    _check_patterns("include", wanted, list(order))
+    _check_patterns("exclude", unwanted, list(order))
+    have = {target.parameter for target in found.values()}
+    missing = [n for n in wanted if n in order and n not in have]
+    _check_found([n for n in missing if not matches(n, unwanted)])
+    place = lambda named: order[named[1].parameter]
+    return dict(sorted(found.items(), key=place))
 
 # %% ../../nbs/routing/01_modification.ipynb #cdcdce4f
 def share_of(
@@ -437,6 +565,23 @@ class _State:
         "What goes along from an earlier router, before the next `attach`."
         return None
 
+# %% ../../nbs/routing/01_modification.ipynb #f55aa533
+class _OptionalPast:
+    "What a modification can learn before anything is trained or shown."
+
+    shown: bool = False  # are these examples of a past? Set by the router
+
+    def read_weights(
+        self,
+        rank: int | None = None,  # directions a weight; None: as made
+    ) -> dict:
+        "Learn from the weights alone what to protect. Returns a report."
+        raise TypeError(
+            f"{type(self).__name__} learns nothing from weights alone; call"
+            " protect(batches, loss_fn), with text that the model writes"
+            " itself where there is no other: dmr.sample_text"
+        )
+
 # %% ../../nbs/routing/01_modification.ipynb #fced3d93
 def _first_edition(cls: Any) -> None:
     "Let a class that defines `active` or `after_step` keep its meaning."
@@ -462,7 +607,7 @@ def _first_edition(cls: Any) -> None:
         cls.end = lambda self, grads=None: followed(self, grads)
 
 # %% ../../nbs/routing/01_modification.ipynb #0fed6fb7
-class Modification(Made, _State, _OptionalSetup, _OptionalRest):
+class Modification(Made, _State, _OptionalSetup, _OptionalRest, _OptionalPast):
     "What a method takes away from the gradient: d = g - g̃ at full strength."
 
     def __init_subclass__(cls, **options: Any) -> None:

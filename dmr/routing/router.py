@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -330,7 +331,8 @@ class _Tracking(_Measured):
         displaced = self.routings[place] == "displacement" and not step.idle
         names = dict.fromkeys(step.names if displaced else ())
         if self._tracked():
-            names |= {n: None for n in self.matrices if n in step.live}
+            parts = (target.parameter for target in self.matrices.values())
+            names |= {n: None for n in parts if n in step.live}
         return list(names)
 
     def _tracked(self) -> bool:
@@ -605,6 +607,37 @@ class _Domains(_Watching):
         self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
 
+# %% ../../nbs/routing/08_router.ipynb #135a7064
+@contextmanager
+def _undisturbed(
+    model: nn.Module,  # that is run inside
+) -> Iterator[None]:
+    "Random state and buffers are afterwards what they were before."
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {x.device for x in tensors if x.device.type == "cuda"}
+    kept = [(x, x.clone()) for x in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+
+def _counted(
+    batches: Iterable[Any],
+    progress: bool,  # is it wanted at all?
+) -> Iterable[Any]:
+    "The batches, with a bar of tqdm where it is installed and somebody looks."
+    if not progress or not sys.stderr.isatty():
+        return batches
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, desc="protect", unit="batch", dynamic_ncols=True)
+
 # %% ../../nbs/routing/08_router.ipynb #007992f1
 def _raw_gradients(
     loss: Tensor,  # a scalar
@@ -621,43 +654,90 @@ def _raw_gradients(
     return grads
 
 # %% ../../nbs/routing/08_router.ipynb #b04df06e
-class _Protecting(_Domains):
+class _Shown(_Domains):
+    "A routed optimizer that can be shown examples of a past."
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        "Everything that is shown inside counts, or nothing does."
+        before = copy.deepcopy(self.modification.state_dict())
+        merge = self.consolidation.state_dict()
+        self.modification.shown = True
+        try:
+            yield
+        except BaseException:
+            self.modification.load_state_dict(before)
+            self.consolidation.load_state_dict(merge)
+            raise
+        finally:
+            self.modification.shown = False
+
+    def _show(self, batch: Any, loss_fn: Callable[[Any], Tensor]) -> None:
+        self.observe(batch)
+        parameters, group = self.parameters(), self.group
+        with torch.enable_grad():
+            grads = _raw_gradients(loss_fn(batch), parameters, group)
+        seen = as_vectors({name: g.detach() for name, g in grads.items()})
+        with torch.no_grad():
+            check_finite(seen, {}, self.groups)
+            self.modification.learn(seen)
+            self.consolidation.show(seen)
+            self.modification.end()
+
+    @torch.no_grad()
+    def _close_past(self, close: Callable[[], dict]) -> dict:
+        "A boundary at which no weight moves."
+        report = close()
+        if self.group is not None:
+            self.modification.share()
+        self.domains += 1
+        return report
+
+# %% ../../nbs/routing/08_router.ipynb #90cf3c5b
+class _Protecting(_Shown):
     "A routed optimizer that can be told of a past."
 
     def protect(
         self,
         batches: Iterable[Any],  # of the old kind of data
         loss_fn: Callable[[Any], Tensor],  # a batch's mean loss
+        progress: bool = True,  # a bar, where somebody looks
     ) -> dict:  # the report of the boundary that is drawn
         """Before training: learn from examples what the model already knows.
         Raises ValueError without a batch, for a gradient that is not finite,
-        and for sharded weights.
+        and for sharded weights; then nothing was learned.
         """
-        if self.groups:
-            raise ValueError(
-                "protect() needs whole weights, and these are sharded; call it"
-                " before sharding, and load the router's state afterwards"
-            )
-        devices = {p.device for p in self.names if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        self._check_whole("protect")
+        with self._showing(), _undisturbed(self.model):
             count = 0
-            for batch in batches:
+            for batch in _counted(batches, progress):
                 self._show(batch, loss_fn)
                 count += 1
-        if not count:
-            raise ValueError("protect() got no batch, so nothing is known yet")
-        return self.consolidate()
+            if not count:
+                raise ValueError(
+                    "protect() got no batch, so nothing is known yet"
+                )
+            report = self._close_past(self.modification.consolidate)
+        self.consolidation.take_in()
+        return report
 
-    def _show(self, batch: Any, loss_fn: Callable[[Any], Tensor]) -> None:
-        self.observe(batch)
-        parameters, group = self.parameters(), self.group
-        grads = _raw_gradients(loss_fn(batch), parameters, group)
-        seen = as_vectors({name: g.detach() for name, g in grads.items()})
-        with torch.no_grad():
-            check_finite(seen, {}, self.groups)
-            self.modification.learn(seen)
-            self.consolidation.learn(seen)
-            self.modification.end()
+    def protect_weights(
+        self,
+        rank: int | None = None,  # directions a weight; None: as it was made
+    ) -> dict:  # the report of the boundary that is drawn
+        """Before training: protect the leading singular directions of the
+        weights. TypeError for methods that learn nothing from weights.
+        """
+        self._check_whole("protect_weights")
+        read = self.modification.read_weights
+        return self._close_past(lambda: read(rank))
+
+    def _check_whole(self, name: str) -> None:
+        if self.groups:
+            raise ValueError(
+                f"{name}() needs whole weights, and these are sharded; call it"
+                " before sharding, and load the router's state afterwards"
+            )
 
 # %% ../../nbs/routing/08_router.ipynb #efa1ff4b
 def _check_state(

@@ -201,7 +201,8 @@ def arm_label(
         name = "L2 to the start" if uniform else modification
         words = [f"{adaptive or fixed}{routing} {name}"]
         if modification == "replay" and fraction is not None:
-            words = [f"replay {100 * fraction:g} % {adaptive}{routing}"]
+            own = "self " if get("memory") == "self" else ""
+            words = [f"{own}replay {100 * fraction:g} % {adaptive}{routing}"]
         words += [f"+ {name}" for name in merged[:1]]
     words += merged[1:]
     lr = get("lr")

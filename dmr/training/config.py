@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from ..methods.projection import Projection
 from ..methods.registry import FAMILIES, make
-from ..methods.replay import ReplayBuffer, ReplayMix
+from ..methods.replay import ReplayBuffer, ReplayMix, Writer
+from ..methods.sampling import sample_text
 from ..routing.modification import Modification
 from dmr.routing.moments import (
     STEPPED,
@@ -219,6 +220,27 @@ def for_language_model(
         **options,
     )
 
+# %% ../../nbs/training/03_config.ipynb #7ff63e97
+def _writer(
+    c: Config,
+    model: nn.Module,  # that writes
+) -> Writer | None:  # None: the domain's own windows are kept
+    "What replay keeps in place of a domain's text."
+    if c.memory is None:
+        return None
+
+    def write(count: int, boundary: int) -> Iterator[Tensor]:
+        length = c.context + 1  # of a window
+        return sample_text(
+            model,
+            tokens=count * length,
+            length=length,
+            batch=64,
+            seed=seed_for(c.seed, "written", str(boundary)),
+        )
+
+    return write
+
 # %% ../../nbs/training/03_config.ipynb #89b60a3a
 Loss = Callable[[Tensor], Tensor]  # a batch of windows -> mean loss
 
@@ -234,6 +256,7 @@ MODIFICATIONS: dict[
         ReplayBuffer(seed=seed_for(c.seed, "replay")),
         loss_fn,
         fraction=c.fraction,
+        write=_writer(c, model),
         **(c.options or {}),
     ),
 }
@@ -316,6 +339,7 @@ LIMITS: dict[str, str] = {
     "consolidation": f"{{{', '.join(CONSOLIDATIONS)}}}",
     "merges": "[1, inf)",
     "after_merge": "{kept, first, both}",
+    "memory": "{self}",
     "second_batch": "[0, 1)",
     "freeze_after": "[1, inf)",
     "seed": "[0, inf)",
@@ -441,6 +465,9 @@ class Config:
     merges: int = 1  # a domain: evenly spaced, the last at its end
     after_merge: str = "kept"  # of the optimizer: first or both moments go
     rest_lr: float | None = None  # of AdamW beside Muon; None: lr / 20
+    # what replay keeps; None: windows of each domain; self: what the model
+    # writes itself
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         kinds = {f.name: str(f.type) for f in fields(self)}
@@ -643,6 +670,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"rest_lr={c.rest_lr} is AdamW's rate beside Muon, and has no"
             f" meaning with optimizer={c.optimizer!r}; leave it out"
+        )
+    if c.memory is not None and c.modification != "replay":
+        raise ValueError(
+            f"memory={c.memory!r} says what replay keeps, so it needs"
+            f" modification='replay', not {c.modification!r}"
         )
     if c.second_batch and c.modification != "none":
         raise ValueError(

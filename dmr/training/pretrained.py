@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import need
+from ..methods.sampling import start_token
 from dmr.text.archive import (
     cache_folder,
     download,
@@ -274,25 +275,6 @@ def load_pretrained(
     return model.eval(), words
 
 # %% ../../nbs/training/05_pretrained.ipynb #320b6235
-def _start_token(
-    tokenizer: Any,  # of a language model
-) -> int:
-    """The token that text begins after. Raises ValueError where the tokenizer
-    has none.
-    """
-    for token in (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    ):
-        if token is not None:
-            return int(token)
-    raise ValueError(
-        f"{type(tokenizer).__name__} has no start, end or padding token to"
-        " begin a text after; set tokenizer.bos_token"
-    )
-
-
 def encode(
     tokenizer: Any,  # of a language model
     text: bytes,  # UTF-8
@@ -328,7 +310,7 @@ def text_windows(
     rows = [
         tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts
     ]
-    first = _start_token(tokenizer)
+    first = start_token(tokenizer)
     tokens = torch.full((count, max(map(len, rows)) + 1), first)
     for i, row in enumerate(rows):
         tokens[i, 1 : len(row) + 1] = torch.tensor(row)
