@@ -99,7 +99,7 @@ def planned_text(
     "What a run needs to say which domain of its text has changed."
     known = _known_streams(project).values()
     found = (e for e in known if e["hash"] == hash and e.get("domains"))
-    entry = next(found, {})
+    entry: dict[str, Any] = next(found, {})
     return {k: entry.get(k) for k in ("stamp", "domains")} if entry else {}
 
 # %% ../../nbs/studies/07_plan.ipynb #c419b3da
@@ -516,7 +516,8 @@ def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
         return row_of(who, identity, state, run.result)
     except (ValueError, TypeError, KeyError) as e:
         error = f"its result makes no row: {e}"
-        return row_of(who, identity, dict(state, state=FAILED, error=error), None)
+        state = dict(state, state=FAILED, error=error)
+        return row_of(who, identity, state, None)
 
 # %% ../../nbs/studies/07_plan.ipynb #c083ed74
 def shown_state(state: str) -> str:
