@@ -74,12 +74,12 @@ RESULT_TYPE = "application/vnd.dmr.result+json"
 _NONE = type(None)
 #: What the files of a run's folder hold, as `dmr.files.misfit` reads it.
 _SPEC = {
-    "run": str,
-    "template": str,
     "parameters": dict,
-    "identity": (dict, _NONE),
-    "limits": {...: (int, float, _NONE)},
-    "cwd": str,
+    "run?": str,
+    "template?": str,
+    "identity?": (dict, _NONE),
+    "limits?": {...: (int, float, _NONE)},
+    "cwd?": str,
 }
 _STATE = {
     "state": {OK, *FINAL, *PENDING},
