@@ -85,11 +85,12 @@ def _running_nodes(source: str) -> Iterator[ast.AST]:
         todo.extend(ast.iter_child_nodes(node))
 
 
+@lru_cache(maxsize=4096)  # a plan asks for the same sources again
 def imported_names(
     source: str,
     package: str = "dmr",
     module: str = "",  # dotted name of the source's own module
-) -> set[str]:  # dotted names that may be modules of the package
+) -> frozenset[str]:  # dotted names that may be modules of the package
     "Names inside `package` that a source imports when it runs."
     out: set[str] = set()
     for node in _running_nodes(source):
@@ -98,7 +99,8 @@ def imported_names(
         elif isinstance(node, ast.ImportFrom):
             base = _import_base(node, module)
             out.update([base, *(f"{base}.{a.name}" for a in node.names)])
-    return {n for n in out if n == package or n.startswith(package + ".")}
+    inside = (n for n in out if n == package or n.startswith(f"{package}."))
+    return frozenset(inside)
 
 # %% ../../nbs/studies/03_identity.ipynb #eb795e4d
 @lru_cache(maxsize=4096)

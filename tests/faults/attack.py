@@ -445,6 +445,8 @@ def throw(each: Iterator[Fault], say: Callable[[str], None] = print):
         rng = random.Random(f"{kind} {fault} {seed}")
         try:
             verdict, detail = act(rng)
+        except KeyboardInterrupt:  # tell of those that were thrown
+            break
         except Exception as e:
             verdict, detail = "crashed", f"{type(e).__name__}: {e}"
         rows.append(dict(kind=kind, fault=fault, seed=seed, verdict=verdict))
