@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -213,18 +214,26 @@ def write_checkpoint(
     write_atomic(path, data.getbuffer(), keep=_previous(path))
 
 # %% ../nbs/studies/01_files.ipynb #ddb67f36
+def _damage_of(data: bytes, digest: bytes | None) -> str:  # empty: none
+    "What is wrong with a checkpoint, by its hash or by its parts' checksums."
+    if digest is not None:
+        fits = hashlib.sha256(data).hexdigest().encode() == digest
+        return "" if fits else "its hash does not fit"
+    part = zipfile.ZipFile(io.BytesIO(data)).testzip()
+    return f"its part {part} is damaged" if part else ""
+
+
 def read_checkpoint(path: Path) -> dict | None:
     "Read a checkpoint; None if there is none. Raises ValueError if damaged."
     if not path.exists():
         return None
     import torch
 
-    data, mark, digest = path.read_bytes().rpartition(_HASH)
-    wrong = "" if mark else "no hash at its end: cut off, or of an old version"
-    if mark and hashlib.sha256(data).hexdigest().encode() != digest:
-        wrong = "its hash does not fit"
+    whole = path.read_bytes()
+    data, mark, digest = whole.rpartition(_HASH)
+    data, given = (data, digest) if mark else (whole, None)
     try:
-        if not wrong:
+        if not (wrong := _damage_of(data, given)):
             state = io.BytesIO(data)
             return torch.load(state, map_location="cpu", weights_only=True)
     except Exception as e:

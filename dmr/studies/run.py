@@ -139,7 +139,7 @@ def other_run(
             return f"its result is of {k}={used[k]!r}, planned was {k}={v!r}"
     return ""
 
-# %% ../../nbs/studies/04_run.ipynb #092c51ad
+# %% ../../nbs/studies/04_run.ipynb #cd2f5bd7
 def _file_hash(path: Path) -> str | None:  # None: it cannot be read
     "SHA-256 of a file."
     try:
@@ -147,7 +147,7 @@ def _file_hash(path: Path) -> str | None:  # None: it cannot be read
     except OSError:
         return None
 
-
+# %% ../../nbs/studies/04_run.ipynb #092c51ad
 @dataclass(frozen=True)
 class Run:
     "The folder of one run, read from the file system alone."
