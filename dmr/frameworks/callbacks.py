@@ -27,8 +27,8 @@ class _Settings:
         self,
         # what is edited, such as Projection(rank=8)
         modification: Modification | None = None,
-        # shared, decoupled, denominator or displacement
-        routing: str = "decoupled",
+        # shared, decoupled, denominator, displacement; None: the method's usual
+        routing: str | None = None,
         strength: Strength | float | None = None,  # as for MomentRouter
         *,
         # with adapters: which LoRA factor, A, B or both; None: every layer that

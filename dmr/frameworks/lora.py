@@ -81,8 +81,8 @@ def route_lora(
     model: nn.Module,  # with adapters of peft
     optimizer: Optimizer,  # over the adapters
     modification: Modification | None,  # such as Projection(rank=2)
-    # shared, decoupled, denominator or displacement
-    routing: str = "decoupled",
+    # shared, decoupled, denominator or displacement; None: the method's usual
+    routing: str | None = None,
     strength: Strength | float | None = None,  # as for MomentRouter
     protect: str = "A",  # which factor: A, B or both
     **options: Any,  # further arguments of MomentRouter

@@ -40,6 +40,7 @@ class AGEM(ReplayMix):
     """
 
     acts_on_steps = True
+    usual_strength = 1.0  # all of the conflict
     _remove: Tensor | None = None  # the coefficient, within a step
 
     def _loss(self, batch: Batch) -> Tensor:

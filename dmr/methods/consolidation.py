@@ -17,7 +17,8 @@ from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
 
 # %% auto #0
-__all__ = ['new_share', 'remember', 'per_sample', 'running_share', 'outer', 'merge', 'FisherMerge']
+__all__ = ['new_share', 'remember', 'per_sample', 'running_share', 'outer', 'merge', 'MeanSquare', 'check_moment',
+           'second_moments', 'FisherMerge']
 
 # %% ../../nbs/methods/11_consolidation.ipynb #ecdfd332
 def new_share(
@@ -183,7 +184,7 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in map(local, tensors))
 
 # %% ../../nbs/methods/11_consolidation.ipynb #7cb1e18c
-class _MeanSquare:
+class MeanSquare:
     "The mean of g² over the running domain, one number a weight."
 
     def __init__(self, trained: Trained):
@@ -214,7 +215,7 @@ class _MeanSquare:
         self.sums = _placed(state["sums"], self.trained)
 
 # %% ../../nbs/methods/11_consolidation.ipynb #b3c65fda
-class _RowsAndColumns(_MeanSquare):
+class _RowsAndColumns(MeanSquare):
     "Row and column means of g²: out + in numbers for a matrix."
 
     def load_state_dict(self, state: dict) -> None:
@@ -246,7 +247,10 @@ class _RowsAndColumns(_MeanSquare):
         return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #fe3f5c15
-def _check_moment(trained: Trained) -> None:
+def check_moment(
+    trained: Trained,
+    edited: bool = False,  # is the edited gradient's mean square welcome?
+) -> None:
     "Raise ValueError where the optimizer's second moment is no Fisher."
     optimizer, why = trained.optimizer, ""
     name = type(optimizer).__name__
@@ -258,18 +262,18 @@ def _check_moment(trained: Trained) -> None:
         why = f"{name} has no second moment"
     elif isinstance(optimizer, torch.optim.Adamax):
         why = f"{name} keeps a maximum, not a mean of squares"
-    elif trained.routing in ("shared", "denominator"):
+    elif not edited and trained.routing in ("shared", "denominator"):
         why = f"under routing={trained.routing!r} it sees the edited gradient"
     elif coupled:
         why = f"{name}'s weight_decay is L2, a part of the gradient it sees"
     if why:
         raise ValueError(
-            f"curvature='moment' needs a faithful second moment, but {why};"
-            " choose curvature='gradients'"
+            "a curvature read off the second moment needs a faithful one, but"
+            f" {why}; choose curvature='gradients'"
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #e4cd194f
-def _second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
+def second_moments(trained: Trained) -> dict[str, tuple[Tensor, float]]:
     "v and its β2 by name, where the optimizer has a v."
     out = {}
     for group in trained.optimizer.param_groups:
@@ -288,15 +292,15 @@ def _check_memory(beta2: float, steps: int) -> None:
             f"beta2={beta2} remembers {1 / (1 - beta2):.0f} steps, and this"
             f" domain had {steps}: its second moment stands for the domain's"
             " end only; choose curvature='gradients', or a larger beta2",
-            stacklevel=8,
+            stacklevel=10,
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #3a944ea6
-class _SecondMoment(_MeanSquare):
+class _SecondMoment(MeanSquare):
     "The running domain's share of the optimizer's own second moment."
 
     def __init__(self, trained: Trained):
-        _check_moment(trained)
+        check_moment(trained)
         super().__init__(trained)  # `sums` holds v at the last boundary
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
@@ -304,7 +308,7 @@ class _SecondMoment(_MeanSquare):
 
     def fisher(self) -> dict[str, Tensor]:
         out, beta2 = {}, 0.0
-        for name, (v, beta2) in _second_moments(self.trained).items():
+        for name, (v, beta2) in second_moments(self.trained).items():
             start = self.sums.get(name)
             start = None if start is None else local(start)
             out[name] = running_share(local(v), start, beta2, self.count)
@@ -312,13 +316,13 @@ class _SecondMoment(_MeanSquare):
         return out
 
     def clear(self) -> None:
-        now, self.count = _second_moments(self.trained), 0
+        now, self.count = second_moments(self.trained), 0
         self.sums = {name: v.clone() for name, (v, _) in now.items()}
 
 
 #: What a domain's curvature is taken from.
 _CURVATURES = {
-    "gradients": _MeanSquare,
+    "gradients": MeanSquare,
     "factored": _RowsAndColumns,
     "moment": _SecondMoment,
 }
@@ -326,6 +330,8 @@ _CURVATURES = {
 # %% ../../nbs/methods/11_consolidation.ipynb #8cc263af
 class _Settings(Anchored):
     "The settings of a merge, checked."
+
+    curvatures: Mapping[str, type[MeanSquare]] = _CURVATURES
 
     def __init__(
         self,
@@ -342,7 +348,7 @@ class _Settings(Anchored):
     ):
         super().__init__()
         _check_merge(weight, damping)
-        _check_past(curvature, keep, odds, weight)
+        _check_past(self.curvatures, curvature, keep, odds, weight)
         per_sample(samples, reduction)
         self.weight, self.damping, self.keep = weight, damping, keep
         self.curvature, self.odds, self.storage = curvature, odds, storage
@@ -350,12 +356,14 @@ class _Settings(Anchored):
         self.past: dict[str, Tensor] = {}  # F_p by name
 
 # %% ../../nbs/methods/11_consolidation.ipynb #d596db46
-def _check_past(curvature: str, keep: float, odds: bool, weight: float) -> None:
+def _check_past(
+    known: Iterable[str], curvature: str, keep: float, odds: bool, weight: float
+) -> None:
     "Raise ValueError naming the first setting that means nothing."
-    if curvature not in _CURVATURES:
+    if curvature not in known:
         raise ValueError(
             f"curvature={curvature!r} is unknown; choose one of"
-            f" {', '.join(_CURVATURES)}"
+            f" {', '.join(known)}"
         )
     check_fraction("keep", keep)
     if odds and weight == 1:
@@ -381,7 +389,7 @@ def _knows_language(model: object) -> bool:
 class _Past(_Settings):
     "What is kept of the past: its weights and its curvature."
 
-    recorder: _MeanSquare
+    recorder: MeanSquare
 
     @torch.no_grad()
     def anchor(self) -> None:
@@ -456,8 +464,31 @@ def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
     merge.anchor()
     merge.recorder.clear()
 
+# %% ../../nbs/methods/11_consolidation.ipynb #14c5436e
+class _Recording(_Moving):
+    "The running domain's curvature, for one sample."
+
+    def attach(self, trained: Trained) -> None:
+        super().attach(trained)
+        _check_whole(self.curvature, trained)
+        self.recorder = self.curvatures[self.curvature](trained)
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        self.recorder.learn(grads)
+
+    def _measured(self) -> dict[str, Tensor]:
+        scale = per_sample(self.samples, self.reduction)
+        found = self.recorder.fisher().items()
+        return {name: scale * f for name, f in found}
+
+    def _found(self) -> dict[str, Tensor]:
+        new = self._measured()
+        for name, f in new.items():
+            _check_curvatures(name, f, f, f)
+        return new
+
 # %% ../../nbs/methods/11_consolidation.ipynb #881d6743
-class FisherMerge(_Moving):
+class FisherMerge(_Recording):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.
     """
@@ -466,21 +497,13 @@ class FisherMerge(_Moving):
         settings = f"weight={self.weight}, damping={self.damping}"
         return f"FisherMerge({settings}, curvature={self.curvature!r})"
 
-    def attach(self, trained: Trained) -> None:
-        super().attach(trained)
-        _check_whole(self.curvature, trained)
-        self.recorder = _CURVATURES[self.curvature](trained)
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        self.recorder.learn(grads)
+    @torch.no_grad()
+    def pull(self) -> dict:
+        return self._move(self._found()) if self.past else {}
 
     @torch.no_grad()
     def merge(self) -> dict:
-        scale = per_sample(self.samples, self.reduction)
-        found = self.recorder.fisher().items()
-        new = {name: scale * f for name, f in found}
-        for name, f in new.items():
-            _check_curvatures(name, f, f, f)
+        new = self._found()
         report = self._move(new) if self.past else self._begin()
         _take_in(self, new)
         return report

@@ -19,7 +19,13 @@ from dmr.methods.examples import (
     gradients_of,
     scalar_of,
 )
-from ..routing.modification import Dense, Modification, Target, squared_cosine
+from dmr.routing.modification import (
+    Dense,
+    Modification,
+    Target,
+    accumulator,
+    squared_cosine,
+)
 from ..routing.sharding import same_everywhere
 from ..routing.strength import check_fraction
 
@@ -230,15 +236,20 @@ def _penalty_report(penalty: Penalty) -> dict[str, float]:
     return report
 
 # %% ../../nbs/methods/08_penalty.ipynb #dab8e9f6
-class _Fisher(Sampled, Penalty):
-    "At a boundary: the Fisher information on the sample is added."
+class _Measuring(Sampled, Penalty):
+    "Measures importances on a sample of the domain."
 
     fisher_fn: Callable[[Any], Tensor]
-    online: bool
-    gamma: float
+    uniform: bool
 
-    def consolidate(self) -> dict:
-        examples = list(self.sample.batches(1))
+    def observe(self, batch: Any, total: int | None = None) -> None:
+        if not self.uniform:
+            super().observe(batch, total)
+
+    def _fisher(self, examples: list) -> dict[str, Tensor]:
+        if self.uniform:
+            ones = lambda p: torch.ones_like(p, dtype=accumulator(p.dtype))
+            return {name: ones(p.detach()) for name, p in self._params.items()}
         with torch.enable_grad(), evaluating(self.model):
             fisher = fisher_diagonal(self._params, self.fisher_fn, examples)
         if not all(bool(F.isfinite().all()) for F in fisher.values()):
@@ -246,7 +257,18 @@ class _Fisher(Sampled, Penalty):
                 "the Fisher information is not finite; nothing was changed."
                 " Check the model's weights and loss_fn"
             )
-        for name, F in fisher.items():
+        return fisher
+
+# %% ../../nbs/methods/08_penalty.ipynb #60aa1b6b
+class _Fisher(_Measuring):
+    "At a boundary: the Fisher information on the sample is added."
+
+    online: bool
+    gamma: float
+
+    def consolidate(self) -> dict:
+        examples = [] if self.uniform else list(self.sample.batches(1))
+        for name, F in self._fisher(examples).items():
             theta = self._params[name].detach().to(F, copy=True)
             omega = self.importance.get(name, torch.zeros_like(F))
             anchor = self.anchors.get(name, theta)
@@ -285,6 +307,8 @@ class EWC(_Fisher):
         # in place of loss_fn for the Fisher information
         fisher_fn: Callable[[Any], Tensor] | None = None,
         seed: int = 0,  # of the sample
+        # the control: importance 1 for every weight, and no Fisher
+        uniform: bool = False,
     ):
         default = 400.0 if form == "additive" else 1.0
         super().__init__(default if lam is None else lam, form, normalise)
@@ -295,11 +319,12 @@ class EWC(_Fisher):
                 f"gamma={gamma:g} decays old importances, which only the online"
                 " variant does; pass online=True"
             )
-        self.fisher_fn = fisher_fn or loss_fn
+        self.fisher_fn, self.uniform = fisher_fn or loss_fn, uniform
         self.sample = DomainSample(samples, seed)
 
     def __repr__(self) -> str:
         how = f"form={self.form!r}, online={self.online}"
+        how += ", uniform=True" if self.uniform else ""
         return f"EWC(lam={self.weight:g}, {how})"
 
 # %% ../../nbs/methods/08_penalty.ipynb #44edf567

@@ -235,6 +235,7 @@ class ReplayMix(_Mixes):
     """
 
     acts_on_steps = False
+    usual_strength = 0.5
 
     def __init__(
         self,

@@ -46,23 +46,9 @@ class Trained:
         state = self.optimizer.state.get(self.parameters()[name], {})
         return state.get(self.moments.second)
 
-# %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class Consolidation:
-    "What happens to the weights at a boundary. Subclass it; define `merge`."
-
-    def attach(self, trained: Trained) -> None:
-        "Meet the training run, or raise a ValueError for one that cannot work."
-        self.trained = trained
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        "At every step that is taken: the raw gradients, unscaled and finite."
-
-    def anchor(self) -> None:
-        "The present weights are the ones that the next merge starts from."
-
-    def merge(self) -> dict:
-        "A domain is over: change the weights. Returns plain numbers."
-        raise TypeError(f"{type(self).__name__} has no merge method")
+# %% ../../nbs/routing/07_consolidation.ipynb #273be954
+class _Stated:
+    "What a consolidation keeps; by default nothing."
 
     def state_dict(self) -> dict:
         "The state as tensors and numbers, whole where they are sharded."
@@ -74,6 +60,34 @@ class Consolidation:
     def memory(self) -> int:
         "Bytes kept between steps."
         return 0
+
+# %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
+class Consolidation(_Stated):
+    "What happens to the weights at a boundary. Subclass it; define `merge`."
+
+    def attach(self, trained: Trained) -> None:
+        "Meet the training run, or raise a ValueError for one that cannot work."
+        self.trained = trained
+
+    def begin(self) -> None:
+        "A domain begins: before its first step."
+
+    def observe(self, batch: object) -> None:
+        "A training batch of the running domain, before its backward pass."
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        "At every step that is taken: the raw gradients, unscaled and finite."
+
+    def anchor(self) -> None:
+        "The present weights are the ones that the next merge starts from."
+
+    def pull(self) -> dict:
+        "Inside a domain: change the weights, and leave the past as it is."
+        raise TypeError(f"{type(self).__name__} has no pull method")
+
+    def merge(self) -> dict:
+        "A domain is over: change the weights. Returns plain numbers."
+        raise TypeError(f"{type(self).__name__} has no merge method")
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
 def check_weight(
@@ -114,6 +128,18 @@ class Anchored(Consolidation):
         kept = self.before.values()
         return sum(x.numel() * x.element_size() for x in kept)
 
+# %% ../../nbs/routing/07_consolidation.ipynb #a7d5f0cf
+@torch.no_grad()
+def _average(
+    kept: Anchored,  # with the weights of the last boundary
+    weight: float,  # λ in (0, 1]
+) -> None:
+    "Move the present weights to θ_prev + λ(θ - θ_prev)."
+    for name, p in kept.trained.parameters().items():
+        if name in kept.before:
+            old = kept.before[name].to(p)
+            p.copy_(torch.lerp(old, p, weight))
+
 # %% ../../nbs/routing/07_consolidation.ipynb #e650b386
 class Interpolate(Anchored):
     "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
@@ -128,16 +154,20 @@ class Interpolate(Anchored):
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"
 
-    @torch.no_grad()
+    def pull(
+        self,
+        weight: float | None = None,  # λ of this time; None: as made
+    ) -> dict:
+        weight = self.weight if weight is None else weight
+        if weight is not None:
+            _average(self, weight)
+        return {}
+
     def merge(
         self,
         weight: float | None = None,  # λ of this boundary; None: as made
     ) -> dict:
-        weight = self.weight if weight is None else weight
-        if weight is not None:
-            for name, p in self.trained.parameters().items():
-                if name in self.before:
-                    old = self.before[name].to(p)
-                    p.copy_(torch.lerp(old, p, weight))
+        self.pull(weight)
+        if (self.weight if weight is None else weight) is not None:
             self.anchor()
         return {}

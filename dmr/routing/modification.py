@@ -321,10 +321,16 @@ class _OptionalSetup:
     acts_on_steps: bool = True  # can it edit a step as well as a gradient?
     shards: bool = False  # does it work on some rows of a weight alone?
     needs_consolidate: bool = True  # is it idle before the first consolidate?
+    usual_strength: float = 1.0  # of a router that is given none
     serves: bool = False  # does a router use it? Set by the router
     group: Any = None  # processes with copies of the model; set by the router
     #: protected directions U (fan_in, r) by name, where there are such
     bases: Mapping[str, Tensor] = {}
+
+    @property
+    def usual_routing(self) -> str:  # of a router that is given none
+        "The step where that can be edited, the gradient where it cannot."
+        return "displacement" if self.acts_on_steps else "shared"
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         "Meet the model, and its weights that have an input side."

@@ -31,7 +31,7 @@ from dmr.routing.inflation import (
     step_norms,
 )
 from .modification import Modification, Nothing, find_targets
-from .moments import Differences, moments_of
+from .moments import Differences, Moments, moments_of
 from .sharding import replicas, shard_groups, sum_over
 from dmr.routing.step import (
     EditOf,
@@ -296,6 +296,34 @@ class _Finishing(_Measured):
         self.modification.end(after_step(step))
         self._flight = None
 
+# %% ../../nbs/routing/08_router.ipynb #448e39c2
+def _caution(
+    step: Step,
+    routing: str,
+    guard: str | None,
+    modification: Modification,
+) -> None:
+    "Warn of what decoupled routing is known to spoil."
+    if routing != "decoupled" or not isinstance(step.moments, Moments):
+        return
+    first = step.moments.first
+    state = step.state
+    fresh = any(first not in state.get(p, {}) for p, _ in step.live.values())
+    if fresh and modification.acts_on_steps:
+        warnings.warn(
+            "the optimizer is new while something is protected already: under"
+            " routing='decoupled' its first steps are hardly protected; pass"
+            " routing='displacement', or keep the optimizer",
+            stacklevel=8,
+        )
+    elif not modification.acts_on_steps and guard is None:
+        warnings.warn(
+            f"{type(modification).__name__} edits whole gradients: under"
+            " routing='decoupled' a step may become very long where the raw"
+            " gradient is small; pass routing='shared', or guard='clamp'",
+            stacklevel=8,
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #34441ca3
 class _Planning(_Finishing):
     "What happens before torch's step, once the gradients were checked."
@@ -304,6 +332,7 @@ class _Planning(_Finishing):
     consolidation: Consolidation
     guard: str | None
     restore_grad: bool
+    _cautioned: bool = False  # of a routing that may do harm
 
     def _plan(self, step: Step, loops_own: AbstractContextManager) -> None:
         modification, strength = self.modification, self.strength
@@ -312,6 +341,9 @@ class _Planning(_Finishing):
         self.consolidation.learn(step.grads)
         settle(step, modification)
         if step.active:
+            if not self._cautioned:
+                _caution(step, self.routing, self.guard, modification)
+                self._cautioned = True
             tracked = self._tracked()
             told = strengthen(step, modification, strength, tracked, loops_own)
             self._last |= told
@@ -374,10 +406,11 @@ class _Domains(_Stepping):
     "A routed optimizer whose training is divided into domains."
 
     def observe(self, batch: object, total: int | None = None) -> None:
-        """Offer a training batch (before its backward pass) to modifications
-        that keep examples; `total`: examples in the domain.
+        """Offer a training batch (before its backward pass) to what keeps
+        examples; `total`: examples in the domain.
         """
         self.modification.observe(batch, total)
+        self.consolidation.observe(batch)
 
     def anchor(self) -> None:
         "The present parameters are the ones that the next merge starts from."
@@ -582,11 +615,14 @@ class _Described(_Restored):
         )
 
 # %% ../../nbs/routing/08_router.ipynb #5aace75d
-def _as_strength(strength: Strength | float | None) -> Strength:
-    "A strength: a number is a fixed one, None is all."
+def _as_strength(
+    strength: Strength | float | None,
+    modification: Modification,
+) -> Strength:
+    "A strength: a number is a fixed one, None is the method's usual one."
     if isinstance(strength, Strength):
         return strength
-    return Fixed(1.0 if strength is None else strength)
+    return Fixed(modification.usual_strength if strength is None else strength)
 
 # %% ../../nbs/routing/08_router.ipynb #40411d10
 def _as_modification(modification: Modification | None) -> Modification:
@@ -664,9 +700,11 @@ class MomentRouter(_Described):
         # what is edited; None: the plain optimizer, with diagnostics
         modification: Modification | None = None,
         # shared, decoupled, denominator or displacement; beyond Adam's
-        # family and SGD with momentum, shared or displacement
-        routing: str = "decoupled",
-        # how much; None: Fixed(1.0); a number: Fixed(number)
+        # family and SGD with momentum, shared or displacement; None:
+        # displacement, or shared for a method that edits gradients only
+        routing: str | None = None,
+        # how much; None: the method's usual one, 1 for a projection; a
+        # number: Fixed(number)
         strength: Strength | float | None = None,
         *,
         # protect only weights whose names match (shell patterns)
@@ -693,9 +731,11 @@ class MomentRouter(_Described):
         consolidation: Consolidation | None = None,
     ):
         super().__init__(model, optimizer)
-        self.routing = self.moments.meaning(check_routing(routing))
-        self.strength = _as_strength(strength)
         self.modification = _as_modification(modification)
+        usual = self.modification.usual_routing
+        routing = check_routing(usual if routing is None else routing)
+        self.routing = self.moments.meaning(routing)
+        self.strength = _as_strength(strength, self.modification)
         name = type(self.optimizer).__name__
         check_meaning(name, self.moments, self.routing, self.modification)
         self.guard = check_guard(guard, self.routing)

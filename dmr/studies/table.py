@@ -18,8 +18,9 @@ from ..files import locked, read_json, write_atomic, write_json
 from .identity import Identity, code_parts
 
 # %% auto #0
-__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages', 'boundary_weights',
-           'arm_label', 'flat', 'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key', 'CodeVersions', 'Ledger']
+__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'MERGES', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages',
+           'boundary_weights', 'arm_label', 'flat', 'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key',
+           'CodeVersions', 'Ledger']
 
 # %% ../../nbs/studies/06_table.ipynb #bc879c6e
 #: Columns of a table that hold a run's matrix of losses.
@@ -121,21 +122,58 @@ def _join_stages(
         out["steps_total" if name == "steps" else name] = joined
     return out
 
-# %% ../../nbs/studies/06_table.ipynb #25f54fd5
+# %% ../../nbs/studies/06_table.ipynb #27e587a7
+#: Kinds of merges by curvature, as an arm's name says them.
+MERGES: dict[Any, str] = {
+    "fisher": "Fisher merge",
+    "fisher_variant": "Fisher merge",
+    "regmean": "RegMean",
+    "kfac": "K-FAC merge",
+}
+
+
+def _mapping(parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
+    "A parameter that is a mapping, or one written as JSON; {} if not given."
+    given = parameters.get(name)
+    given = json.loads(given) if isinstance(given, str) and given else given
+    return given if isinstance(given, dict) else {}
+
+# %% ../../nbs/studies/06_table.ipynb #6a9d3b0e
 def boundary_weights(
     parameters: Mapping[str, Any],  # a run's parameters
 ) -> tuple[float | None, float | None]:  # of interpolation, of a Fisher merge
     "What the new weights count at a boundary; None: they are not averaged so."
-    kind, given = parameters.get("consolidation"), parameters.get("merge")
-    given = json.loads(given) if isinstance(given, str) and given else given
-    weight = (given if isinstance(given, dict) else {}).get("weight", 0.5)
-    if kind == "fisher":
-        return None, float(weight)
+    kind = parameters.get("consolidation")
+    weight = _mapping(parameters, "merge").get("weight", 0.5)
     if kind == "interpolate":
         return float(weight), None
+    if kind in MERGES:
+        return None, float(weight)
     return parameters.get("interpolate"), None
 
+# %% ../../nbs/studies/06_table.ipynb #9c0e76ed
+def _merge_words(
+    parameters: Mapping[str, Any],  # a run's parameters
+) -> list[str]:
+    "What a merge is called, its weight, and what is unusual about it."
+    get, (lam, weight) = parameters.get, boundary_weights(parameters)
+    if lam is None and weight is None:
+        return []
+    several, details = int(get("merges") or 1), {}
+    if get("consolidation") not in ("fisher", "interpolate", None):
+        details = _mapping(parameters, "merge")
+    name = "interpolation" if lam is not None else MERGES[get("consolidation")]
+    name = "SFA" if lam is not None and several > 1 else name
+    words = [name, f"{lam if weight is None else weight:g}"]
+    if details.get("rise") is not None:
+        words = [name, f"giving back {details['rise']:g}"]
+    details = {k: v for k, v in details.items() if k not in ("weight", "rise")}
+    words += [f"{k} {v}".replace("_", " ") for k, v in details.items()]
+    words += [f"{several} a domain"] if several > 1 else []
+    cleared = {"first": "first moment cleared", "both": "moments cleared"}
+    return words + [cleared[k] for k in [get("after_merge")] if k in cleared]
 
+# %% ../../nbs/studies/06_table.ipynb #25f54fd5
 def arm_label(
     parameters: Mapping[str, Any],  # a run's parameters
     base_lr: float | None = None,  # the other arms' rate; adds `×0.5`
@@ -144,10 +182,9 @@ def arm_label(
     get = parameters.get
     modification = get("modification") or "none"
     routing = get("routing") or "decoupled"
-    (lam, merge), fraction = boundary_weights(parameters), get("fraction")
+    fraction, merged = get("fraction"), _merge_words(parameters)
     if modification == "none":
-        words = ["interpolation" if lam is not None else "vanilla"]
-        words = words if merge is None else ["Fisher merge"]
+        words = merged[:1] or ["vanilla"]
         if get("joint"):
             words = ["joint training"]
         if get("second_batch"):
@@ -157,15 +194,13 @@ def arm_label(
     else:
         fixed = "fixed " if routing == "decoupled" else ""
         adaptive = "adaptive " if get("strength") == "overlap" else ""
-        words = [f"{adaptive or fixed}{routing} {modification}"]
+        uniform = _mapping(parameters, "options").get("uniform")
+        name = "L2 to the start" if uniform else modification
+        words = [f"{adaptive or fixed}{routing} {name}"]
         if modification == "replay" and fraction is not None:
             words = [f"replay {100 * fraction:g} % {adaptive}{routing}"]
-        if lam is not None:
-            words.append("+ interpolation")
-        if merge is not None:
-            words.append("+ Fisher merge")
-    if lam is not None or merge is not None:
-        words.append(f"{lam if merge is None else merge:g}")
+        words += [f"+ {name}" for name in merged[:1]]
+    words += merged[1:]
     lr = get("lr")
     if base_lr and lr and not math.isclose(lr, base_lr, rel_tol=1e-9):
         words.append(f"×{lr / base_lr:g}")

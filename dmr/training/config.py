@@ -20,6 +20,7 @@ from ..methods.projection import Projection
 from ..methods.registry import FAMILIES, make
 from ..methods.replay import ReplayBuffer, ReplayMix
 from ..routing.modification import Modification
+from ..routing.moments import moments_of
 from ..routing.router import MomentRouter
 from ..routing.step import GUARDS, ROUTINGS
 from ..routing.strength import Fixed, OverlapAware, Strength
@@ -27,12 +28,13 @@ from ..theory import horizon
 from .model import SIZES, next_byte_loss
 from functools import partial
 from ..methods.consolidation import FisherMerge
+from ..methods.rivals import FisherVariant, KFACMerge, RegMean
 from ..routing.consolidation import Consolidation, Interpolate
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'LIMITS', 'seed_for', 'generator_for', 'build_optimizer', 'rate_factor',
-           'next_byte_logit', 'for_language_model', 'Config', 'build_consolidation', 'build_router', 'check_config',
-           'open_optimizer', 'check_parameters']
+__all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'CONSOLIDATIONS', 'LIMITS', 'seed_for', 'generator_for', 'build_optimizer',
+           'rate_factor', 'next_byte_logit', 'for_language_model', 'Config', 'drawn_byte_loss', 'build_consolidation',
+           'build_router', 'check_config', 'open_optimizer', 'check_parameters']
 
 # %% ../../nbs/training/03_config.ipynb #35548e27
 def seed_for(
@@ -217,6 +219,16 @@ MODIFICATIONS |= {
 }
 
 # %% ../../nbs/training/03_config.ipynb #308724fa
+#: What may become of the weights at a boundary.
+CONSOLIDATIONS: tuple[str, ...] = (
+    "none",
+    "interpolate",
+    "fisher",
+    "fisher_variant",
+    "regmean",
+    "kfac",
+)
+
 #: Parameters of a run -> ranges and choices, as a template's comments state
 #: them.
 LIMITS: dict[str, str] = {
@@ -246,7 +258,9 @@ LIMITS: dict[str, str] = {
     "importance": "[0, inf)",
     "fraction": "(0, 1]",
     "interpolate": "(0, 1]",
-    "consolidation": "{none, interpolate, fisher}",
+    "consolidation": f"{{{', '.join(CONSOLIDATIONS)}}}",
+    "merges": "[1, inf)",
+    "after_merge": "{kept, first, both}",
     "second_batch": "[0, 1)",
     "freeze_after": "[1, inf)",
     "seed": "[0, inf)",
@@ -374,6 +388,8 @@ class Config:
     arm: str = ""  # a label
     consolidation: str = "none"  # of the weights at a boundary
     merge: dict | None = None  # arguments of the consolidation
+    merges: int = 1  # a domain: evenly spaced, the last at its end
+    after_merge: str = "kept"  # of the optimizer: first or both moments go
 
     def __post_init__(self) -> None:
         kinds = {f.name: str(f.type) for f in fields(self)}
@@ -388,9 +404,36 @@ class Config:
         has = self.optimizer != "sgd"
         return float(horizon(self.steps, self.beta2)) if has else None
 
+# %% ../../nbs/training/03_config.ipynb #389aaed5
+def drawn_byte_loss(
+    model: nn.Module,  # bytes (batch, time) -> logits (batch, time, 256)
+    windows: Tensor,  # (batch, time + 1) bytes; the last one is not used
+) -> Tensor:  # 0-dim
+    "The mean loss if the next bytes were what the model draws."
+    logits = model(windows[:, :-1]).float().flatten(0, 1)  # (n, 256)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1)  # (n, 1)
+    return nn.functional.cross_entropy(logits, drawn.flatten())
+
+
+def _variant(
+    drawn_fn: Loss | None,  # the loss with labels drawn from the model
+    labels: str = "text",  # or "model": for a curvature taken in one pass
+    **given: Any,  # as for FisherVariant
+) -> FisherVariant:
+    "A `FisherVariant` whose pass takes its labels from text or model."
+    if labels not in ("text", "model"):
+        raise ValueError(f"labels={labels!r} must be 'text' or 'model'")
+    if labels == "model" and given.get("curvature") != "pass":
+        raise ValueError("labels='model' needs curvature='pass'")
+    fisher_fn = drawn_fn if labels == "model" else None
+    return FisherVariant(fisher_fn=fisher_fn, **given)
+
 # %% ../../nbs/training/03_config.ipynb #2cbc1c62
 def build_consolidation(
     config: Config,
+    loss_fn: Loss | None = None,  # for those that look at examples
+    # with labels drawn from the model, of one window
+    drawn_fn: Loss | None = None,
 ) -> Consolidation | None:  # None: the weights stay as trained
     "The consolidation of a run. Raises ValueError for what has no meaning."
     c, given = config, config.merge or {}
@@ -400,9 +443,16 @@ def build_consolidation(
                 f"merge={given!r} needs consolidation='interpolate' or 'fisher'"
             )
         return None
+    looking: dict[str, Any] = {"loss_fn": loss_fn}
+    looking["seed"] = seed_for(c.seed, "merge")
     kinds: dict[str, Callable[..., Consolidation]] = {
         "interpolate": Interpolate,
         "fisher": partial(FisherMerge, samples=c.batch),
+        "fisher_variant": partial(
+            _variant, drawn_fn, steps=c.steps, samples=c.batch, **looking
+        ),
+        "regmean": partial(RegMean, **looking),
+        "kfac": partial(KFACMerge, samples=c.batch, **looking),
     }
     default = {"weight": 0.5} if c.consolidation == "interpolate" else {}
     try:
@@ -443,7 +493,9 @@ def build_router(
             guard=None if modification is None else c.guard,
             track_step=c.track_step,
             track_inflation=c.track_inflation,
-            consolidation=build_consolidation(c),
+            consolidation=build_consolidation(
+                c, loss_fn, partial(drawn_byte_loss, model)
+            ),
             **options,
         )
     except TypeError as e:
@@ -451,6 +503,35 @@ def build_router(
             f"optimizer={c.optimizer!r}, modification={c.modification!r},"
             f" routing={c.routing!r}: {e}"
         ) from None
+
+# %% ../../nbs/training/03_config.ipynb #63b4b773
+def _check_merging(config: Config) -> None:
+    "Raise ValueError where the parameters of a merge do not fit together."
+    c, given = config, config.merge or {}
+    more = {"merges": c.merges != 1, "after_merge": c.after_merge != "kept"}
+    for name in more:
+        if c.consolidation == "none" and more[name]:
+            raise ValueError(
+                f"{name}={getattr(c, name)!r} needs a consolidation; pass for"
+                " example consolidation='fisher'"
+            )
+    if c.merges > c.steps:
+        raise ValueError(f"merges={c.merges} exceeds steps={c.steps}")
+    if c.compile and c.consolidation in ("regmean", "kfac"):
+        raise ValueError(
+            f"consolidation={c.consolidation!r} watches the layers, which"
+            " compile=True replaces; leave compile out"
+        )
+    curvature = given.get("curvature")
+    cleared = c.after_merge == "both" or c.state == "reset"
+    broken = curvature == "moment" and cleared
+    broken |= curvature == "seen" and c.after_merge == "both" and c.merges > 1
+    if broken:
+        raise ValueError(
+            f"curvature={curvature!r} is read off a second moment that"
+            f" state={c.state!r}, after_merge={c.after_merge!r} clears; choose"
+            " curvature='gradients'"
+        )
 
 # %% ../../nbs/training/03_config.ipynb #2b9c194f
 def check_config(config: Config) -> None:
@@ -486,8 +567,14 @@ def check_config(config: Config) -> None:
             f"second_batch={c.second_batch} is a control of its own; pass"
             f" modification='none', not {c.modification!r}"
         )
+    _check_merging(c)
     probe = torch.nn.utils.skip_init(nn.Linear, 4, 4, bias=False)
     optimizer = open_optimizer(c, probe)
+    if c.after_merge == "first" and not moments_of(optimizer).first:
+        raise ValueError(
+            f"after_merge='first': {c.optimizer} keeps no first moment that"
+            " dmr knows; choose 'kept' or 'both'"
+        )
     build_router(c, probe, optimizer, lambda batch: batch.sum()).close()
 
 

@@ -97,6 +97,11 @@ def _check_finetuning(config: FinetuneConfig) -> None:
             f"modification={c.modification!r} is not offered for a"
             " pretrained model; choose none, projection or replay"
         )
+    if (c.merge or {}).get("labels") == "model":
+        raise ValueError(
+            "merge labels='model' draws bytes, and this model reads tokens;"
+            " leave labels out"
+        )
     for name, value in UNUSED.items():
         if getattr(c, name) != value:
             raise ValueError(

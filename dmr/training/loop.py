@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import last_checkpoint, write_checkpoint
+from ..routing.moments import moments_of
 from ..text.load import Domain, Stream, load_stream
 from dmr.training.config import (
     Config,
@@ -36,7 +37,8 @@ from .model import ByteLM, build_model, next_byte_loss
 
 # %% auto #0
 __all__ = ['sample_starts', 'take_windows', 'even_starts', 'evaluation_windows', 'evaluating', 'held_out_losses', 'mean_error',
-           'Hook', 'SecondBatch', 'plain', 'SteppedRun', 'StreamRun', 'ContinualRun', 'train_stream']
+           'Hook', 'SecondBatch', 'clear_moments', 'Merging', 'plain', 'SteppedRun', 'StreamRun', 'ContinualRun',
+           'train_stream']
 
 # %% ../../nbs/training/04_loop.ipynb #b19d46b3
 def sample_starts(
@@ -183,6 +185,46 @@ class SecondBatch(Hook):
         )
         return (1 - self.weight) * loss + self.weight * second
 
+# %% ../../nbs/training/04_loop.ipynb #42aea3fd
+def clear_moments(
+    optimizer: torch.optim.Optimizer,
+    which: str,  # kept, first or both
+) -> None:
+    "Forget the first moment, or all state; keep it for 'kept'."
+    if which == "both":
+        optimizer.state.clear()
+    elif which == "first":
+        key = moments_of(optimizer).first
+        for state in optimizer.state.values():
+            if key in state:
+                state[key].zero_()
+
+
+class Merging(Hook):
+    "Merges inside a domain, and the optimizer's state after any merge."
+
+    def __init__(
+        self,
+        merges: int = 1,  # a domain; the last one is the boundary's
+        after: str = "kept",  # of the optimizer: or first, or both are cleared
+    ):
+        self.merges, self.after = merges, after
+
+    def begin_domain(self, run: SteppedRun) -> None:
+        run.router.consolidation.begin()
+        steps = range(1, self.merges)
+        self.due = {k * run.config.steps // self.merges for k in steps}
+
+    def after_step(self, run: SteppedRun, step: int, loss: Tensor) -> None:
+        if step + 1 in self.due and run.stage:
+            run.router.consolidation.pull()
+            clear_moments(run.optimizer, self.after)
+
+    def end_domain(self, run: SteppedRun) -> dict[str, Any]:
+        if run.stage:
+            clear_moments(run.optimizer, self.after)
+        return {}
+
 # %% ../../nbs/training/04_loop.ipynb #bf2e1b77
 def _progress_line(
     place: tuple[int, int],  # domain from 0, domains in the stream
@@ -291,7 +333,7 @@ def _consolidation_record(
     report: dict[str, Any],  # from `router.consolidate()`
 ) -> dict[str, Any]:
     """What a stage records of the router's report: rank over fan-in, energy
-    lost at the cap, windows kept.
+    lost at the cap, windows kept, the weight that a merge chose.
     """
     layers: dict[str, dict] = report.get("layers", {})
     out = {"rank_fraction": report.get("rank_fraction")}
@@ -302,6 +344,9 @@ def _consolidation_record(
         }
         lost = [float(x["lost"]) for x in layers.values() if "lost" in x]
         out["lost_energy"] = max(lost, default=None)
+    merged = report.get("consolidation", {})
+    if "weight" in merged:  # it was searched for
+        out["merge_weight"] = merged["weight"]
     return out | {
         f"replay_{k}": report[k]
         for k in ("windows", "bytes", "times_seen", "times_seen_max")
@@ -675,8 +720,9 @@ class StreamRun(SteppedRun):
 
     def own_hooks(self) -> list[Hook]:
         "The controls that the configuration asks for."
-        weight = self.config.second_batch
-        return [SecondBatch(weight)] if weight else []
+        c = self.config
+        second = [SecondBatch(c.second_batch)] if c.second_batch else []
+        return [Merging(c.merges, c.after_merge), *second]
 
     def draw(self) -> tuple[Tensor, Tensor]:
         c = self.config

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import dmr
 from ..files import write_atomic
+from ..methods.agem import AGEM
+from ..methods.penalty import EWC
 
 # %% auto #0
 __all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'HELD_BACK', 'COLUMNS', 'harm', 'story', 'fit', 'adam',
@@ -163,8 +165,8 @@ def llama() -> tuple[nn.Module, Callable]:
 
     model, _ = small_llama(int(torch.randint(1 << 30, (1,))))
 
-    def loss(rows: Tensor) -> Tensor:
-        rows = rows.long()
+    def loss(rows: Any) -> Tensor:  # rows, or what a Trainer makes of them
+        rows = (rows["input_ids"] if hasattr(rows, "keys") else rows).long()
         return model(input_ids=rows, labels=rows).loss
 
     return model, loss
@@ -257,10 +259,19 @@ def in_turn(
     return {"before": before, "old": old, "new": losses[-1]}
 
 # %% ../../nbs/experiments/13_stories.ipynb #6fd7a5bf
+def _keeps(modification: dmr.Modification | None) -> bool:
+    "Does it take note of batches, so that the loop has to offer them?"
+    if modification is None:
+        return False
+    return type(modification).observe is not dmr.Modification.observe
+
+
 @story(5e-4, 1e-3, 3e-3)
 def trainer(arm: Arm, lr: float, seed: int) -> dict[str, float]:
     "transformers' Trainer, started once for each text."
     from transformers import Trainer, TrainingArguments
+
+    from dmr.frameworks.trainer import RoutedTrainer
 
     torch.manual_seed(seed)
     model, loss_fn = llama()
@@ -277,6 +288,11 @@ def trainer(arm: Arm, lr: float, seed: int) -> dict[str, float]:
                 disable_tqdm=True, save_strategy="no", use_cpu=True,
                 logging_strategy="no", lr_scheduler_type="constant",
             )  # fmt: skip
+            if callback is not None and _keeps(callback.modification):
+                RoutedTrainer(
+                    model, arguments, train_dataset=data, router=callback
+                ).train()
+                continue
             callbacks = [] if callback is None else [callback]
             Trainer(
                 model, arguments, train_dataset=data, callbacks=callbacks
@@ -441,6 +457,36 @@ for _weight in (0.5, 0.7):
     ARMS[f"projection, displacement, merge {_weight}"] = partial(
         routed, _projection, merge=_merge, routing="displacement"
     )
+# a past that fades, so that long streams are learned as well
+for _weight, _keep in ((0.7, 0.7), (0.7, 0.5), (0.8, 0.5)):
+    _merge = partial(dmr.FisherMerge, _weight, keep=_keep)
+    ARMS[f"merge {_weight}, keep {_keep}"] = partial(
+        routed, _nothing, merge=_merge
+    )
+_half = partial(routed, _projection, routing="displacement", strength=0.5)
+ARMS["projection, displacement 0.5"] = _half
+for _weight in (0.7, 0.8):
+    ARMS[f"projection, displacement 0.5, merge {_weight}, keep 0.5"] = partial(
+        _half, merge=partial(dmr.FisherMerge, _weight, keep=0.5)
+    )
+
+
+def _replay(loss_fn: Callable) -> dmr.ReplayMix:
+    return dmr.ReplayMix(dmr.ReplayBuffer(capacity=64), loss_fn)
+
+
+def _ewc(loss_fn: Callable) -> EWC:
+    return EWC(loss_fn)
+
+
+def _agem(loss_fn: Callable) -> AGEM:
+    return AGEM(dmr.ReplayBuffer(capacity=64), loss_fn)
+
+
+# other methods, as a router treats them that is told nothing else
+ARMS["replay"] = partial(routed, _replay)
+ARMS["EWC"] = partial(routed, _ewc)
+ARMS["A-GEM"] = partial(routed, _agem)
 
 # %% ../../nbs/experiments/13_stories.ipynb #9447de58
 HELD_BACK = ("recurrent", "half", "schedule")

@@ -32,6 +32,41 @@ FISHER = {"consolidation": "fisher", "merge": {"weight": 0.7}, "lr": 1e-3}
             (None, 0.7),
             "displacement projection + Fisher merge 0.7",
         ),
+        (
+            {"consolidation": "interpolate", "merge": {"weight": 0.8}}
+            | {"merges": 4},
+            (0.8, None),
+            "SFA 0.8 4 a domain",
+        ),
+        (
+            FISHER | {"merges": 2, "after_merge": "first"},
+            (None, 0.7),
+            "Fisher merge 0.7 2 a domain first moment cleared",
+        ),
+        (
+            FISHER
+            | {"consolidation": "fisher_variant"}
+            | {"merge": '{"curvature": "seen", "weight": 0.7}'},
+            (None, 0.7),
+            "Fisher merge 0.7 curvature seen",
+        ),
+        (
+            {"consolidation": "fisher_variant", "merge": {"rise": 0.1}},
+            (None, 0.5),
+            "Fisher merge giving back 0.1",
+        ),
+        ({"consolidation": "regmean"}, (None, 0.5), "RegMean 0.5"),
+        (
+            {"consolidation": "kfac", "merge": {"only": ["blocks.*"]}},
+            (None, 0.5),
+            "K-FAC merge 0.5 only ['blocks.*']",
+        ),
+        (
+            {"modification": "ewc", "routing": "shared"}
+            | {"options": {"uniform": True}},
+            (None, None),
+            "shared L2 to the start",
+        ),
     ],
 )
 def test_labels(given, weights, label):

@@ -114,7 +114,7 @@ def test_a_state_of_another_model_names_the_first_mismatch():
         dmr.Projection(rank=2),
         "shared",
     )
-    with pytest.raises(ValueError, match="routing='decoupled'"):
+    with pytest.raises(ValueError, match="routing='displacement'"):
         third_router.load_state_dict(router.state_dict())
     fourth, _ = regression()
     fourth_router = MomentRouter(
