@@ -392,6 +392,23 @@ def _accept(args: argparse.Namespace) -> int:
     print(f"accepted {len(changes)} changes" if changes else none)
     return 0
 
+# %% ../nbs/making/23_cli.ipynb #08564654
+def _tables(args: argparse.Namespace) -> int:
+    "`dmr tables`: whether every row of every table is whole."
+    from dmr.studies.plan import check_tables
+    from dmr.studies.table import damage_lines
+
+    project = _project_of(args)
+    found = check_tables(project, mending=args.mend)
+    for path, table in found.items():
+        kind = "with checksums" if table.sealed else "without checksums"
+        print(f"{path.name:32} {len(table.rows):5} rows {kind}")
+        for line in damage_lines(path, table.damage):
+            print(f"  {line}")
+    if not found:
+        print(f"no tables in {project.results}")
+    return 1 if any(table.damage for table in found.values()) else 0
+
 # %% ../nbs/making/23_cli.ipynb #738176b9
 def _offer(
     args: argparse.Namespace,
@@ -556,6 +573,11 @@ _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
         "table, figures and HTML of what is there; `tuning`: what tuning"
         " selects; `claims`: the verdicts",
     ),
+    (
+        "tables",
+        _tables,
+        "whether the tables are whole; --mend: write damaged ones anew",
+    ),
     ("streams", _streams, "the streams on offer"),
     ("models", _models, "the pinned pretrained models"),
 )
@@ -592,6 +614,11 @@ def _add_arguments(p: dict[str, argparse.ArgumentParser]) -> None:
     p["accept"].add_argument(
         "--reason", required=True, help="why no number can differ"
     )
+    p["tables"].add_argument(
+        "--mend",
+        action="store_true",
+        help="keep whole rows, take others from run folders, add checksums",
+    )
     for name in ("streams", "models"):
         p[name].add_argument(
             "what", nargs="?", choices=("list", "fetch"), default="list"
@@ -619,7 +646,7 @@ def parser() -> argparse.ArgumentParser:
     _add_arguments(made)
     for name in ("run", "batch"):
         _add_batch_options(made[name])
-    for name in ("status", "tail", "why", "accept", "report"):
+    for name in ("status", "tail", "why", "accept", "report", "tables"):
         _add_folders(made[name])
     return top
 

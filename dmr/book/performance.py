@@ -28,6 +28,7 @@ from ..routing.modification import find_targets
 from ..methods.projection import Projection
 from ..routing.router import MomentRouter
 from ..routing.strength import Fixed, OverlapAware, Strength
+from ..studies.table import read_rows
 
 # %% auto #0
 __all__ = ['TARGETS', 'COLUMNS', 'random_bases', 'paired', 'Watch', 'machine', 'main']
@@ -572,10 +573,9 @@ def main(
     kind = args.device.partition(":")[0]
     name = "performance" if kind == "cpu" else f"performance_{kind}"
     path, rows = Path(args.out or f"results/{name}.csv"), []
-    if args.only and path.exists():
-        with path.open(newline="") as file:
-            kept = csv.DictReader(file)
-            rows = [r for r in kept if _PART_OF[r["measure"]] not in args.only]
+    if args.only:
+        kept = read_rows(path)
+        rows = [r for r in kept if _PART_OF[r["measure"]] not in args.only]
     for part in args.only or _PARTS:
         for row in _PARTS[part](args.device):
             rows.append(row | machine(args.device))

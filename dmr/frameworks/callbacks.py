@@ -5,19 +5,23 @@
 # %% ../../nbs/frameworks/02_callbacks.ipynb #0b5347ff
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .lora import lora_include, lora_layers
+from ..routing.kept import read_kept
 from ..routing.modification import Modification
 from ..routing.moments import unwrap
 from ..routing.router import MomentRouter
+from ..routing.sharding import unwrapped
 from ..routing.strength import Strength
 
 # %% auto #0
-__all__ = ['DomainCallback']
+__all__ = ['ROUTER_FILE', 'router_file', 'protects', 'DomainCallback']
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #5a0336be
 class _Settings:
@@ -37,6 +41,9 @@ class _Settings:
         # steps at which domains end; None: the end of each training call
         boundaries: Sequence[int] | None = None,
         interpolate: float | None = None,  # as for MomentRouter.consolidate
+        # a router's file of an earlier process, or its folder; None: looked
+        # for beside the model's own files
+        saved: str | Path | None = None,
         **options: Any,  # further arguments of MomentRouter
     ):
         if protect is not None:
@@ -44,15 +51,13 @@ class _Settings:
         self.modification, self.routing = modification, routing
         self.strength, self.protect, self.options = strength, protect, options
         self.boundaries = None if boundaries is None else set(boundaries)
-        self.interpolate = interpolate
+        self.interpolate, self.saved = interpolate, saved
         self.router: MomentRouter | None = None
         self.reports: list[dict] = []  # one for each domain
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #4a409ab2
-class DomainCallback(_Settings):
-    """Keeps one router for all domains, over as many optimizers as a framework
-    makes.
-    """
+class _Keeping(_Settings):
+    "Keeps one router over as many optimizers as a framework makes."
 
     def attach(
         self,
@@ -72,6 +77,8 @@ class DomainCallback(_Settings):
         state = None if old is None else old.state_dict()
         if old is not None:
             old.close()
+            # what it knows goes along, to whichever model is trained now
+            old.modification.model = unwrapped(model)
         if self.protect is not None:
             lora_layers(model)
         how = (self.modification, self.routing, self.strength)
@@ -79,6 +86,10 @@ class DomainCallback(_Settings):
         if state is not None:
             self.router.load_state_dict(state)
         return self.router
+
+# %% ../../nbs/frameworks/02_callbacks.ipynb #41cba97c
+class _Ending(_Keeping):
+    "Ends domains, and offers batches."
 
     def consolidate(self) -> dict:  # the router's report, kept in `reports` too
         """End a domain: protect what it used. Raises RuntimeError before there
@@ -93,6 +104,12 @@ class DomainCallback(_Settings):
         self.reports.append(report)
         return report
 
+    @property
+    def open(self) -> bool:
+        "Was a step taken since the last boundary?"
+        router = self.router
+        return router is not None and router.steps > router.boundary
+
     def observe(
         self,
         batch: Any,  # of a framework's loop
@@ -105,3 +122,85 @@ class DomainCallback(_Settings):
         if self.router is not None:
             total = len(data) if isinstance(data, Sized) else None
             self.router.observe(batch, total)
+
+# %% ../../nbs/frameworks/02_callbacks.ipynb #4ef4f0a8
+ROUTER_FILE = "router.pt"  # in a model's folder, beside its weights
+
+
+def _beside(model: Any) -> Path | None:
+    "The folder or the name that a model was loaded from, if it remembers."
+    name = getattr(unwrapped(model), "name_or_path", "")
+    return Path(name) if isinstance(name, str) and name else None
+
+
+def router_file(path: str | Path) -> Path:
+    "A router's file, which may be named by its folder."
+    return Path(path) / ROUTER_FILE if Path(path).is_dir() else Path(path)
+
+
+def protects(router: MomentRouter) -> bool:
+    "Is anything protected or known of a past?"
+    edited = router.modification.edited()
+    return (
+        router.domains > 0 or router.steps > 0 or edited is None or bool(edited)
+    )
+
+# %% ../../nbs/frameworks/02_callbacks.ipynb #8be66634
+class _Filing(_Ending):
+    "Takes over what an earlier process protected, and writes its own."
+
+    def read(self, path: Path) -> dict:
+        "What a router's file holds."
+        return read_kept(path)
+
+    def begin(self, model: Any) -> None:
+        """Before the first step of a process: take over what `saved` or the
+        model's folder holds, or warn that nothing is protected.
+        """
+        router, beside = self.router, _beside(model)
+        if router is None or protects(router):
+            return
+        path = None if beside is None else beside / ROUTER_FILE
+        if self.saved is not None:
+            router.take_up(self.read(router_file(self.saved)))
+        elif path is not None and path.is_file():
+            router.take_up(self.read(path))
+        elif path is not None and router.modification.needs_consolidate:
+            warnings.warn(
+                f"no {ROUTER_FILE} beside {str(beside)!r}: training begins"
+                " unprotected, and what this model knows may be lost. Pass"
+                " saved=... if the file is elsewhere; for a model without one,"
+                " call router.protect(batches, loss_fn) before training",
+                stacklevel=3,
+            )
+
+    def save(self, folder: str | Path) -> Path | None:  # None: no router yet
+        "Write the router's file into a folder, beside the model's files."
+        if self.router is None:
+            return None
+        path = Path(folder) / ROUTER_FILE
+        self.router.save(path, given=self.router.parts())
+        return path
+
+# %% ../../nbs/frameworks/02_callbacks.ipynb #cfe0f445
+class DomainCallback(_Filing):
+    """Keeps one router for all domains, over as many optimizers as a framework
+    makes.
+    """
+
+    def metrics(self) -> dict[str, float]:
+        "The last step and the count of domains, by name for a logger."
+        if self.router is None:
+            return {}
+        last = self.router.last | {"domains": float(self.router.domains)}
+        return {f"router/{key}": value for key, value in last.items()}
+
+    def check_shown(self, way_out: str) -> None:
+        "ValueError for a method that needs batches where none are shown."
+        kind = type(self.modification)
+        observes = getattr(kind, "observe", None)
+        if observes not in (None, Modification.observe):
+            raise ValueError(
+                f"{kind.__name__} keeps examples of each domain, and would see"
+                f" none here; {way_out}"
+            )

@@ -5,9 +5,11 @@
 # %% ../../nbs/guides/05_lightning.ipynb #ff08b7b1
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..extras import need
+from ..files import read_checkpoint
 from .callbacks import DomainCallback
 
 # %% auto #0
@@ -20,54 +22,11 @@ _ = need("lightning", "lightning", "dmr.frameworks.lightning")
 from lightning.pytorch import Callback
 
 # %% ../../nbs/guides/05_lightning.ipynb #fe494147
-class LightningRouter(DomainCallback, Callback):
-    """Route the optimizer of a LightningModule; arguments as for
-    DomainCallback.
-
-    Each `fit` is one domain, which ends with a `consolidate()`; or name as
-    `boundaries` the global steps at which domains end inside one `fit`.
-    Keep one callback for all domains. The router's state is saved in
-    Lightning's checkpoints and comes back with `fit(ckpt_path=...)`. Raises
-    ValueError for several optimizers, and where a checkpoint was written
-    without this callback.
-    """
+class _Saving(DomainCallback, Callback):
+    "What is in Lightning's checkpoints, and what of an earlier process."
 
     ended = 0  # global step of the last boundary
     _read: dict | None = None  # from a checkpoint, until there is an optimizer
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if len(trainer.optimizers) != 1:
-            raise ValueError(
-                f"configure_optimizers returned {len(trainer.optimizers)}"
-                " optimizers; a router takes one"
-            )
-        router = self.attach(pl_module, trainer.optimizers[0])
-        if trainer.ckpt_path is not None:
-            if self._read is None:
-                raise ValueError(
-                    f"{trainer.ckpt_path} was written without this callback, so"
-                    " what was protected is not known; resume where it was"
-                    " saved, or begin anew"
-                )
-            router.load_state_dict(self._read)
-            self._read = None
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.observe(batch, getattr(trainer.train_dataloader, "dataset", None))
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, *args: Any, **more: Any
-    ) -> None:
-        step, ends = trainer.global_step, self.boundaries or ()
-        if step in ends and step != self.ended:  # once, also if accumulated
-            self.ended = step
-            self.consolidate()
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.boundaries is None:
-            self.consolidate()
 
     def state_dict(self) -> dict[str, Any]:
         if self.router is None:
@@ -77,3 +36,78 @@ class LightningRouter(DomainCallback, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._read = state_dict.get("router")
         self.ended = state_dict.get("ended", 0)
+
+    def read(self, path: Path) -> dict:
+        if path.suffix != ".ckpt":
+            return super().read(path)
+        found = (read_checkpoint(path) or {}).get("callbacks", {})
+        mine = found.get(self.state_key, {})
+        if "router" not in mine:
+            raise ValueError(
+                f"{path} is missing or was written without this callback; pass"
+                " the checkpoint of a routed run, or a folder with router.pt"
+            )
+        return {"state": mine["router"]}
+
+# %% ../../nbs/guides/05_lightning.ipynb #0a9d013e
+class _Beginning(_Saving):
+    "When a fit begins."
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"configure_optimizers returned {len(trainer.optimizers)}"
+                " optimizers; a router takes one"
+            )
+        router = self.attach(pl_module, trainer.optimizers[0])
+        if trainer.ckpt_path is None:
+            self.begin(pl_module)
+            return
+        if self._read is None:
+            raise ValueError(
+                f"{trainer.ckpt_path} was written without this callback, so"
+                " what was protected is not known; resume where it was"
+                " saved, or begin anew"
+            )
+        router.load_state_dict(self._read)
+        self._read = None
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.observe(batch, getattr(trainer.train_dataloader, "dataset", None))
+
+# %% ../../nbs/guides/05_lightning.ipynb #cea99d04
+class LightningRouter(_Beginning):
+    """Route the optimizer of a LightningModule; arguments as for
+    DomainCallback.
+
+    Each `fit` is one domain, which ends with a `consolidate()`; or name as
+    `boundaries` the global steps at which domains end inside one `fit`.
+    Keep one callback for all domains. The router's state is saved in
+    Lightning's checkpoints and comes back with `fit(ckpt_path=...)`, or in a
+    new run with `saved=path`. Raises ValueError for several optimizers, and
+    where a checkpoint was written without this callback.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, *args: Any, **more: Any
+    ) -> None:
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if trainer.loggers and every and step % every == 0:
+            pl_module.log_dict(self.metrics(), on_step=True, on_epoch=False)
+        ends = self.boundaries or ()
+        if self.boundaries is None and step == trainer.max_steps:
+            ends = {step}
+        if step in ends and step != self.ended:  # once, also if accumulated
+            self.ended = step
+            self.consolidate()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        epochs = trainer.current_epoch + 1
+        if self.boundaries is None and epochs == trainer.max_epochs:
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.boundaries is None and self.open:
+            self.consolidate()

@@ -61,6 +61,11 @@ def lora_layers(
     """The linear layers that carry an adapter. Raises ValueError where there is
     none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={type(model).__name__} is no torch.nn.Module; pass the"
+            " model first, then its optimizer"
+        )
     has = lambda module, factor: len(getattr(module, factor, None) or ())
     found = {
         name: module

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import need
-from ..files import read_checkpoint, write_checkpoint
-from .callbacks import DomainCallback
+from .callbacks import ROUTER_FILE, DomainCallback
+from ..routing.kept import read_kept
 
 # %% auto #0
-__all__ = ['ROUTER_FILE', 'RouterCallback', 'RoutedTrainer']
+__all__ = ['RouterCallback', 'Routed', 'RoutedTrainer']
 
 # %% ../../nbs/guides/04_trainer.ipynb #2ee72bde
 _ = need("transformers", "hf", "dmr.frameworks.trainer")
@@ -22,23 +22,19 @@ _ = need("transformers", "hf", "dmr.frameworks.trainer")
 from transformers import Trainer, TrainerCallback
 
 # %% ../../nbs/guides/04_trainer.ipynb #38a1db2d
-ROUTER_FILE = "router.pt"  # in a checkpoint's folder, beside optimizer.pt
-
-
 def _folder(args: Any, state: Any) -> Path:
     "The folder of the checkpoint of this step."
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _saved_router(args: Any, state: Any) -> dict:
-    "The router's state in the checkpoint that is resumed."
+    "The router's file in the checkpoint that is resumed."
     folders, given = [_folder(args, state)], args.resume_from_checkpoint
     if isinstance(given, str):
         folders.insert(0, Path(given))
     for folder in folders:
-        found = read_checkpoint(folder / ROUTER_FILE)
-        if found is not None:
-            return found
+        if (folder / ROUTER_FILE).is_file():
+            return read_kept(folder / ROUTER_FILE)
     raise FileNotFoundError(
         f"no {ROUTER_FILE} in {folders[-1]}: the checkpoint was"
         " written without this callback, so what was protected is"
@@ -47,17 +43,10 @@ def _saved_router(args: Any, state: Any) -> dict:
     )
 
 # %% ../../nbs/guides/04_trainer.ipynb #4f61717d
-class RouterCallback(DomainCallback, TrainerCallback):
-    """Route the optimizer of a transformers Trainer; arguments as for
-    DomainCallback.
+class _Hooks(DomainCallback, TrainerCallback):
+    "What happens at the Trainer's events before and during training."
 
-    Each `train()` is one domain, which ends with a `consolidate()`; or name
-    as `boundaries` the global steps at which domains end inside one
-    `train()`. Keep one callback for all domains, also with a new Trainer for
-    each: what is protected stays with it. The router's state is written into
-    the Trainer's own checkpoints and comes back with
-    `resume_from_checkpoint`. Raises FileNotFoundError where it is missing.
-    """
+    observes = False  # does the Trainer show its batches?
 
     def on_train_begin(
         self,
@@ -68,40 +57,60 @@ class RouterCallback(DomainCallback, TrainerCallback):
         optimizer: Any = None,
         **more: Any,
     ) -> None:
+        if not self.observes:
+            self.check_shown("use RoutedTrainer(..., router=callback)")
         router = self.attach(model, optimizer)
         if state.global_step:  # resumed
-            router.load_state_dict(_saved_router(args, state))
-
-    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if self.router is not None:
-            kept = self.router.state_dict()
-            if state.is_world_process_zero:
-                write_checkpoint(_folder(args, state) / ROUTER_FILE, kept)
+            router.take_up(_saved_router(args, state))
+        else:
+            self.begin(model)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, **more: Any
     ) -> None:
-        if self.boundaries is not None and state.global_step in self.boundaries:
+        over = state.global_step >= state.max_steps
+        last = over and not args.load_best_model_at_end
+        if self.boundaries is None:
+            if last:
+                self.consolidate()
+        elif state.global_step in self.boundaries:
             self.consolidate()
+
+# %% ../../nbs/guides/04_trainer.ipynb #119f5052
+class RouterCallback(_Hooks):
+    """Route the optimizer of a transformers Trainer; arguments as for
+    DomainCallback.
+
+    Each `train()` is one domain, which ends with a `consolidate()`; or name
+    as `boundaries` the global steps at which domains end inside one
+    `train()`. Keep one callback for all domains, also with a new Trainer for
+    each: what is protected stays with it. The router's file is written into
+    the Trainer's own checkpoints and comes back with
+    `resume_from_checkpoint`; at the end of training it is written into the
+    output folder, and a later process finds it beside the model that was
+    saved there. Raises FileNotFoundError where a checkpoint lacks it,
+    ValueError for methods that keep examples in a Trainer that shows none.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.save(_folder(args, state))
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, **more: Any
     ) -> None:
-        if self.boundaries is None:
+        if self.boundaries is None and self.open:
             self.consolidate()
+        self.save(args.output_dir)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
     ) -> None:
-        if self.router is not None and logs is not None and "loss" in logs:
-            last = self.router.last
-            logs |= {f"router_{key}": value for key, value in last.items()}
+        if logs is not None and "loss" in logs and not self.observes:
+            state.log_history[-1].update(self.metrics())
 
 # %% ../../nbs/guides/04_trainer.ipynb #92c6c0ae
-class RoutedTrainer(Trainer):
-    """A Trainer whose callback meets the optimizer where it is made, and offers
-    every batch to methods that keep examples.
-    """
+class _Meeting:
+    "Meets the optimizer where it is made, and offers every batch."
 
     def __init__(
         self,
@@ -110,16 +119,42 @@ class RoutedTrainer(Trainer):
         **options: Any,  # as for Trainer
     ):
         super().__init__(*args, **options)
-        self.add_callback(router)
-        self.routed = router
+        self.add_callback(router)  # type: ignore[attr-defined]
+        self.routed: Any = router
+        router.observes = True
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **options)
-        self.routed.attach(self.model, optimizer)
-        return optimizer
+        made = super().create_optimizer(*args, **options)  # type: ignore
+        self.routed.attach(self.model, made)  # type: ignore[attr-defined]
+        return made
 
     def training_step(
         self, model: Any, inputs: Any, *args: Any, **options: Any
     ) -> Any:
-        self.routed.observe(inputs, self.train_dataset)
-        return super().training_step(model, inputs, *args, **options)
+        self.routed.observe(inputs, self.train_dataset)  # type: ignore
+        step = super().training_step  # type: ignore[misc]
+        return step(model, inputs, *args, **options)
+
+# %% ../../nbs/guides/04_trainer.ipynb #d34f222e
+class Routed(_Meeting):
+    """What makes a Trainer a routed one; put it before the Trainer's class.
+    Takes a `router`, which is a RouterCallback.
+    """
+
+    def log(self, logs: dict, *args: Any, **options: Any) -> None:
+        if "loss" in logs:
+            logs.update(self.routed.metrics())
+        super().log(logs, *args, **options)  # type: ignore[misc]
+
+    def save_model(
+        self, output_dir: Any = None, *args: Any, **options: Any
+    ) -> None:
+        super().save_model(output_dir, *args, **options)  # type: ignore[misc]
+        folder = self.args.output_dir  # type: ignore[attr-defined]
+        self.routed.save(output_dir or folder)
+
+
+class RoutedTrainer(Routed, Trainer):
+    """A Trainer whose callback meets the optimizer where it is made, and offers
+    every batch to methods that keep examples.
+    """

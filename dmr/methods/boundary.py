@@ -48,12 +48,8 @@ class _LearnsAtTheEnd(Sampled, Projection):
         super().attach(model, targets)
         self.sketches = {}  # until the boundary
 
-    def feeds(self) -> bool:
+    def feeds(self, name: str) -> bool:
         return False
-
-    def _sketch(self, target: Target) -> Sketch:
-        U, size = self.bases[target.name], self._sketch_size(target)
-        return Sketch(target.fan_in, size, U.dtype, U.device)
 
     def consolidate(self) -> dict:
         if not len(self.sample):

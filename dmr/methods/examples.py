@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class _Kept:
     numbers: tuple[str, ...] = ("form", "seen", "batch_size")  # in the state
 
     def __init__(self, seed: int, capacity: int | None):
-        whole = capacity is None or isinstance(capacity, int)
+        whole = capacity is None or isinstance(capacity, Integral)
         if not whole or (capacity is not None and capacity < 1):
             raise ValueError(
                 f"capacity={capacity!r} keeps no example; pass a positive whole"
@@ -274,10 +275,10 @@ def check_count(
     what: str = "whole number",  # what it should be
 ) -> int:
     "Return `value`, or raise a ValueError unless it is a whole number >= 1."
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < 1:
         raise ValueError(
             f"{name}={value!r} is not a positive {what}; pass for example"
             f" {name}={example}"
         )
-    return value
+    return int(value)

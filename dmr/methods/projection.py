@@ -5,8 +5,10 @@
 # %% ../../nbs/methods/02_projection.ipynb #f69e39a9
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +105,7 @@ def energy_share(
     parts = list(components.values())
     squares = square_norms(parts, parts[0].dtype)
     over = lambda x: total(dict(zip(components, x.unbind())), groups)
-    inside, whole = (
-        over(x) if groups else x.sum() for x in (squares, wholes)
-    )
+    inside, whole = (over(x) if groups else x.sum() for x in (squares, wholes))
     return share_of(inside, whole).nan_to_num(1.0).clamp(0, 1)
 
 # %% ../../nbs/methods/02_projection.ipynb #4784bd9d
@@ -130,8 +130,10 @@ class _Settings(Modification):
     _groups: dict[str, tuple]  # where the rows of sharded weights are
     # what is sketched of the running domain
     sketches: dict[str, Sketch]
+    _sketch: Callable[[Target], Sketch]  # a new one, for a layer
     fed: int  # gradients in the sketches
     seen: int  # steps
+    counts: dict[str, int]  # those in which a layer had a gradient, by name
     _hooks: list  # on the layers, for inputs
     # what was computed of the present step
     _measures: bool = False  # was the overlap asked for in the last one?
@@ -223,12 +225,14 @@ class _InputHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         projection = self.projection
         training = module.training and torch.is_grad_enabled()
-        if not projection.feeds() or not training:
+        name = self.target.name
+        feeds = projection.feeds(name) and name in projection.sketches
+        if not feeds or not training:
             return
         x = args[0] if args else next(iter(kwargs.values()))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = input_rows(self.target, local(x.detach()))
-            projection.sketches[self.target.name].update(rows)
+            projection.sketches[name].update(rows)
         projection.fed = 1
 
 # %% ../../nbs/methods/02_projection.ipynb #a3a0c15e
@@ -255,19 +259,31 @@ def _catch_inputs(
 class _Learning(_Editing):
     "Feeds a sketch of each layer, every so many steps."
 
-    def feeds(self) -> bool:
-        "Does this step feed the sketches?"
-        return self.grows and self.seen % self.every == 0
+    def feeds(self, name: str) -> bool:
+        "Does this step feed the sketch of a layer, if the layer has a part?"
+        return self.grows and self.counts.get(name, 0) % self.every == 0
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
-        if self.feeds() and self.source == "gradients":
-            fed = [name for name in self.sketches if name in grads]
-            norms = as_vectors(grads).square_norms(fed) if fed else ()
-            for name, energy in zip(fed, norms):
-                rows = self.targets[name].matrix(grads[name])
-                self.sketches[name].update(rows, energy)
-            self.fed += bool(fed)
+        here = [name for name in self.targets if name in grads]
+        fed = [name for name in here if self.feeds(name)]
+        for name in fed:
+            if name not in self.sketches:  # it was frozen until now
+                self.sketches[name] = self._sketch(self.targets[name])
+        if fed and self.source == "gradients":
+            self._feed(fed, as_vectors(grads))
+        for name in here:
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.seen += 1
+
+    def _feed(self, names: list[str], grads: Vectors) -> None:
+        for name, energy in zip(names, grads.square_norms(names)):
+            rows = self.targets[name].matrix(grads[name])
+            self.sketches[name].update(rows, energy)
+        self.fed += 1
+
+# %% ../../nbs/methods/02_projection.ipynb #92db4656
+class _Gathering(_Learning):
+    "Knows over which processes each sketch is a sum."
 
     def detach(self) -> None:
         for handle in self._hooks:
@@ -305,7 +321,7 @@ def _growth_report(
     return {"layers": layers, "rank_fraction": share}
 
 # %% ../../nbs/methods/02_projection.ipynb #f077ed7a
-class _Sizing(_Learning):
+class _Sizing(_Gathering):
     "How much a layer may hold, and what counts how much."
 
     def cap(self, target: Target) -> int:
@@ -318,6 +334,10 @@ class _Sizing(_Learning):
         wanted = asked or (2 * self.rank if self.rank else cap)
         most = target.fan_in if asked else max(cap, self.rank or 1)
         return max(1, min(wanted, most))
+
+    def _sketch(self, target: Target) -> Sketch:
+        dtype, device = accumulator(target.param.dtype), target.param.device
+        return Sketch(target.fan_in, self._sketch_size(target), dtype, device)
 
     def _refresh(self) -> None:
         "Importances follow the energies."
@@ -341,7 +361,7 @@ class _Growing(_Sizing):
         if not bool(sketch.energy.isfinite()):
             for each in self.sketches.values():
                 each.clear()
-            self.fed = self.seen = 0
+            self.fed, self.seen, self.counts = 0, 0, {}
             raise ValueError(
                 f"the sketch of {name!r} has taken in NaN or infinite"
                 f" {self.source}; this domain's sketches were emptied. Train on"
@@ -376,13 +396,14 @@ class _Bounded(_Growing):
         if self._groups or self.group is not None:
             for name, state in self._gather().items():
                 self.sketches[name].load_state_dict(state)
-        growths = {n: self._grown(n, x) for n, x in self.sketches.items()}
+        fed = {n: x for n, x in self.sketches.items() if bool(x.energy != 0)}
+        growths = {n: self._grown(n, x) for n, x in fed.items()}
         for name, growth in growths.items():
             self.bases[name], self.energies[name] = growth.U, growth.energy
             self.sketches[name].clear()
             if growth.U.shape[1] == self.targets[name].fan_in and growth.added:
                 self._warn_full(name)
-        self.fed = self.seen = 0
+        self.fed, self.seen, self.counts = 0, 0, {}
         self._refresh()
         return self._report(growths)
 
@@ -434,14 +455,15 @@ def _chosen(
     names = {id(p): n for n, p in model.named_parameters()}
     name = lambda k: k if isinstance(k, str) else names.get(id(k), "?")
     given = {name(key): U for key, U in bases.items()}
+    layers = list(targets)
     if given and only:
         targets = {n: t for n, t in targets.items() if n in given}
     for n, U in given.items():
         if n not in targets:
             raise ValueError(
                 f"bases name {n!r}, which is not the weight of a linear or"
-                " convolutional layer of the model; the layers are"
-                f" {list(targets)[:5]}"
+                " convolutional layer of the model; such weights are"
+                f" {difflib.get_close_matches(n, layers, 5) or layers[:5]}"
             )
         _check_basis(targets[n], U)
     return targets, given
@@ -466,6 +488,19 @@ def _check_rank(
             stacklevel=5,
         )
 
+# %% ../../nbs/methods/02_projection.ipynb #b759bf7c
+def _check_trained(targets: Mapping[str, Target]) -> None:
+    "ValueError where all weights that could be protected are frozen."
+    if any(t.param.requires_grad for t in targets.values()) or not targets:
+        return
+    raise ValueError(
+        f"all weights with an input side, such as {next(iter(targets))!r}, are"
+        " frozen, so a projection has nothing to protect. Adapters that train"
+        " vectors, biases or rotations (IA3, BitFit, OFT) have no such weight:"
+        " use LoRA, or merge with consolidation=dmr.FisherMerge(); or unfreeze"
+        " before you make the router"
+    )
+
 # %% ../../nbs/methods/02_projection.ipynb #bdb9d682
 class _Attached(_Streaming):
     "Meets a model and starts with the bases it was given, or with none."
@@ -473,12 +508,13 @@ class _Attached(_Streaming):
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
         self.bases, self.energies, self.sketches = {}, {}, {}
-        self._groups, self.fed, self.seen = {}, 0, 0
+        self._groups, self.fed, self.seen, self.counts = {}, 0, 0, {}
         inputs = self.source == "inputs" and self.grows
         targets = catchable(targets) if inputs else targets
         known = _chosen(model, targets, self._given, only=not self.grows)
         self.targets, given = known
         _check_rank(self.rank, self.targets)
+        _check_trained(self.targets)
         for name, t in self.targets.items():
             if over := shard_groups(name, t.param, t.transposed):
                 self._groups[name] = over
@@ -492,11 +528,29 @@ class _Attached(_Streaming):
         dtype, device = accumulator(t.param.dtype), t.param.device
         self.bases[name] = U.detach().to(device, dtype).clone()
         self.energies[name] = torch.ones(U.shape[1], dtype=dtype, device=device)
-        if self.grows:
-            size = self._sketch_size(t)
-            self.sketches[name] = Sketch(t.fan_in, size, dtype, device)
+        if self.grows and t.param.requires_grad:
+            self.sketches[name] = self._sketch(t)
         if U.shape[1] == t.fan_in:
             self._warn_full(name)
+
+# %% ../../nbs/methods/02_projection.ipynb #ca5ba81d
+class _Reused(_Attached):
+    "Goes from one router to the next of the same model, and to no other."
+
+    def carried(self, model: nn.Module) -> dict | None:
+        before = getattr(self, "model", None)
+        fixed = bool(self._given) and not self.grows
+        if before is None or fixed:
+            return None
+        if before is model:
+            return self.state_dict()
+        if self.edited():
+            raise ValueError(
+                f"this {type(self).__name__} protects directions of another"
+                " model; make a new one for this model. To move what it knows,"
+                " pass router.state_dict() to the new router's load_state_dict"
+            )
+        return None
 
 # %% ../../nbs/methods/02_projection.ipynb #ad46c831
 def _check_fit(
@@ -521,14 +575,15 @@ def _check_fit(
             )
     for name, sketch in sketches.items():
         saved = state["sketches"].get(name)
-        if saved is None or saved["sums"].shape != sketch.sums.shape:
+        none = saved is None and not state["sketches"]
+        if none or (saved and saved["sums"].shape != sketch.sums.shape):
             raise ValueError(
                 f"the state's sketch of {name!r} has another size; make the"
                 " Projection with the same rank, max_rank and sketch_size"
             )
 
 # %% ../../nbs/methods/02_projection.ipynb #12ff30c3
-class _Saved(_Attached):
+class _Saved(_Reused):
     "The state of a projection."
 
     def state_dict(self) -> dict:
@@ -541,6 +596,7 @@ class _Saved(_Attached):
             "sketches": self._gather(),
             "fed": self.fed,
             "seen": self.seen,
+            "counts": dict(self.counts),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -548,13 +604,22 @@ class _Saved(_Attached):
         for name, U in self.bases.items():
             self.bases[name] = state["bases"][name].to(U, copy=True)
             self.energies[name] = state["energies"][name].to(U, copy=True)
-        for name, sketch in self.sketches.items():
-            sketch.load_state_dict(state["sketches"][name])
-            # the sum is kept by the first process
-            if any(group.rank() for group in self._fed_over(name)):
-                sketch.clear()
+        self._take_sketches(state["sketches"])
         self.fed, self.seen = state["fed"], state["seen"]
+        common = dict.fromkeys(state["sketches"], self.seen)  # version 0.2
+        self.counts = dict(state.get("counts", common))
         self._refresh()
+
+    def _take_sketches(self, saved: Mapping[str, dict]) -> None:
+        for name in [n for n in saved if n not in self.sketches]:
+            self.sketches[name] = self._sketch(self.targets[name])
+        for name, sketch in self.sketches.items():
+            # the sum is kept by the first process
+            others = any(group.rank() for group in self._fed_over(name))
+            if name in saved:
+                sketch.load_state_dict(saved[name])
+            if others or name not in saved:  # it was frozen then
+                sketch.clear()
 
 # %% ../../nbs/methods/02_projection.ipynb #c304b328
 class _Told(_Saved):
@@ -591,13 +656,13 @@ class _Told(_Saved):
 # %% ../../nbs/methods/02_projection.ipynb #4328eb2e
 def _positive(name: str, value: int | None) -> int | None:
     "Return the whole number, or raise a ValueError that names it."
-    wrong = isinstance(value, bool) or not isinstance(value, int)
+    wrong = isinstance(value, bool) or not isinstance(value, Integral)
     if value is not None and (wrong or value < 1):
         raise ValueError(
             f"{name}={value!r} is not a positive whole number; pass for example"
             f" {name}=32"
         )
-    return value
+    return None if value is None else int(value)
 
 
 def _share(energy: float | None) -> float | None:
@@ -677,5 +742,5 @@ class Projection(_Told):
         self.shards = self.grows or bool(bases)
         self._given = dict(bases or {})
         self.bases, self.energies, self.sketches = {}, {}, {}
-        self.fed = self.seen = 0
+        self.fed, self.seen, self.counts = 0, 0, {}
         self._lam, self._groups, self._hooks, self._C = {}, {}, [], {}

@@ -11,12 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .modification import Made
 from .moments import Moments, moments_of, unwrap
 from .sharding import placed_like, unwrapped
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['Trained', 'Consolidation', 'check_weight', 'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'Anchored', 'Interpolate']
+
+# %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
+def check_order(model: object, optimizer: object) -> None:
+    "TypeError for a model that is none, such as an optimizer in its place."
+    if isinstance(model, nn.Module) and not isinstance(optimizer, nn.Module):
+        return
+    name = type(model).__name__
+    if isinstance(optimizer, nn.Module):
+        raise TypeError(
+            f"the optimizer is a model ({type(optimizer).__name__}) and the"
+            f" model a {name}: pass the model first, then its optimizer"
+        )
+    raise TypeError(
+        f"model={name} is no torch.nn.Module; pass the model whose parameters"
+        " the optimizer steps"
+    )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #8b61aa30
 class Trained:
@@ -27,6 +44,7 @@ class Trained:
     domains: int = 0  # consolidated
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
+        check_order(model, optimizer)
         self.model = unwrapped(model)
         self.optimizer = unwrap(optimizer)
         self.moments: Moments = moments_of(self.optimizer)
@@ -62,7 +80,7 @@ class _Stated:
         return 0
 
 # %% ../../nbs/routing/07_consolidation.ipynb #4e4feabd
-class Consolidation(_Stated):
+class Consolidation(Made, _Stated):
     "What happens to the weights at a boundary. Subclass it; define `merge`."
 
     def attach(self, trained: Trained) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Edit', 'SMALL', 'as_matrix', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm', 'square_norms',
-           'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Modification', 'Nothing']
+           'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made', 'Modification', 'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -390,6 +390,17 @@ class _OptionalStep:
         the step was taken; None where it was not.
         """
 
+# %% ../../nbs/routing/01_modification.ipynb #519f3a7d
+class Made:
+    "Remembers the arguments it was made with."
+
+    _made: tuple[tuple, dict] = ((), {})  # by position, by name
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        made = super().__new__(cls)
+        made._made = args, options
+        return made
+
 # %% ../../nbs/routing/01_modification.ipynb #befa09d5
 class _State:
     "What of a modification survives a restart."
@@ -407,6 +418,10 @@ class _State:
     def memory(self) -> int:
         "Bytes kept between steps."
         return 0
+
+    def carried(self, model: nn.Module) -> dict | None:
+        "What goes along from an earlier router, before the next `attach`."
+        return None
 
 # %% ../../nbs/routing/01_modification.ipynb #fced3d93
 def _first_edition(cls: Any) -> None:
@@ -433,7 +448,7 @@ def _first_edition(cls: Any) -> None:
         cls.end = lambda self, grads=None: followed(self, grads)
 
 # %% ../../nbs/routing/01_modification.ipynb #0fed6fb7
-class Modification(_State, _OptionalSetup, _OptionalStep):
+class Modification(Made, _State, _OptionalSetup, _OptionalStep):
     "What a method takes away from the gradient: d = g - g̃ at full strength."
 
     def __init_subclass__(cls, **options: Any) -> None:

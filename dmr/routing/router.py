@@ -9,6 +9,8 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,22 @@ from dmr.routing.inflation import (
     middle,
     step_norms,
 )
-from .modification import Modification, Nothing, find_targets
+from dmr.routing.kept import (
+    describe,
+    leave_out,
+    make_again,
+    non_finite,
+    put_back,
+    read_kept,
+    weights_print,
+    write_kept,
+)
+from dmr.routing.modification import (
+    Modification,
+    Nothing,
+    Target,
+    find_targets,
+)
 from .moments import Differences, Moments, moments_of
 from .sharding import replicas, shard_groups, sum_over
 from dmr.routing.step import (
@@ -386,6 +403,39 @@ class _Stepping(_Planning):
         if late and not step.active:
             _remind(self.steps, modification)
 
+# %% ../../nbs/routing/08_router.ipynb #51250d33
+def _marks(step: Step) -> dict[str, tuple[int, int]]:
+    "Which tensor each gradient is, and how often it was written to."
+    grads = {name: p.grad for name, (p, _) in step.live.items()}
+    return {n: (id(g), g._version) for n, g in grads.items() if g is not None}
+
+
+class _Watching(_Stepping):
+    "A routed step that notices who changes gradients after it."
+
+    _read: Mapping[str, tuple[int, int]] = {}  # where a hook follows ours
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        super()._before()
+        hooks = list(self.optimizer._optimizer_step_pre_hooks.values())
+        followed = getattr(hooks[-1], "router", None) is not self
+        step, self._read = self._flight, {}
+        if followed and step is not None and step.grads.scale is None:
+            self._read = _marks(step)
+
+    def _finish(self, step: Step) -> None:
+        now = _marks(step) if self._read else {}
+        other = [n for n, mark in self._read.items() if now.get(n) != mark]
+        super()._finish(step)
+        if other:
+            raise ValueError(
+                f"the gradient of {other[0]!r} was changed after the router had"
+                " read it, by a hook that was registered later, so this step"
+                " was not the one that was routed; close() the router and make"
+                " it again after that hook"
+            )
+
 # %% ../../nbs/routing/08_router.ipynb #e224200e
 def _merging(
     consolidation: Consolidation,
@@ -402,8 +452,10 @@ def _merging(
     return lambda: consolidation.merge(interpolate)
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218
-class _Domains(_Stepping):
+class _Domains(_Watching):
     "A routed optimizer whose training is divided into domains."
+
+    boundary: int = 0  # steps taken up to the last boundary
 
     def observe(self, batch: object, total: int | None = None) -> None:
         """Offer a training batch (before its backward pass) to what keeps
@@ -430,7 +482,7 @@ class _Domains(_Stepping):
         if self.group is not None:
             self.modification.share()
         merged = merge()
-        self.domains += 1
+        self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
 
 # %% ../../nbs/routing/08_router.ipynb #007992f1
@@ -493,6 +545,11 @@ def _check_state(
     own: dict,  # what this router would write
 ) -> None:
     "Raise ValueError naming the first thing that does not fit."
+    if where := non_finite(state):
+        raise ValueError(
+            f"the state has NaN or infinite values at {where}, which every"
+            " later step would take in; load an older state"
+        )
     for key in ("version", "routing", "modification"):
         if state.get(key) != own[key]:
             raise ValueError(
@@ -533,6 +590,7 @@ class _Stateful(_Protecting):
         return self._identity() | {
             "steps": self.steps,
             "domains": self.domains,
+            "boundary": self.boundary,
             "strength": self.strength.state_dict(),
             "edit": self.modification.state_dict(),
             "consolidation": kind | self.consolidation.state_dict(),
@@ -576,6 +634,7 @@ class _Restored(_Stateful):
             self.strength.load_state_dict(strength)
             raise
         self.steps, self.domains = state["steps"], state["domains"]
+        self.boundary = state.get("boundary", 0)
         self._inflation = load_meters(state["inflation"], self.groups)
 
 # %% ../../nbs/routing/08_router.ipynb #1a47da5d
@@ -614,6 +673,149 @@ class _Described(_Restored):
             f" strength={self.strength!r})"
         )
 
+# %% ../../nbs/routing/08_router.ipynb #81802b53
+class _Filed(_Described):
+    "A routed optimizer that can be written to a file."
+
+    include: list[str] | str | None
+    exclude: list[str] | str | None
+    #: settings that are taken over from a file, beside the three parts
+    settings = (
+        "routing include exclude guard check_finite track_step"
+        " track_inflation restore_grad"
+    ).split()
+
+    def parts(self) -> dict[str, Any]:
+        "What the router was put together from."
+        kinds = ("modification", "strength", "consolidation")
+        return {kind: getattr(self, kind) for kind in kinds}
+
+    def contents(self) -> dict:
+        "What a router's file holds; a part that it cannot hold is `missing`."
+        state, weights = self.state_dict(), self.parameters()
+        if where := non_finite(state):
+            raise ValueError(
+                f"the router's state has NaN or infinite values at {where};"
+                " nothing was written"
+            )
+        parts = self.parts().items()
+        return {
+            "settings": {key: getattr(self, key) for key in self.settings},
+            "parts": {k: describe(part, self.names) for k, part in parts},
+            "weights": weights_print(weights),
+            "state": leave_out(state, weights),
+        }
+
+# %% ../../nbs/routing/08_router.ipynb #fc3cd656
+def _writes() -> bool:
+    "Is this the process that writes?"
+    both = torch.distributed
+    alone = not both.is_available() or not both.is_initialized()
+    return alone or both.get_rank() == 0
+
+
+class _Saved(_Filed):
+    "A routed optimizer that can be saved to a file."
+
+    def save(
+        self,
+        path: str | Path,
+        given: Iterable[str] = (),  # parts that `load` will be passed
+    ) -> None:
+        """Write a file from which `load` brings this router back; the model
+        and the optimizer are saved by you. ValueError for a part that a file
+        cannot hold, such as one with a function, unless it is `given`.
+        """
+        if unknown := [kind for kind in given if kind not in self.parts()]:
+            raise ValueError(
+                f"given={unknown} is no part of a router; choose from"
+                f" {', '.join(self.parts())}"
+            )
+        contents = self.contents()
+        for kind, how in contents["parts"].items():
+            if "missing" in how and kind not in given:
+                raise ValueError(
+                    f"{how['missing']}; save with given=[{kind!r}], and pass"
+                    f" the object when you load: MomentRouter.load(path, model,"
+                    f" optimizer, {kind}=...)"
+                )
+        if _writes():
+            write_kept(path, contents)
+
+# %% ../../nbs/routing/08_router.ipynb #1b871613
+def _made_again(
+    path: str | Path,
+    contents: dict,  # of a router's file
+    *passed: Any,  # modification, strength, consolidation; None: not passed
+) -> tuple[dict, dict]:  # settings, and parts, by argument of MomentRouter
+    "How a router is made from a file. ValueError for a part that is missing."
+    if "parts" not in contents:
+        raise ValueError(
+            f"{path} holds a state without settings; make the router as it was"
+            " and pass the file's contents to load_state_dict"
+        )
+    parts = {}
+    for (kind, how), given in zip(contents["parts"].items(), passed):
+        if given is None and "missing" in how:
+            raise ValueError(
+                f"{path} was saved without its {kind} ({how['missing']}); pass"
+                f" it: MomentRouter.load(path, model, optimizer, {kind}=...)"
+            )
+        parts[kind] = make_again(how) if given is None else given
+    return contents["settings"], parts
+
+# %% ../../nbs/routing/08_router.ipynb #de1b02ed
+class _Reloaded(_Saved):
+    "A routed optimizer that comes back from a file."
+
+    def take_up(
+        self,
+        contents: dict,  # of a router's file
+        same_weights: bool = True,  # refuse a model with other weights
+    ) -> None:
+        "Go on from what a file holds. ValueError, unchanged, if it misfits."
+        state, weights = contents["state"], self.parameters()
+        _check_state(state, self._identity())
+        known = contents.get("weights")
+        if same_weights and known not in (None, weights_print(weights)):
+            raise ValueError(
+                "the router was saved with other weights than this model has;"
+                " load the model that was saved with it, or pass"
+                " same_weights=False to let the present weights count as those"
+                " of its last boundary"
+            )
+        self.load_state_dict(put_back(state, weights))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,  # that `save` wrote
+        model: nn.Module,  # with the weights that it had then
+        optimizer: Optimizer,
+        *,
+        # in place of what the file says, or where it holds none
+        modification: Modification | None = None,
+        strength: Strength | float | None = None,
+        consolidation: Consolidation | None = None,
+        process_group: Any = None,  # as for MomentRouter
+        same_weights: bool = True,  # refuse a model with other weights
+    ) -> Any:  # a router, as it was when it was saved
+        """The router that `save` wrote. FileNotFoundError without a file,
+        ValueError where it is damaged or does not fit; then the optimizer
+        stays plain.
+        """
+        passed = (modification, strength, consolidation)
+        contents = read_kept(path)
+        settings, parts = _made_again(path, contents, *passed)
+        group = {"process_group": process_group}
+        router = cls(model, optimizer, **settings, **parts, **group)
+        try:
+            router.take_up(contents, same_weights)
+        except Exception:
+            router.close()
+            raise
+        return router
+
 # %% ../../nbs/routing/08_router.ipynb #5aace75d
 def _as_strength(
     strength: Strength | float | None,
@@ -649,13 +851,13 @@ def _as_consolidation(given: Consolidation | None) -> Consolidation:
 
 def _check_every(track_step: int) -> int:
     "Return the number of steps, or raise a ValueError."
-    whole = isinstance(track_step, int) and not isinstance(track_step, bool)
-    if not whole or track_step < 0:
+    whole = isinstance(track_step, Integral)
+    if not whole or isinstance(track_step, bool) or track_step < 0:
         raise ValueError(
             f"track_step={track_step!r} is not a number of steps; pass 0"
             " (never) or a positive integer"
         )
-    return track_step
+    return int(track_step)
 
 # %% ../../nbs/routing/08_router.ipynb #20b98de3
 def _check_free(
@@ -680,8 +882,24 @@ def _check_free(
             " DistributedDataParallel"
         )
 
+# %% ../../nbs/routing/08_router.ipynb #4e581719
+def _meet(
+    modification: Modification, model: nn.Module, targets: dict[str, Target]
+) -> None:
+    "Attach, with what goes along from an earlier router."
+    carried, before = modification.carried(model), dict(vars(modification))
+    modification.attach(model, targets)
+    try:
+        if carried is not None:
+            modification.load_state_dict(carried)
+    except Exception:
+        modification.detach()
+        vars(modification).clear()
+        vars(modification).update(before)
+        raise
+
 # %% ../../nbs/routing/08_router.ipynb #d18f69b6
-class MomentRouter(_Described):
+class MomentRouter(_Reloaded):
     """Route a modified gradient through the moments of a torch optimizer.
 
     Attach it once; the training loop stays `loss.backward();
@@ -731,6 +949,7 @@ class MomentRouter(_Described):
         consolidation: Consolidation | None = None,
     ):
         super().__init__(model, optimizer)
+        self.include, self.exclude = include, exclude
         self.modification = _as_modification(modification)
         usual = self.modification.usual_routing
         routing = check_routing(usual if routing is None else routing)
@@ -755,6 +974,6 @@ class MomentRouter(_Described):
         self.consolidation.attach(self)
         self.modification.group = self.group
         targets = find_targets(self.model, include, exclude)
-        self.modification.attach(self.model, targets)
+        _meet(self.modification, self.model, targets)
         self.modification.serves = True
         self._attach()

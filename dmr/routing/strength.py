@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from .modification import Made
 
 # %% auto #0
 __all__ = ['check_fraction', 'Strength', 'Fixed', 'OverlapAware']
@@ -21,7 +24,7 @@ def check_fraction(
     high: float = 1.0,  # largest allowed value
 ) -> float:
     "`value` as a float. Raises ValueError, naming it, outside [`low`, `high`]."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise ValueError(
             f"{name}={value!r} is not a number; pass a number in [{low:g},"
@@ -35,7 +38,7 @@ def check_fraction(
     return float(value)
 
 # %% ../../nbs/routing/02_strength.ipynb #2cfa495f
-class Strength:
+class Strength(Made):
     """How much of a modification is carried out: a callable with a small,
     named, savable state.
     """

@@ -37,6 +37,7 @@ from dmr.studies.plan import (
     about,
     keep_sources,
     make_plan,
+    mend,
     planned_text,
     prepare_planned,
     row_of_found,
@@ -661,6 +662,7 @@ def _book_earlier(plan: Plan) -> None:
     ledger = plan.ledger
     if ledger.table is None:
         return
+    mend(plan.study.name, plan.project)
     known = {row_key(r): r["status"] for r in ledger.rows()}
     rows = []
     for p in plan.runs:
@@ -670,11 +672,30 @@ def _book_earlier(plan: Plan) -> None:
                 rows.append(row_of_found(f, p, plan))
     ledger.record(rows)
 
+# %% ../../nbs/studies/08_batch.ipynb #219851c1
+def _need_table(plan: Plan, todo: list[Planned]) -> None:
+    "Refuse if a damaged file alone sends runs back to the start."
+    ledger, name = plan.ledger, plan.study.name
+    back = "restore it, such as by `git checkout`, or move it away to make"
+    if header := ledger.check().damage.get(1):
+        raise Refused(
+            f"{name}.csv:1: {header}, so no row can be read and {len(todo)}"
+            f" runs are missing; {back} these runs again"
+        )
+    unknown = [p for p in todo if any(not f.parts for f in p.stale)]
+    if unknown:
+        raise Refused(
+            f"{ledger.codes.name} does not know the code behind {len(unknown)}"
+            f" finished runs, nor what was accepted of it; {back} the runs"
+            f" again together with {name}.csv"
+        )
+
 # %% ../../nbs/studies/08_batch.ipynb #5979c5d8
 def _prepare_batch(plan: Plan, todo: list[Planned], local: bool) -> None:
     "Check what the runs need and leave what explains them; raises Refused."
     try:
         if todo:
+            _need_table(plan, todo)
             preflight(plan, len(todo), local)
             if local:
                 need_devices(todo)

@@ -44,14 +44,27 @@ from dmr.studies.run import (
     now,
     prepare_run,
 )
-from .study import Cell, Project, Study, find_study
-from .table import Ledger, row_of
+from dmr.studies.study import (
+    Cell,
+    Project,
+    Study,
+    find_study,
+    list_studies,
+)
+from dmr.studies.table import (
+    Checked,
+    Ledger,
+    check_rows,
+    damage_lines,
+    row_key,
+    row_of,
+)
 from .template import Template
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'stream_hash', 'planned_text', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
            'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found', 'shown_state', 'choose', 'table_rows',
-           'write_plan', 'status', 'studies_with_runs']
+           'mend', 'check_tables', 'write_plan', 'status', 'studies_with_runs']
 
 # %% ../../nbs/studies/07_plan.ipynb #fa6643d9
 def _stream_key(parameters: Mapping[str, Any]) -> str:
@@ -161,17 +174,18 @@ def _found_in_folder(folder: Path) -> Found | None:
     return None
 
 # %% ../../nbs/studies/07_plan.ipynb #293264ca
-def _find_runs(
-    study: str, project: Project, record: bool = True
-) -> Iterator[Found]:
-    "Everything that was run for a study, folders first."
+def _found_in_folders(study: str, project: Project) -> Iterator[Found]:
+    "Every run of a study that has a folder."
     folder = project.runs / study
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if found := _found_in_folder(path):
             yield found
-    ledger = _ledger_of(study, project, record)
+
+
+def _found_in_table(ledger: Ledger, table: Checked) -> Iterator[Found]:
+    "Every run that a study's table has a row of."
     codes = ledger.versions()["codes"]
-    for row in ledger.rows():
+    for row in table.rows:
         if row.keys() >= {"run_id", "cell", "stream_hash", "code"}:
             yield Found(
                 row["run_id"],
@@ -181,6 +195,15 @@ def _find_runs(
                 codes.get(row["code"], {}),
                 row=row,
             )
+
+
+def _find_runs(
+    study: str, project: Project, record: bool = True
+) -> Iterator[Found]:
+    "Everything that was run for a study, folders first."
+    yield from _found_in_folders(study, project)
+    ledger = _ledger_of(study, project, record)
+    yield from _found_in_table(ledger, ledger.check())
 
 # %% ../../nbs/studies/07_plan.ipynb #f2a006f6
 @dataclass(frozen=True)
@@ -269,6 +292,23 @@ def _plan_cell(
     return Planned(cell, identity, run, state, best, tuple(stale))
 
 # %% ../../nbs/studies/07_plan.ipynb #7e78df8d
+def _warn_of_loss(plan: Plan, table: Checked) -> None:
+    "Say which rows are damaged, and which results are of unknown code."
+    ledger = plan.ledger
+    said = damage_lines(ledger.table or "", table.damage)
+    if said:
+        said.append("a run whose row is lost and that has no folder is missing")
+    unknown = sum(any(not f.parts for f in p.stale) for p in plan.runs)
+    if unknown:
+        said.append(
+            f"{ledger.codes.name} does not know the code behind {unknown}"
+            f" results of {plan.study.name}; what it accepted of them is gone:"
+            " restore the file, such as by `git checkout`"
+        )
+    if said:
+        warnings.warn("\n".join(said), stacklevel=3)
+
+
 def make_plan(
     study: Study,
     project: Project,
@@ -277,7 +317,9 @@ def make_plan(
     "Hold every cell of a study against what was run; starts nothing."
     code = code_of(study.template, root=project.root)
     ledger = _ledger_of(study.name, project, study.record)
-    found = list(_find_runs(study.name, project, study.record))
+    table = ledger.check()
+    found = list(_found_in_folders(study.name, project))
+    found += _found_in_table(ledger, table)
     by_cell: dict[str, list[Found]] = {}
     for f in found:
         by_cell.setdefault(f.cell, []).append(f)
@@ -295,7 +337,9 @@ def make_plan(
         folder = _run_folder(study, cell, identity, project)
         mine = by_cell.get(cell.hash, [])
         planned.append(_plan_cell(cell, identity, mine, standing, folder))
-    return Plan(study, project, tuple(planned), code)
+    plan = Plan(study, project, tuple(planned), code)
+    _warn_of_loss(plan, table)
+    return plan
 
 # %% ../../nbs/studies/07_plan.ipynb #b4888f42
 def prepare_planned(p: Planned, plan: Plan) -> Run:
@@ -505,19 +549,24 @@ def about(p: Planned, plan: Plan) -> dict[str, Any]:
     )
 
 # %% ../../nbs/studies/07_plan.ipynb #475d6613
-def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
-    "The row of a run that was found."
-    if f.row is not None:
-        return {k: v if v != "" else None for k, v in f.row.items()}
-    run = f.run or Run(plan.project.runs)
+def _row_of_folder(f: Found, who: Mapping[str, Any]) -> dict[str, Any]:
+    "The row of a run that has a folder."
+    run = f.run or Run(Path(f.run_id))
     identity = Identity.from_dict(run.spec["identity"])
-    who, state = {**about(p, plan), "run_id": f.run_id}, f.state()
+    who, state = {**who, "run_id": f.run_id}, f.state()
     try:
         return row_of(who, identity, state, run.result)
     except (ValueError, TypeError, KeyError) as e:
         error = f"its result makes no row: {e}"
         state = dict(state, state=FAILED, error=error)
         return row_of(who, identity, state, None)
+
+
+def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
+    "The row of a run that was found."
+    if f.row is not None:
+        return {k: v if v != "" else None for k, v in f.row.items()}
+    return _row_of_folder(f, about(p, plan))
 
 # %% ../../nbs/studies/07_plan.ipynb #c083ed74
 def shown_state(state: str) -> str:
@@ -573,6 +622,37 @@ def table_rows(plan: Plan, code: str = "current") -> list[dict[str, Any]]:
         row_of_found(f, p, plan) if f else _missing_row(p, plan)
         for p, f in choose(plan, code)
     ]
+
+# %% ../../nbs/studies/07_plan.ipynb #66b044d8
+def mend(
+    study: str,  # its name
+    project: Project,
+) -> Checked:  # the table as it was
+    "Write a study's table anew if it is damaged, with rows of run folders."
+    ledger = _ledger_of(study, project)
+    found = ledger.check()
+    known, rows = {row_key(r) for r in found.rows}, []
+    for f in _found_in_folders(study, project) if found.damage else ():
+        key = (f.cell, f.stream or "", f.code)
+        if f.run and f.state()["state"] in (OK, *FINAL) and key not in known:
+            rows.append(_row_of_folder(f, f.run.spec))
+    ledger.record(rows)
+    return found
+
+# %% ../../nbs/studies/07_plan.ipynb #69e4679a
+def check_tables(
+    project: Project,
+    mending: bool = False,  # mend the tables of studies
+) -> dict[Path, Checked]:  # each table as it is now
+    "What the tables of a project hold, and what is wrong with them."
+    studies = {p.stem for p in list_studies(project)}
+    out = {}
+    for path in sorted(project.results.glob("*.csv")):
+        codes = project.results / f"{path.stem}.code.json"
+        if mending and (path.stem in studies or codes.exists()):
+            mend(path.stem, project)
+        out[path] = check_rows(path)
+    return out
 
 # %% ../../nbs/studies/07_plan.ipynb #40349b3d
 def write_plan(plan: Plan) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,49 @@ class StudyError(ValueError):
     "A study file that cannot be used; names every problem with its line."
 
 # %% ../../nbs/studies/05_study.ipynb #365f5d15
+_MOST_BYTES = 65_536  # of a study file; the longest of ours has 5,061
+_MOST_LEVELS = 12  # one entry inside the other; the deepest of ours has 6
+_MOST_ENTRIES = 20_000  # with every alias written out
+_MOST_DIGITS = 18  # of a whole number: 64 bits
+_MOST_RUNS = 10_000  # of a study
+
+
 def _loader(stream: str) -> Any:
-    "A safe loader that knows floats without a dot."
+    "A safe loader that knows floats without a dot, and limits."
     yaml = need("yaml", "experiments", "a study file")
 
     class StudyLoader(yaml.SafeLoader):  # type: ignore[name-defined]
-        pass
+        levels = 0
+
+        def check_levels(self, levels: int, mark: Any) -> None:
+            if levels > _MOST_LEVELS:
+                said = f"nested deeper than {_MOST_LEVELS} levels"
+                raise yaml.MarkedYAMLError(problem=said, problem_mark=mark)
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            "A bracket; the scanner reads many of them ahead."
+            self.check_levels(self.flow_level + 1, self.get_mark())
+            super().fetch_flow_collection_start(token)
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.levels += 1
+            self.check_levels(self.levels, self.peek_event().start_mark)
+            node = super().compose_node(parent, index)
+            self.levels -= 1
+            return node
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            "Numbers that are none, such as a 13th month, with their line."
+            said = ""
+            if node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
+                said = f"a whole number of more than {_MOST_DIGITS} signs"
+            try:
+                if not said:
+                    return super().construct_object(node, deep)
+            except (ValueError, TypeError) as e:
+                said = str(e)
+            mark = node.start_mark
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=mark)
 
     StudyLoader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -63,6 +101,8 @@ def _find_lines(node: Any, path: _Where, lines: _Lines, name: str) -> None:
         seen = set()
         for k, v in node.value:
             line = k.start_mark.line + 1
+            if not isinstance(k, yaml.ScalarNode):
+                raise StudyError(f"{name}:{line}: a key must be a single word")
             if k.value in seen:
                 raise StudyError(f"{name}:{line}: {k.value!r} appears twice")
             seen.add(k.value)
@@ -72,6 +112,32 @@ def _find_lines(node: Any, path: _Where, lines: _Lines, name: str) -> None:
         for i, v in enumerate(node.value):
             _find_lines(v, (*path, i), lines, name)
 
+# %% ../../nbs/studies/05_study.ipynb #6876d016
+def _written_out(
+    node: Any, known: dict[int, tuple[int, int] | None], name: str
+) -> tuple[int, int]:  # entries, levels
+    "Size of a node with every alias written out; raises StudyError."
+    where = f"{name}:{node.start_mark.line + 1}"
+    if id(node) in known:
+        if (size := known[id(node)]) is None:
+            raise StudyError(f"{where}: an entry contains itself")
+        return size
+    known[id(node)] = None  # open: its own inside may not name it
+    inside = [] if isinstance(node.value, str) else node.value
+    below = [
+        _written_out(n, known, name)
+        for entry in inside
+        for n in (entry if isinstance(entry, tuple) else (entry,))
+    ]
+    entries = 1 + sum(n for n, _ in below)
+    levels = 1 + max((n for _, n in below), default=0)
+    if entries > _MOST_ENTRIES:
+        raise StudyError(f"{where}: more than {_MOST_ENTRIES} entries")
+    if levels > _MOST_LEVELS:
+        raise StudyError(f"{where}: nested deeper than {_MOST_LEVELS} levels")
+    known[id(node)] = entries, levels
+    return entries, levels
+
 # %% ../../nbs/studies/05_study.ipynb #b5a45c65
 def _read_yaml(
     text: str,
@@ -80,11 +146,17 @@ def _read_yaml(
     "Read YAML as plain data with line numbers; raises StudyError."
     yaml = need("yaml", "experiments", "a study file")
     lines: _Lines = {}
-    loader = _loader(text)
+    try:
+        loader = _loader(text)
+    except yaml.reader.ReaderError as e:
+        line = text.count("\n", 0, e.position) + 1
+        said = f"a sign that no text has: {chr(e.character)!r}"
+        raise StudyError(f"{name}:{line}: {said}") from None
     try:
         node = loader.get_single_node()
         if node is None:
             raise StudyError(f"{name}:1: the file is empty")
+        _written_out(node, {}, name)
         _find_lines(node, (), lines, name)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as e:
@@ -122,8 +194,12 @@ def _quantity(
 def _read_seeds(value: Any) -> list[int]:
     "Seeds from a list of whole numbers or a range; raises ValueError."
     text = value if isinstance(value, str) else ""
-    m = re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", text)
+    m = re.fullmatch(r"\s*(\d{1,18})\s*\.\.\s*(\d{1,18})\s*", text)
     if m and int(m[1]) <= int(m[2]):
+        if int(m[2]) - int(m[1]) >= _MOST_RUNS:
+            raise ValueError(
+                f"seeds: {value!r}; a study has at most {_MOST_RUNS} runs"
+            )
         return list(range(int(m[1]), int(m[2]) + 1))
     seeds = value if isinstance(value, list) else []
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in seeds)
@@ -265,7 +341,11 @@ def _axes(
             if k not in entry or k in _ARM_KEYS:
                 found[k] = (v, (*path, kind, k))
     for kind in axes:
-        for k, v in (entry.get(kind) or {}).items():
+        own = entry.get(kind) or {}
+        if not isinstance(own, dict):
+            axes[kind][kind] = (own, (*path, "arms", arm, kind))
+            continue
+        for k, v in own.items():
             for found in axes.values():
                 found.pop(k, None)
             axes[kind][k] = (v, (*path, "arms", arm, kind, k))
@@ -357,6 +437,11 @@ def _expand(
         )
         wrong.append(((*path, "arms"), message))
         return
+    for i, rule in enumerate(rules):
+        if not isinstance(rule, dict):
+            message = f"an exclusion takes 'parameter: value', not {rule!r}"
+            wrong.append(((*path, "exclude", i), message))
+            return
     used = [False] * len(rules)
     for arm, entry in arms.items():
         entry = {} if entry is None else entry
@@ -380,11 +465,12 @@ def _known_arms(
     names: list[Any], known: Mapping[str, Any], part: Any, wrong: list[_Problem]
 ) -> dict[str, Any]:
     "The arms that a part lists by name."
+    usable = [a for a in names if not isinstance(a, (list, dict))]
     for a in names:
-        if a not in known:
+        if a not in usable or a not in known:
             message = f"unknown arm {a!r}{nearest(str(a), known)}"
             wrong.append((("parts", part, "arms"), message))
-    return {a: known[a] for a in names if a in known}
+    return {a: known[a] for a in usable if a in known}
 
 # %% ../../nbs/studies/05_study.ipynb #7db89da7
 def _blocks(
@@ -402,6 +488,38 @@ def _blocks(
             block["arms"] = _known_arms(part["arms"], arms, name, wrong)
         where = ("parts", name) if any(k in part for k in _BLOCK) else ()
         yield block, where, str(name)
+
+# %% ../../nbs/studies/05_study.ipynb #ad3dff43
+def _arm_size(
+    block: Mapping[str, Any], entry: Mapping[str, Any], path: _Where, arm: Any
+) -> int:
+    "How many cells an arm has, before any exclusion; makes none of them."
+    axes = _axes(block, entry, path, arm)
+    count = lambda v: max(len(v), 1) if isinstance(v, list) else 1
+    grid = [count(v) for v, _ in axes["grid"].values()]
+    rows = max([count(v) for v, _ in axes["zip"].values()], default=1)
+    try:
+        seeds = len(_seeds(block, entry))
+    except ValueError:
+        seeds = 1
+    return math.prod(grid) * rows * seeds
+
+
+def _check_size(
+    blocks: list[tuple[dict[str, Any], _Where, str]], wrong: list[_Problem]
+) -> None:
+    "Note the arm that makes a study larger than a study may be."
+    total = 0
+    for block, path, _ in blocks:
+        arms = block.get("arms") or {"": {}}
+        for arm, entry in arms.items() if isinstance(arms, dict) else ():
+            given = entry if isinstance(entry, dict) else {}
+            total += _arm_size(block, given, path, arm)
+            if total > _MOST_RUNS:
+                n = f"{total:.3g}" if total > 10**9 else total
+                message = f"{n} runs; a study has at most {_MOST_RUNS}"
+                wrong.append(((*path, "arms", arm), message))
+                return
 
 # %% ../../nbs/studies/05_study.ipynb #a480de02
 @dataclass(frozen=True)
@@ -461,6 +579,21 @@ def _report(wrong: list[_Problem], lines: _Lines, path: Path) -> None:
         raise StudyError("\n".join(said))
 
 # %% ../../nbs/studies/05_study.ipynb #8db06758
+def _study_text(path: Path) -> str:
+    "The text of a study file; raises StudyError."
+    if path.stat().st_size > _MOST_BYTES:
+        raise StudyError(
+            f"{path.name}:1: {path.stat().st_size} bytes; a study file has at"
+            f" most {_MOST_BYTES}"
+        )
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise StudyError(f"{path.name}:{line}: is no UTF-8 text") from None
+
+
 def read_study(
     path: str | Path,
     overrides: Mapping[str, Any] | None = None,  # replace every run's own
@@ -475,7 +608,7 @@ def read_study(
             f" of runs as well, so {path.stem!r} is no name; begin it with a"
             " letter or a digit"
         )
-    data, lines = _read_yaml(path.read_text(encoding="utf-8"), path.name)
+    data, lines = _read_yaml(_study_text(path), path.name)
     wrong = list(_check_keys(data))
     if not wrong and "template" not in data:
         wrong.append(((), "a study needs a 'template'"))
@@ -485,7 +618,11 @@ def read_study(
     except (FileNotFoundError, ValueError) as e:
         raise StudyError(f"{path.name}:{lines[('template',)]}: {e}") from None
     cells: dict[str, Cell] = {}
-    for block, where, part in _blocks(data, wrong):
+    blocks = list(_blocks(data, wrong))
+    large: list[_Problem] = []
+    _check_size(blocks, large)
+    _report(large, lines, path)
+    for block, where, part in blocks:
         for cell in _expand(block, where, part, template, wrong):
             cells.setdefault(cell.hash, cell)
     limits, estimate = _read_limits(data, wrong)

@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import locked, read_json, write_atomic, write_json
-from .identity import Identity, code_parts
+from .identity import Identity, code_parts, digest
 
 # %% auto #0
-__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'MERGES', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages',
-           'boundary_weights', 'arm_label', 'flat', 'tidy_run', 'row_of', 'read_rows', 'rows_text', 'row_key',
-           'CodeVersions', 'Ledger']
+__all__ = ['LOSS_COLUMNS', 'STAGE_COLUMNS', 'MERGES', 'CHECKSUM', 'pack_losses', 'unpack_losses', 'pack_stages', 'unpack_stages',
+           'boundary_weights', 'arm_label', 'flat', 'tidy_run', 'row_of', 'checksum', 'rows_text', 'row_key',
+           'TableError', 'Checked', 'check_rows', 'damage_lines', 'read_rows', 'CodeVersions', 'Ledger']
 
 # %% ../../nbs/studies/06_table.ipynb #bc879c6e
 #: Columns of a table that hold a run's matrix of losses.
@@ -309,25 +312,41 @@ def row_of(
     return row
 
 # %% ../../nbs/studies/06_table.ipynb #921b857a
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    "The rows of a table as text; none where the file does not exist."
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    csv.field_size_limit(1 << 27)
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+#: Column of a row's checksum, the last one of a table that has them.
+CHECKSUM = "checksum"
 
 
-def rows_text(rows: Iterable[Mapping[str, Any]]) -> str:
+def _cell_text(value: Any) -> str:
+    "A value as its cell holds it: empty for None, no signs that CSV lacks."
+    text = "" if value is None else str(value)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\0", "\ufffd")
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def checksum(
+    row: Mapping[str, Any],  # column -> value
+) -> str:  # 16 hexadecimal digits
+    "Hash of a row's cells that are not empty; blind to their order."
+    cells = {k: _cell_text(v) for k, v in row.items() if k != CHECKSUM}
+    return digest({k: text for k, text in cells.items() if text})
+
+
+def rows_text(
+    rows: Iterable[Mapping[str, Any]],
+    sealed: bool = False,  # with a checksum at each row's end
+) -> str:
     "Rows as CSV, with every column that one of them has."
     rows = list(rows)
     columns = list(dict.fromkeys(k for row in rows for k in row))
+    if sealed:
+        columns = [c for c in columns if c != CHECKSUM] + [CHECKSUM]
+        rows = [{**row, CHECKSUM: checksum(row)} for row in rows]
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(
-        {k: "" if v is None else v for k, v in row.items()} for row in rows
+        {k: _cell_text(v) for k, v in row.items()} for row in rows
     )
     return out.getvalue()
 
@@ -336,7 +355,184 @@ def row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
     "What makes two rows the same run."
     return tuple(str(row.get(k) or "") for k in ("cell", "stream_hash", "code"))
 
+# %% ../../nbs/studies/06_table.ipynb #e6021c58
+class TableError(ValueError):
+    "A table that is damaged; names each line, and the way out."
+
+
+@dataclass(frozen=True)
+class Checked:
+    "What a table holds: rows that are whole, and what is wrong with others."
+
+    rows: list[dict[str, str]]  # without their checksums
+    damage: dict[int, str]  # line -> what is wrong with it
+    sealed: bool = False  # whether its rows carry checksums
+
+
+#: A line that a merge left behind.
+_CONFLICT = re.compile(r"(<{7}|={7}|>{7}|\|{7})( |\r?$)")
+
+
+def _lines_of(path: str | Path) -> list[str]:
+    "The lines of a file; bytes that are no UTF-8 become lone surrogates."
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    lines = data.splitlines(keepends=True)
+    return [line.decode("utf-8", "surrogateescape") for line in lines]
+
+
+def _line_problem(line: str) -> str:
+    "What is wrong with a line as text; empty: nothing."
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is no UTF-8 text"
+    if "\0" in line:
+        return "holds a NUL byte"
+    if _CONFLICT.match(line):
+        return "is a mark of a merge that was not resolved"
+    return ""
+
+# %% ../../nbs/studies/06_table.ipynb #57fc4bed
+def _record(
+    lines: list[str], at: int
+) -> tuple[list[str], int, str]:  # cells, lines taken, what is wrong
+    "The record that begins on a line."
+    rest = map(lines.__getitem__, range(at, len(lines)))
+    reader = csv.reader(rest, strict=True)
+    try:
+        cells = next(reader)
+    except csv.Error as e:
+        return [], 1, _line_problem(lines[at]) or f"is no CSV: {e}"
+    taken = reader.line_num
+    return cells, taken, _line_problem("".join(lines[at : at + taken]))
+
+
+def _header_problem(columns: list[str]) -> str:
+    "What is wrong with the names of a table's columns; empty: nothing."
+    if not all(columns) or any(re.match(r"[-+]?\.?\d", c) for c in columns):
+        return "is no header: a column has no name, or a number for a name"
+    if twice := {c for c in columns if columns.count(c) > 1}:
+        return f"names {', '.join(map(repr, sorted(twice)))} twice"
+    return ""
+
+
+def _row_problem(cells: list[str], columns: list[str]) -> str:
+    "What is wrong with the cells of a row; empty: nothing."
+    n, m = len(cells), len(columns)
+    if n < m:
+        return f"has {n} cells for {m} columns: it is cut short"
+    if n > m:
+        return f"has {n} cells for {m} columns: rows have run together"
+    row = dict(zip(columns, cells))
+    if CHECKSUM not in row or row[CHECKSUM] == checksum(row):
+        return ""
+    if not row[CHECKSUM]:
+        return "has no checksum"
+    return "does not fit its checksum: a cell was changed"
+
+# %% ../../nbs/studies/06_table.ipynb #3fef2f07
+def _whole_rows(lines: list[str], columns: list[str], at: int) -> Checked:
+    "The rows below a header that are whole, and what is wrong with others."
+    found = Checked([], {}, CHECKSUM in columns)
+    seen: dict[tuple[str, ...], tuple[int, int]] = {}  # -> row, line
+    ended = found.sealed or lines[-1].endswith(("\n", "\r"))
+    while at < len(lines):
+        cells, taken, wrong = _record(lines, at)
+        if cells or wrong:
+            wrong = wrong or _row_problem(cells, columns)
+            if at + taken >= len(lines) and not ended:
+                wrong = wrong or "has no end: it is cut short"
+        if wrong:
+            found.damage[at + 1], taken = wrong, 1
+        elif cells:
+            row = dict(zip(columns, cells))
+            row.pop(CHECKSUM, None)
+            key = row_key(row) if "cell" in row else tuple(cells)
+            i, line = seen.setdefault(key, (len(found.rows), at + 1))
+            if i == len(found.rows):
+                found.rows.append(row)
+            else:
+                found.damage[at + 1] = f"is the run of line {line} again"
+                if row.get("status") == "ok" != found.rows[i].get("status"):
+                    found.rows[i] = row
+        at += taken
+    return found
+
+# %% ../../nbs/studies/06_table.ipynb #df65fd34
+def check_rows(
+    path: str | Path,  # of a CSV file
+) -> Checked:  # empty where the file does not exist
+    "The rows of a table that are whole, and what is wrong with the others."
+    try:
+        lines = _lines_of(path)
+    except FileNotFoundError:
+        return Checked([], {})
+    if not lines:
+        return Checked([], {1: "the file is empty"})
+    csv.field_size_limit(1 << 27)
+    columns, at, wrong = _record(lines, 0)
+    if wrong := wrong or _header_problem(columns):
+        return Checked([], {1: wrong})
+    found = _whole_rows(lines, columns, at)
+    if not found.rows and len(found.damage) > 1:
+        return Checked([], {1: "fits none of the rows: it was changed"})
+    if found.rows and not found.sealed:
+        last = columns[-1]
+        if all(re.fullmatch("[0-9a-f]{16}", r[last]) for r in found.rows):
+            said = f"calls the checksums {last!r}: it was changed"
+            return Checked([], {1: said})
+    return found
+
+
+def damage_lines(
+    path: str | Path,  # of a CSV file
+    damage: Mapping[int, str],  # line -> what is wrong with it
+    most: int = 5,  # lines to name
+) -> list[str]:
+    "What is wrong with a table, to read."
+    name = Path(path).name
+    said = [f"{name}:{n}: {what}" for n, what in sorted(damage.items())]
+    more = len(said) - most
+    return said[:most] + ([f"{name}: {more} more"] if more > 0 else [])
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    "The rows of a table as text; raises TableError if one is damaged."
+    found = check_rows(path)
+    if found.damage:
+        way_out = (
+            f"restore the file, such as by `git checkout -- {Path(path).name}`"
+            " in its folder; of a study's table, `dmr tables --mend` keeps the"
+            " rows that are whole and takes others from run folders"
+        )
+        raise TableError(
+            "\n".join([*damage_lines(path, found.damage), way_out])
+        )
+    return found.rows
+
 # %% ../../nbs/studies/06_table.ipynb #2b7ba453
+def _set_aside(path: Path) -> Path:
+    "Copy a damaged file to a name that says so."
+    data = path.read_bytes()
+    seal = hashlib.sha256(data).hexdigest()[:8]
+    aside = path.with_name(f"{path.name}.{seal}.damaged")
+    write_atomic(aside, data)
+    return aside
+
+
+def _is_versions(found: Any) -> bool:
+    "Whether a file's content is what `CodeVersions` writes."
+    if not isinstance(found, dict):
+        return False
+    codes, accepted = found.get("codes"), found.get("accepted")
+    if not (isinstance(codes, dict) and isinstance(accepted, list)):
+        return False
+    step = {"part", "old", "new"}
+    return all(isinstance(parts, dict) for parts in codes.values()) and all(
+        isinstance(a, dict) and step <= a.keys() for a in accepted
+    )
+
+
 class CodeVersions:
     "The versions of the code behind a study's results."
 
@@ -345,7 +541,7 @@ class CodeVersions:
     def versions(self) -> dict[str, Any]:
         "`codes`: hash -> parts of that version; `accepted`: harmless changes."
         found = read_json(self.codes)
-        return found if isinstance(found, dict) else dict(codes={}, accepted=[])
+        return found if _is_versions(found) else dict(codes={}, accepted=[])
 
     def remember(self, identity: Identity) -> None:
         "Keep the parts of a version, so that a later change can be explained."
@@ -365,6 +561,13 @@ class CodeVersions:
         "Read, change and write the file, under the folder's lock."
         self.codes.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.codes.parent, wait=60):
+            if self.codes.exists() and not _is_versions(read_json(self.codes)):
+                aside = _set_aside(self.codes)
+                warnings.warn(
+                    f"{self.codes.name} could not be read; it lies in"
+                    f" {aside.name} now, and what it accepted no longer counts",
+                    stacklevel=2,
+                )
             versions = self.versions()
             change(versions)
             write_json(self.codes, versions)
@@ -377,16 +580,31 @@ class Ledger(CodeVersions):
     table: Path | None  # results/<study>.csv; None: this study keeps no table
     codes: Path
 
+    def check(self) -> Checked:
+        "The rows that are whole, and what is wrong with others."
+        return check_rows(self.table) if self.table else Checked([], {})
+
     def rows(self) -> list[dict[str, str]]:
-        return read_rows(self.table) if self.table else []
+        "The rows that are whole."
+        return self.check().rows
 
     def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
         "Add rows, each replacing an earlier row of its run; raises OSError."
         new: dict[tuple[str, ...], Mapping[str, Any]]
         new = {row_key(r): r for r in rows}
-        if not self.table or not new:
+        if not self.table or not (new or self.table.exists()):
             return
         self.table.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.table.parent, wait=60):
-            old = {row_key(r): r for r in read_rows(self.table)}
-            write_atomic(self.table, rows_text({**old, **new}.values()))
+            found = self.check()
+            if found.damage:
+                aside = _set_aside(self.table)
+                warnings.warn(
+                    f"{self.table.name} was damaged ({len(found.damage)} lines)"
+                    f" and is mended; as it was it lies in {aside.name}",
+                    stacklevel=2,
+                )
+            old = {row_key(r): r for r in found.rows}
+            text = rows_text({**old, **new}.values(), sealed=True).encode()
+            if not self.table.exists() or self.table.read_bytes() != text:
+                write_atomic(self.table, text)

@@ -15,12 +15,14 @@ import tokenize
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..training.limits import Bounds, read_range, without_range
+
 # %% auto #0
-__all__ = ['write_template', 'Bounds', 'read_range', 'Parameter', 'nearest', 'CodeCell', 'Template', 'read_template', 'problems',
-           'resolve']
+__all__ = ['write_template', 'Parameter', 'nearest', 'CodeCell', 'Template', 'read_template', 'problems', 'resolve']
 
 # %% ../../nbs/studies/02_template.ipynb #f2113839
 def write_template(path: str | Path, *sources: str) -> Path:
@@ -42,47 +44,6 @@ def write_template(path: str | Path, *sources: str) -> Path:
     Path(path).write_text(json.dumps(nb))
     return Path(path)
 
-# %% ../../nbs/studies/02_template.ipynb #ecda6aa2
-#: An interval in a parameter's comment, such as `[0, 1)`.
-_INTERVAL = re.compile(
-    r"([\[(])\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*,"
-    r"\s*([-+]?(?:inf|[\d.][\d.e+-]*))\s*([\])])"
-)
-#: Choices in a parameter's comment, such as `{kept, reset}`.
-_CHOICES = re.compile(r"\{([^{}]+)\}")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    "An interval of numbers with open or closed ends."
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, x: float) -> bool:
-        above = x > self.low if self.open_low else x >= self.low
-        return above and (x < self.high if self.open_high else x <= self.high)
-
-    def __str__(self) -> str:
-        left, right = "[("[self.open_low], "])"[self.open_high]
-        return f"{left}{self.low:g}, {self.high:g}{right}"
-
-# %% ../../nbs/studies/02_template.ipynb #810a83b4
-def read_range(
-    comment: str,  # a parameter's comment
-) -> tuple[Bounds | None, tuple[str, ...]]:  # the interval, the allowed words
-    "Read the interval or the set of words that a parameter's comment names."
-    choices = _CHOICES.search(comment)
-    words = choices[1].split(",") if choices else ()
-    allowed = tuple(w.strip().strip("'\"") for w in words)
-    interval = _INTERVAL.search(comment)
-    if not interval:
-        return None, allowed
-    left, low, high, right = interval.groups()
-    return Bounds(float(low), float(high), left == "(", right == ")"), allowed
-
 # %% ../../nbs/studies/02_template.ipynb #33f1b89a
 @dataclass(frozen=True)
 class Parameter:
@@ -100,7 +61,7 @@ class Parameter:
 # %% ../../nbs/studies/02_template.ipynb #7d6c7d70
 def _is_number(value: Any) -> bool:
     "Whether a value is a number; True and False are not."
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _as_type(
@@ -125,7 +86,7 @@ def _as_type(
 # %% ../../nbs/studies/02_template.ipynb #3d689993
 def nearest(word: str, words: Iterable[str]) -> str:
     "The question 'did you mean ...?' where a known word is near, else nothing."
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 # %% ../../nbs/studies/02_template.ipynb #e01041b9
@@ -164,9 +125,7 @@ def _check_value(p: Parameter, value: Any) -> Any:
             )
     if p.interval and _is_number(value) and value not in p.interval:
         help = f" ({p.help})" if p.help else ""
-        raise ValueError(
-            f"{p.name}={value!r} lies outside {p.interval}{help}"
-        )
+        raise ValueError(f"{p.name}={value!r} lies outside {p.interval}{help}")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{p.name} is not a number (nan)")
     return value
@@ -240,7 +199,7 @@ def _read_parameters(
                 " to a cell of its own"
             ) from None
         comment = _comment_of(node, comments, ends)
-        help = _CHOICES.sub("", _INTERVAL.sub("", comment)).strip(" ,;")
+        help = without_range(comment)
         added = bool(later) and node.lineno > later[0]
         values, words = read_range(comment)
         out[name] = Parameter(name, default, types, help, values, words, added)

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -442,7 +443,7 @@ def _own_domain(
 # %% ../../nbs/text/05_load.ipynb #4c9a1ee7
 def _check_cap(cap: int | None) -> None:
     if cap is not None and (
-        isinstance(cap, bool) or not isinstance(cap, int) or cap < 10
+        isinstance(cap, bool) or not isinstance(cap, Integral) or cap < 10
     ):
         raise ValueError(
             f"cap={cap!r} must be a whole number of bytes, at least 10, or None"
@@ -658,7 +659,11 @@ def check_stream(
     """Raises ValueError where the stream cannot be trained on: one domain, or
     too little text for a window of `context`.
     """
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+    if (
+        isinstance(context, bool)
+        or not isinstance(context, Integral)
+        or context < 1
+    ):
         raise ValueError(
             f"context={context!r} must be a whole number of bytes, at least 1"
         )

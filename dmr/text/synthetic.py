@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,8 @@ def _check_chain(
         ("order", order, 1, 8),
         ("branches", branches, 1, 64),
     ):
-        whole = isinstance(value, int) and not isinstance(value, bool)
+        whole = isinstance(value, Integral)
+        whole = whole and not isinstance(value, bool)
         if not whole or not low <= value <= high:
             raise ValueError(
                 f"{name}={value!r} must be a whole number from {low} to {high}"
@@ -368,7 +370,7 @@ def synthetic_stream(
             f" from {', '.join(_KINDS)}"
         )
     size = 1_000_000 if cap is None else cap
-    if isinstance(size, bool) or not isinstance(size, int) or size < 10:
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 10:
         raise ValueError(
             f"cap={cap!r} must be a whole number of bytes, at least 10"
         )

@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..routing.router import MomentRouter
 from ..routing.step import GUARDS, ROUTINGS
 from ..routing.strength import Fixed, OverlapAware, Strength
 from ..theory import horizon
+from .limits import read_range
 from .model import SIZES, next_byte_loss
 from functools import partial
 from ..methods.consolidation import FisherMerge
@@ -272,7 +274,7 @@ LIMITS: dict[str, str] = {
 
 # %% ../../nbs/training/03_config.ipynb #d78122f0
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def _is_real(x: Any) -> bool:
@@ -325,17 +327,12 @@ def _check_limits(
         limits = f"{{{', '.join(MODIFICATIONS)}}}"
     if value is None or not limits:
         return
-    inside = limits[1:-1].split(", ")
-    if limits[0] == "{":
-        if value not in inside:
-            raise ValueError(
-                f"{name}={value!r} is unknown; choose one of {limits[1:-1]}"
-            )
-        return
-    low, high = map(float, inside)
-    above = value > low if limits[0] == "(" else value >= low
-    below = value < high if limits[-1] == ")" else value <= high
-    if not (above and below):
+    bounds, words = read_range(limits)
+    if words and value not in words:
+        raise ValueError(
+            f"{name}={value!r} is unknown; choose one of {limits[1:-1]}"
+        )
+    if bounds is not None and value not in bounds:
         raise ValueError(f"{name}={value!r} lies outside {limits}")
 
 # %% ../../nbs/training/03_config.ipynb #56984bea

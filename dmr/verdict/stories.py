@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dmr
 from ..files import write_atomic
+from ..studies.table import read_rows
 from ..methods.agem import AGEM
 from ..methods.penalty import EWC
 
@@ -28,8 +29,7 @@ from ..methods.penalty import EWC
 __all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'HELD_BACK', 'COLUMNS', 'harm', 'story', 'fit', 'adam',
            'texts', 'windows', 'held_out', 'two_texts', 'byte_model', 'llama', 'scratch', 'finetune', 'pretrained',
            'new_optimizer', 'adapters', 'regression', 'in_turn', 'trainer', 'images', 'drift', 'many', 'Recurrent',
-           'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule', 'routed', 'read_told', 'tell', 'tell_all',
-           'main']
+           'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule', 'routed', 'tell', 'tell_all', 'main']
 
 # %% ../../nbs/experiments/13_stories.ipynb #ead61c76
 #: What a default may lose on the old data, in units of the loss.
@@ -493,14 +493,6 @@ HELD_BACK = ("recurrent", "half", "schedule")
 COLUMNS = ("story", "arm", "lr", "seed", "before", "old", "new", "error")
 
 
-def read_told(path: Path) -> list[dict[str, str]]:
-    "The rows that are there."
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def tell(
     story: str, arm: str, lr: float, seed: int
 ) -> dict[str, Any]:  # a row; what raised is in `error`
@@ -523,7 +515,7 @@ def tell_all(
     arms: Iterable[str] = tuple(ARMS),
 ) -> None:
     "Write the rows that a table lacks, one at a time."
-    rows = read_told(path)
+    rows: list[dict[str, Any]] = [*read_rows(path)]
     key = lambda row: tuple(str(row[k]) for k in COLUMNS[:4])
     there = {key(row) for row in rows}
     wanted: list[dict[str, Any]] = [

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_json
 from ..reporting.arms import Arm, base_rate, read_arm
 from dmr.reporting.statistics import (
     Interval,
@@ -30,7 +29,7 @@ from dmr.reporting.statistics import (
 )
 from ..studies.identity import same_code
 from ..studies.study import Project, StudyError, find_project, read_study
-from ..studies.table import read_rows
+from ..studies.table import Ledger, read_rows
 from .rules import Evidence
 
 # %% auto #0
@@ -159,7 +158,7 @@ def _alike(
     known: Mapping[str, Any],  # parts of each version, accepted changes
 ) -> set[str]:
     "The versions that count as the one that is read."
-    parts, accepted = known.get("codes", {}), known.get("accepted", [])
+    parts, accepted = known["codes"], known["accepted"]
     both_ways = lambda a, b: (
         same_code(a, b, accepted) or same_code(b, a, accepted)
     )
@@ -176,7 +175,8 @@ def read_table(
     project: Project | None = None,  # None: the one around the current folder
 ) -> Table:
     """The finished runs of a study, from its file and its table alone; never
-    fails because one of them is missing or short.
+    fails because one of them is missing or short. Raises TableError where the
+    table is damaged.
     """
     project = project or find_project()
     try:
@@ -202,8 +202,8 @@ def read_table(
     good = [r for r in rows if r.get("status") == "ok" and r.get("forgetting")]
     counts = Counter(r["code"] for r in good)
     code = max(counts, key=lambda k: counts[k]) if counts else ""
-    known = read_json(project.results / f"{study}.code.json") or {}
-    alike = _alike(counts, code, known)
+    codes = Ledger(None, project.results / f"{study}.code.json")
+    alike = _alike(counts, code, codes.versions())
     kept: dict[str, Mapping[str, Any]] = {}
     for r in good:
         cell = r["cell"]

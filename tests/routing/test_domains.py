@@ -124,7 +124,7 @@ def test_layer_inputs_feed_the_sketch_in_training_passes_only():
     twin = copy.deepcopy(router)  # hooks go along, and feed the copy
     before = fed()
     for _ in range(2):
-        twin.modification.seen = 0
+        twin.modification.counts = {}
         twin.model(x)
     assert (
         fed() == before
