@@ -578,6 +578,16 @@ def _report(wrong: list[_Problem], lines: _Lines, path: Path) -> None:
         said = [f"{path.name}:{n}: {message}" for n, message in found]
         raise StudyError("\n".join(said))
 
+# %% ../../nbs/studies/05_study.ipynb #27791190
+def _check_name(path: Path) -> None:
+    "Refuse a study whose name would be a folder of its own."
+    if path.stem.startswith("."):
+        raise StudyError(
+            f"{path.name}: a study is called as its file is, and its folder"
+            f" of runs as well, so {path.stem!r} is no name; begin it with a"
+            " letter or a digit"
+        )
+
 # %% ../../nbs/studies/05_study.ipynb #8db06758
 def _study_text(path: Path) -> str:
     "The text of a study file; raises StudyError."
@@ -602,12 +612,7 @@ def read_study(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
-    if path.stem.startswith("."):
-        raise StudyError(
-            f"{path.name}: a study is called as its file is, and its folder"
-            f" of runs as well, so {path.stem!r} is no name; begin it with a"
-            " letter or a digit"
-        )
+    _check_name(path)
     data, lines = _read_yaml(_study_text(path), path.name)
     wrong = list(_check_keys(data))
     if not wrong and "template" not in data:
