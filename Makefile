@@ -7,7 +7,7 @@ STAMP    := $(VENV)/.installed
 STUDY    ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lab book docs docs-quarto preview bench readme export clean fetch
+.PHONY: help setup run test test-slow faults lab book docs docs-quarto preview bench readme export clean fetch
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: fetch  ## the fast tier: notebooks, pytest, export sync, lint, types (unde
 # these tests kill processes and watch clocks: what fails on a busy machine gets one second chance
 test-slow: fetch  ## the rest: several processes, cluster, browser, small real studies
 	$(BIN)/python -m pytest -m slow || $(BIN)/python -m pytest -m slow --last-failed --last-failed-no-failures none
+
+faults: $(STAMP)  ## over 500 faults thrown at a tiny study and its checkpoints, and what became of them
+	$(BIN)/python tests/faults/attack.py
 
 lab: $(STAMP)  ## open the book in JupyterLab with this environment's kernel
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (dmr)" >/dev/null

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
 import json
 import os
 import sys
@@ -652,6 +653,9 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/making/23_cli.ipynb #ab9472fe
 def main(argv: list[str] | None = None) -> int:
     "The command `dmr`."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # ½ where ASCII is spoken
+            stream.reconfigure(errors="backslashreplace")
     top = parser()
     args = top.parse_args(argv)
     if args.version:

@@ -5,11 +5,14 @@
 # %% ../nbs/studies/01_files.ipynb #c801814b
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import secrets
 import time
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +21,8 @@ from typing import Any
 from filelock import FileLock, Timeout, lock_descriptor
 
 # %% auto #0
-__all__ = ['sync_folder', 'write_atomic', 'write_json', 'read_json', 'Busy', 'locked', 'is_locked', 'write_checkpoint',
-           'read_checkpoint']
+__all__ = ['sync_folder', 'write_atomic', 'write_json', 'read_json', 'misfit', 'write_object', 'read_object', 'Busy', 'locked',
+           'is_locked', 'write_checkpoint', 'read_checkpoint', 'last_checkpoint']
 
 # %% ../nbs/studies/01_files.ipynb #66205539
 def sync_folder(folder: Path) -> None:
@@ -31,7 +34,11 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 # %% ../nbs/studies/01_files.ipynb #e148e32b
-def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
+def write_atomic(
+    path: str | Path,
+    data: str | bytes | memoryview,
+    keep: Path | None = None,  # where the earlier file goes; None: nowhere
+) -> None:
     "Write a file whole or not at all; raises OSError, such as for a full disk."
     path = Path(path)
     part = path.with_name(
@@ -42,6 +49,8 @@ def write_atomic(path: str | Path, data: str | bytes | memoryview) -> None:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(part, path)
         sync_folder(path.parent)
     except BaseException:
@@ -61,6 +70,80 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+# %% ../nbs/studies/01_files.ipynb #fcc2b212
+def _kind(value: Any) -> str:
+    "What a value is, in the words of JSON."
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false"}
+    numbers = {int: "a number", float: "a number", type(None): "null"}
+    return {**names, **numbers}.get(type(value), type(value).__name__)
+
+
+def _inside(value: Any, shape: Any, at: str) -> Iterator[str]:
+    "What does not fit among the entries of a list or an object."
+    if isinstance(shape, list):
+        for i, v in enumerate(value):
+            yield misfit(v, shape[0], f"{at}[{i}]")
+        return
+    for key, inner in shape.items():
+        if key is ...:
+            for k, v in value.items():
+                yield misfit(v, inner, f"{at}.{k}")
+        elif (name := key.rstrip("?")) in value:
+            yield misfit(value[name], inner, f"{at}.{name}")
+        elif name == key:
+            yield f"{at} has no entry {key!r}"
+
+
+def misfit(
+    value: Any,  # plain data
+    shape: Any,  # see above
+    at: str = "it",  # what the value is called in the answer
+) -> str:  # empty: it fits
+    "The first place where data has not the shape that is expected."
+    if isinstance(shape, set):
+        known = isinstance(value, str) and value in shape
+        return "" if known else f"{at} is {str(value)[:40]!r}, not known here"
+    kinds = type(shape) if isinstance(shape, (list, dict)) else shape
+    if not isinstance(value, kinds):
+        wanted = kinds if isinstance(kinds, tuple) else (kinds,)
+        words = " or ".join(dict.fromkeys(_kind(t()) for t in wanted))
+        return f"{at} is {_kind(value)}, not {words}"
+    inside = isinstance(shape, (list, dict))
+    found = _inside(value, shape, at) if inside else ()
+    return next(filter(None, found), "")
+
+# %% ../nbs/studies/01_files.ipynb #ab7cb2e0
+def _seal(entries: dict[str, Any]) -> str:
+    "Hash of an object's entries, whatever their order."
+    text = json.dumps(entries, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_object(path: str | Path, entries: dict[str, Any]) -> None:
+    "Write a JSON object with the hash of its entries."
+    plain = json.loads(json.dumps(entries))  # what a reader will find
+    write_json(path, {**plain, "seal": _seal(plain)})
+
+
+def read_object(
+    path: str | Path,
+    shape: Any = dict,  # see `misfit`
+) -> dict[str, Any]:  # empty: missing, or damaged
+    "Read a JSON object; one that is damaged is named in a warning."
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        seal = found.pop("seal", "") if isinstance(found, dict) else ""
+        if wrong := misfit(found, shape):
+            raise ValueError(wrong)
+        if seal and seal != _seal(found):
+            raise ValueError("its entries are not those that were written")
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        warnings.warn(f"{path} is damaged and not used: {e}", stacklevel=2)
+    return {}
 
 # %% ../nbs/studies/01_files.ipynb #63d836f9
 class Busy(Exception):
@@ -107,6 +190,15 @@ def is_locked(path: str | Path) -> bool:
         os.close(fd)
 
 # %% ../nbs/studies/01_files.ipynb #51f1adf2
+#: What separates a checkpoint from its hash.
+_HASH = b"\nsha256:"
+
+
+def _previous(path: Path) -> Path:
+    "Where the checkpoint before the last is kept."
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def write_checkpoint(
     path: Path,
     state: dict,  # tensors, numbers, text; nested
@@ -117,19 +209,56 @@ def write_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     torch.save(state, data)
-    write_atomic(path, data.getbuffer())
+    digest = hashlib.sha256(data.getbuffer()).hexdigest()
+    data.write(_HASH + digest.encode())
+    write_atomic(path, data.getbuffer(), keep=_previous(path))
 
 # %% ../nbs/studies/01_files.ipynb #ddb67f36
+def _damage_of(data: bytes, digest: bytes | None) -> str:  # empty: none
+    "What is wrong with a checkpoint, by its hash or by its parts' checksums."
+    if digest is not None:
+        fits = hashlib.sha256(data).hexdigest().encode() == digest
+        return "" if fits else "its hash does not fit"
+    part = zipfile.ZipFile(io.BytesIO(data)).testzip()
+    return f"its part {part} is damaged" if part else ""
+
+
 def read_checkpoint(path: Path) -> dict | None:
     "Read a checkpoint; None if there is none. Raises ValueError if damaged."
     if not path.exists():
         return None
     import torch
 
+    whole = path.read_bytes()
+    data, mark, digest = whole.rpartition(_HASH)
+    data, given = (data, digest) if mark else (whole, None)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if not (wrong := _damage_of(data, given)):
+            state = io.BytesIO(data)
+            return torch.load(state, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(e).__name__}:"
-            f" {str(e)[:80]}); delete it to start the run again"
-        ) from e
+        wrong = f"{type(e).__name__}: {str(e)[:80]}"
+    raise ValueError(
+        f"{path} cannot be read as a checkpoint ({wrong}); delete it to start"
+        " again, or go on from an earlier one"
+    )
+
+# %% ../nbs/studies/01_files.ipynb #f5324843
+def last_checkpoint(path: Path) -> dict | None:
+    "The last good checkpoint, None if there is none; sets damaged ones aside."
+    for file in (path, _previous(path)):
+        try:
+            state = read_checkpoint(file)
+        except ValueError as e:
+            aside = file.with_name(f"{file.name}.damaged")
+            os.replace(file, aside)
+            reason = str(e).partition(";")[0]
+            warnings.warn(
+                f"{reason}; it is now called {aside.name}, and the run begins"
+                " again from the one before, or from its beginning",
+                stacklevel=2,
+            )
+        else:
+            if state is not None:
+                return state
+    return None

@@ -96,7 +96,8 @@ def test_rooms_of_notebooks_and_tests_are_those_of_the_package():
     folders = {p.name for p in (ROOT / "nbs").iterdir() if p.is_dir()}
     assert made_of_notebooks <= folders
     tests = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()}
-    assert tests - {"__pycache__"} <= rooms
+    # faults are thrown at several rooms at once
+    assert tests - {"__pycache__", "faults"} <= rooms
 
 
 #: Exported cells that are longer than their room allows, and why.

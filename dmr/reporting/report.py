@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['tidy', 'tidy_records', 'read_results', 'headline', 'text_table', 'stream_arms', 'stream_finding', 'plot_stream',
-           'html_report', 'Report', 'write_report']
+           'html_report', 'Report', 'spreadsheet_csv', 'read_spreadsheet', 'write_report']
 
 # %% ../../nbs/reporting/05_report.ipynb #d50e1128
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -813,6 +813,46 @@ _CAPTIONS = {
     ),
 }
 
+# %% ../../nbs/reporting/05_report.ipynb #ae16b8c0
+#: What makes a spreadsheet take a text for a formula, and our mark against it.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def _marked(value: Any) -> Any:
+    "A text, with a quote before what a spreadsheet would compute."
+    risky = isinstance(value, str) and value.startswith(_FORMULA)
+    return f"'{value}" if risky else value
+
+
+def _unmarked(value: Any) -> Any:
+    "The text again."
+    marked = isinstance(value, str) and value.startswith("'")
+    return value[1:] if marked else value
+
+
+def spreadsheet_csv(
+    frame: Any,  # DataFrame
+) -> str:
+    "A table as CSV in which no text is a formula; see `read_spreadsheet`."
+    shown = frame.rename(columns=_marked)
+    for name in shown.columns:
+        if shown[name].dtype.kind not in "biufc":
+            shown[name] = shown[name].map(_marked)
+    return shown.to_csv(index=False)
+
+
+def read_spreadsheet(
+    path: str | Path,  # runs.csv or records.csv of a report
+) -> Any:  # DataFrame
+    "Read a table that `spreadsheet_csv` wrote, its texts as they were."
+    import pandas as pd
+
+    frame = pd.read_csv(path).rename(columns=_unmarked)
+    for name in frame.columns:
+        if frame[name].dtype.kind not in "biufc":
+            frame[name] = frame[name].map(_unmarked)
+    return frame
+
 # %% ../../nbs/reporting/05_report.ipynb #a4dd15f2
 def _pictures(study: Comparison) -> dict[str, _Picture]:
     "The figures that the study's runs allow."
@@ -844,10 +884,10 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(study)
     page = html_report(study, pictures.values(), command, title)
-    files = {
+    files: dict[str, str | bytes] = {
         **{f"{name}.png": png for name, (png, _, _) in pictures.items()},
-        "runs.csv": tidy(results).to_csv(index=False),
-        "records.csv": tidy_records(results).to_csv(index=False),
+        "runs.csv": spreadsheet_csv(tidy(results)),
+        "records.csv": spreadsheet_csv(tidy_records(results)),
         "report.html": page,
     }
     for name, content in files.items():

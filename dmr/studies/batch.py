@@ -23,8 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import need
-from ..files import is_locked, write_atomic, write_json
-from .identity import Identity
+from ..files import is_locked, write_atomic, write_object
+from dmr.studies.identity import (
+    Identity,
+    package_folder,
+    read_text,
+    stream_options,
+)
 from .mirror import pull, push
 from dmr.studies.plan import (
     Plan,
@@ -33,9 +38,9 @@ from dmr.studies.plan import (
     keep_sources,
     make_plan,
     mend,
+    planned_text,
     prepare_planned,
     row_of_found,
-    stream_options,
     write_plan,
 )
 from .run import FINAL, KILLED, OK, PENDING, RUNNING, Run, launch
@@ -98,7 +103,7 @@ def _launch_there(
         path.mkdir(parents=True, exist_ok=True)
     if not (path / "run.json").exists():
         cwd = spec["cwd"] if Path(spec["cwd"]).is_dir() else str(path)
-        write_json(path / "run.json", {**spec, "cwd": cwd})
+        write_object(path / "run.json", {**spec, "cwd": cwd})
     outcome = launch(path)
     return outcome, {
         n: zlib.compress((path / n).read_bytes())
@@ -108,9 +113,11 @@ def _launch_there(
 
 # %% ../../nbs/studies/08_batch.ipynb #83748aa4
 def bring_back(folder: Path, files: Mapping[str, bytes]) -> None:
-    "Write files that came from another machine, unless they are here already."
+    "Write files that came from another machine, unless the run is done here."
+    if Run(folder).done:
+        return
     for name in _CARRIED:
-        if name in files and not (folder / name).exists():
+        if name in files:
             write_atomic(folder / name, zlib.decompress(files[name]))
 
 # %% ../../nbs/studies/08_batch.ipynb #faab8ef3
@@ -194,7 +201,8 @@ def _need_packages() -> None:
 # %% ../../nbs/studies/08_batch.ipynb #f7ce5280
 def _need_disk(project: Project, todo: int) -> None:
     "Refuse if the runs cannot be written, or would fill the disk."
-    where = project.runs if project.runs.exists() else project.root
+    above = (project.runs, *project.runs.parents)
+    where = next(p for p in above if p.exists())
     if not os.access(where, os.W_OK):
         raise Refused(
             f"{where} cannot be written to; give another folder by --runs"
@@ -207,11 +215,23 @@ def _need_disk(project: Project, todo: int) -> None:
             " by --runs"
         )
 
+# %% ../../nbs/studies/08_batch.ipynb #05792522
+def _need_own_package(project: Project) -> None:
+    "Refuse if kernels would import another package than this one."
+    found = project.root / "dmr"
+    foreign = (found / "__init__.py").exists() or Path(f"{found}.py").exists()
+    if foreign and found.resolve() != package_folder().resolve():
+        raise Refused(
+            f"kernels would import {found}, not {package_folder()}, whose code"
+            " counts here; give it another name, or start the batch elsewhere"
+        )
+
 # %% ../../nbs/studies/08_batch.ipynb #31c31695
 def preflight(plan: Plan, todo: int, local: bool = True) -> None:
     "Refuse a batch that cannot succeed; raises Refused."
     _need_packages()
     _need_disk(plan.project, todo)
+    _need_own_package(plan.project)
     import psutil
 
     memory, one = psutil.virtual_memory().available, _run_memory(plan)
@@ -252,18 +272,20 @@ def _need_streams(plan: Plan, todo: list[Planned]) -> None:
             given = p.cell.parameters
             each[json.dumps([given["stream"], stream_options(given)])] = p
     for p in each.values():
-        from dmr.text.load import load_stream
-
         name = p.cell.parameters["stream"]
         try:
-            stream = load_stream(name, **stream_options(p.cell.parameters))
+            hash, domains = read_text(p.cell.parameters)
         except (ValueError, OSError) as e:
             raise Refused(f"stream {name!r}: {e}") from None
-        if stream.hash != p.identity.stream:
+        if hash != p.identity.stream:
+            known = planned_text(p.identity.stream, plan.project)
+            old = known.get("domains", {})
+            new = [repr(k) for k, v in domains.items() if old.get(k) != v]
             (plan.project.runs / "streams.json").unlink(missing_ok=True)
             raise Refused(
-                f"stream {name!r} is not the text that it was; start again to"
-                " plan with the new text"
+                f"stream {name!r} is not the text that it was: domain"
+                f" {', '.join(new)} changed; start again to plan with the new"
+                " text"
             )
 
 # %% ../../nbs/studies/08_batch.ipynb #33417c4c
@@ -532,6 +554,8 @@ def _hand_out(w: _Work) -> None:
             continue
         try:
             run = prepare_planned(p, w.plan)
+            if shutil.disk_usage(run.folder).free < _DISK_FLOOR:
+                raise OSError("the disk is nearly full")
         except OSError as e:
             return w.stop(
                 f"cannot write to {w.plan.project.runs}: {e}; make room and"
@@ -600,7 +624,7 @@ def _collect(w: _Work) -> None:
         if outcome.get("changed"):
             w.stop(
                 f"{outcome['error']}; start it again to plan with the present"
-                " code"
+                " code and text"
             )
         killed = outcome["state"] == KILLED
         if killed and not w.stopping and w.tries[p.name] < _ATTEMPTS:

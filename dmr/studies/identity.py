@@ -9,6 +9,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,8 @@ from .template import Template
 
 # %% auto #0
 __all__ = ['digest', 'code_digest', 'imported_names', 'read_module', 'package_folder', 'module_file', 'module_hashes', 'Identity',
-           'code_of', 'code_parts', 'short', 'differences', 'same_code', 'changed_parts']
+           'local_hashes', 'code_of', 'stream_options', 'read_text', 'text_stamp', 'code_parts', 'short', 'differences',
+           'same_code', 'changed_parts']
 
 # %% ../../nbs/studies/03_identity.ipynb #8dc0d599
 def _is_text(node: Any) -> bool:
@@ -83,11 +85,12 @@ def _running_nodes(source: str) -> Iterator[ast.AST]:
         todo.extend(ast.iter_child_nodes(node))
 
 
+@lru_cache(maxsize=4096)  # a plan asks for the same sources again
 def imported_names(
     source: str,
     package: str = "dmr",
     module: str = "",  # dotted name of the source's own module
-) -> set[str]:  # dotted names that may be modules of the package
+) -> frozenset[str]:  # dotted names that may be modules of the package
     "Names inside `package` that a source imports when it runs."
     out: set[str] = set()
     for node in _running_nodes(source):
@@ -96,7 +99,8 @@ def imported_names(
         elif isinstance(node, ast.ImportFrom):
             base = _import_base(node, module)
             out.update([base, *(f"{base}.{a.name}" for a in node.names)])
-    return {n for n in out if n == package or n.startswith(package + ".")}
+    inside = (n for n in out if n == package or n.startswith(f"{package}."))
+    return frozenset(inside)
 
 # %% ../../nbs/studies/03_identity.ipynb #eb795e4d
 @lru_cache(maxsize=4096)
@@ -271,15 +275,86 @@ class Identity:
             d["parameters"], d["stream"], tuple(d["cells"]), d["modules"]
         )
 
+# %% ../../nbs/studies/03_identity.ipynb #6dd32fa3
+def _local_files(root: Path) -> dict[str, Path]:
+    "What an import may find in a project's folder: name -> file or package."
+    found = {p.stem: p for p in root.glob("*.py")}
+    found |= {p.parent.name: p.parent for p in root.glob("*/__init__.py")}
+    apart = {*sys.stdlib_module_names, "dmr"}
+    return {k: v for k, v in found.items() if k not in apart}
+
+
+def local_hashes(
+    sources: Iterable[str],  # code of the template and of the package
+    root: Path,  # the folder that the kernel works in
+) -> dict[str, str]:  # file, as seen from the folder -> hash of its code
+    "Hash the files of a project's folder that code there would import."
+    known, todo = _local_files(root), list(sources)
+    out: dict[str, str] = {}
+    while todo and known:
+        source = todo.pop()
+        near = [n for n in known if n in source]
+        for name in [n for n in near if imported_names(source, n)]:
+            path = known.pop(name)
+            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+                try:
+                    text, hash = read_module(file)
+                except (SyntaxError, UnicodeDecodeError) as e:
+                    raise ValueError(f"{file} cannot be read: {e}") from None
+                out[file.relative_to(root).as_posix()] = hash
+                todo.append(text)
+    return dict(sorted(out.items()))
+
 # %% ../../nbs/studies/03_identity.ipynb #9c9279df
 def code_of(
     template: Template,
     folder: Path | None = None,  # the package's; None: where it is installed
-) -> tuple[tuple[str, ...], dict[str, str]]:  # of each cell, of each module
+    root: Path | None = None,  # where the kernel works; None: nowhere
+) -> tuple[tuple[str, ...], dict[str, str]]:  # of each cell, module and file
     "Hash the code that decides a template's result; cosmetic cells do not."
     sources = [c.source for c in template.cells if not c.cosmetic]
     cells = tuple(code_digest(s) for s in sources)
-    return cells, module_hashes(sources, folder=folder)
+    modules = module_hashes(sources, folder=folder)
+    if root is None:
+        return cells, modules
+    home = folder or package_folder()
+    files = (module_file(name, home) for name in modules)
+    reached = [read_module(file)[0] for file in files if file]
+    return cells, modules | local_hashes([*sources, *reached], root)
+
+# %% ../../nbs/studies/03_identity.ipynb #5ae4327e
+def stream_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    "The parameters, beside its name, that decide a stream's text."
+    return {k: parameters[k] for k in ("cap", "domains") if k in parameters}
+
+
+def read_text(
+    parameters: Mapping[str, Any],  # of a run that reads a stream
+) -> tuple[str, dict[str, str]]:  # of the stream, of each domain by its name
+    "Hash the text that a run reads; raises what `load_stream` raises."
+    from dmr.text.load import load_stream
+    from dmr.text.stream import digest as hash_of
+
+    stream = load_stream(parameters["stream"], **stream_options(parameters))
+    parts = {d.name: (d.train.numpy(), d.test.numpy()) for d in stream}
+    domains = {k: hash_of(map(bytes, v))[:16] for k, v in parts.items()}
+    return stream.hash, domains
+
+# %% ../../nbs/studies/03_identity.ipynb #7ae28b77
+def text_stamp(
+    parameters: Mapping[str, Any],  # of a run
+) -> str | None:  # None: the stream is no folder
+    "Hash of the names, sizes and times of a folder stream's files."
+    folder = Path(str(parameters.get("stream") or ""))
+    if "stream" not in parameters or not folder.is_dir():
+        return None
+    files = [(p, p.stat()) for p in folder.rglob("*") if p.is_file()]
+    return digest(
+        sorted(
+            [str(p.relative_to(folder)), s.st_size, s.st_mtime_ns]
+            for p, s in files
+        )
+    )
 
 # %% ../../nbs/studies/03_identity.ipynb #c1eca3bd
 def code_parts(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_atomic, write_json
+from ..files import misfit, read_object, write_atomic, write_object
 from dmr.studies.identity import (
     Identity,
     changed_parts,
@@ -26,10 +26,14 @@ from dmr.studies.identity import (
     module_hashes,
     package_folder,
     read_module,
+    read_text,
     same_code,
     short,
+    stream_options,
+    text_stamp,
 )
 from dmr.studies.run import (
+    FAILED,
     FINAL,
     KILLED,
     OK,
@@ -58,32 +62,22 @@ from dmr.studies.table import (
 from .template import Template
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'stream_options', 'stream_hash', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
+__all__ = ['UNKNOWN', 'stream_hash', 'planned_text', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
            'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found', 'shown_state', 'choose', 'table_rows',
            'mend', 'check_tables', 'write_plan', 'status', 'studies_with_runs']
 
 # %% ../../nbs/studies/07_plan.ipynb #fa6643d9
-def _folder_stamp(folder: Path) -> list[Any]:
-    "Names, sizes and times of a folder's files."
-    return sorted(
-        (str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
-        for p in folder.rglob("*")
-        if p.is_file()
-    )
-
-
-def stream_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    "The parameters, beside its name, that decide a stream's text."
-    return {k: parameters[k] for k in ("cap", "domains") if k in parameters}
-
-
 def _stream_key(parameters: Mapping[str, Any]) -> str:
     "Hash of everything that decides a stream's text."
-    folder = Path(parameters["stream"])
-    stamp = _folder_stamp(folder) if folder.is_dir() else None
     reader = module_hashes(["from dmr.text.load import load_stream"])
-    options = stream_options(parameters)
+    options, stamp = stream_options(parameters), text_stamp(parameters)
     return digest([parameters["stream"], options, stamp, reader])
+
+
+def _known_streams(project: Project) -> dict[str, Any]:
+    "Key -> name, hash, stamp and domains of each stream that was read."
+    entry = {"hash": str, "stamp?": (str, type(None)), "domains?": {...: str}}
+    return read_object(project.runs / "streams.json", {...: entry})
 
 # %% ../../nbs/studies/07_plan.ipynb #db135870
 UNKNOWN = "unknown"  # a stream whose text has not been read on this machine
@@ -98,18 +92,28 @@ def stream_hash(
     name = parameters.get("stream")
     if not isinstance(name, str):
         return None
-    key, store = _stream_key(parameters), project.runs / "streams.json"
-    known = read_json(store) or {}
+    key, known = _stream_key(parameters), _known_streams(project)
     if key in known or not load:
         return known.get(key, {}).get("hash", UNKNOWN)
-    from dmr.text.load import load_stream
-
-    options = stream_options(parameters)
-    found = load_stream(name, **options).hash
+    stamp = text_stamp(parameters)
+    found, domains = read_text(parameters)
+    entry = dict(stream=name, **stream_options(parameters))
+    entry |= dict(hash=found, stamp=stamp, domains=domains)
     project.runs.mkdir(parents=True, exist_ok=True)
-    entry = {key: dict(stream=name, **options, hash=found)}
-    write_json(store, {**(read_json(store) or {}), **entry})
+    store = project.runs / "streams.json"
+    write_object(store, {**_known_streams(project), key: entry})
     return found
+
+
+def planned_text(
+    hash: str | None,  # of a stream
+    project: Project,
+) -> dict[str, Any]:  # stamp and domains; empty: nothing is known of it
+    "What a run needs to say which domain of its text has changed."
+    known = _known_streams(project).values()
+    found = (e for e in known if e["hash"] == hash and e.get("domains"))
+    entry: dict[str, Any] = next(found, {})
+    return {k: entry.get(k) for k in ("stamp", "domains")} if entry else {}
 
 # %% ../../nbs/studies/07_plan.ipynb #c419b3da
 @dataclass(frozen=True)
@@ -140,15 +144,34 @@ def _ledger_of(study: str, project: Project, record: bool = True) -> Ledger:
     return Ledger(None, project.runs / study / "code.json")
 
 # %% ../../nbs/studies/07_plan.ipynb #d892c789
+_IDENTITY = {
+    "id": str,
+    "code": str,
+    "parameters": dict,
+    "stream": (str, type(None)),
+    "cells": [str],
+    "modules": {...: str},
+}
+
+
 def _found_in_folder(folder: Path) -> Found | None:
     "What a run's folder says of it; None: it holds no run."
-    spec = read_json(folder / "run.json") if folder.is_dir() else None
-    if not spec or not spec.get("identity"):
+    spec = Run(folder).spec if folder.is_dir() else {}
+    if not spec.get("identity"):
         return None
-    i = Identity.from_dict(spec["identity"])
-    cell, code = digest(dict(i.parameters)), spec["identity"]["code"]
-    parts = code_parts(i.cells, i.modules)
-    return Found(folder.name, cell, i.stream, code, parts, run=Run(folder))
+    wrong = misfit(spec["identity"], _IDENTITY, "the identity")
+    if not wrong:
+        i = Identity.from_dict(spec["identity"])
+        if i.id == spec["identity"]["id"]:
+            cell, run = digest(dict(i.parameters)), Run(folder)
+            parts = code_parts(i.cells, i.modules)
+            return Found(folder.name, cell, i.stream, i.code, parts, run=run)
+        wrong = "the identity is not the hash of its parts"
+    warnings.warn(
+        f"{folder / 'run.json'} is damaged, its run is passed over: {wrong}",
+        stacklevel=2,
+    )
+    return None
 
 # %% ../../nbs/studies/07_plan.ipynb #293264ca
 def _found_in_folders(study: str, project: Project) -> Iterator[Found]:
@@ -292,7 +315,7 @@ def make_plan(
     load: bool = True,  # read streams whose hash is not known yet
 ) -> Plan:
     "Hold every cell of a study against what was run; starts nothing."
-    code = code_of(study.template)
+    code = code_of(study.template, root=project.root)
     ledger = _ledger_of(study.name, project, study.record)
     table = ledger.check()
     found = list(_found_in_folders(study.name, project))
@@ -339,12 +362,15 @@ def prepare_planned(p: Planned, plan: Plan) -> Run:
         label=c.label,
         cell=c.hash,
         checkpoint="checkpoint" in t.parameters,
+        text=planned_text(p.identity.stream, plan.project),
     )
 
 # %% ../../nbs/studies/07_plan.ipynb #213afc9f
-def _module_source(name: str) -> str:
-    "Source of a module of the package."
+def _module_source(name: str, project: Project) -> str:
+    "Source of a module of the package, or of a file in the project's folder."
+    local = name.endswith(".py")
     path = module_file(name, package_folder())
+    path = project.root / name if local else path
     return read_module(path)[0] if path else ""
 
 
@@ -367,7 +393,7 @@ def keep_sources(plan: Plan) -> None:
             if name == "template":
                 source = _template_source(plan.study.template)
             else:
-                source = _module_source(name)
+                source = _module_source(name, plan.project)
             write_atomic(folder / f"{h}.py", _normal_source(source))
 
 # %% ../../nbs/studies/07_plan.ipynb #11116160
@@ -525,13 +551,15 @@ def about(p: Planned, plan: Plan) -> dict[str, Any]:
 # %% ../../nbs/studies/07_plan.ipynb #475d6613
 def _row_of_folder(f: Found, who: Mapping[str, Any]) -> dict[str, Any]:
     "The row of a run that has a folder."
-    spec = f.run.spec if f.run else {}
-    return row_of(
-        {**who, "run_id": f.run_id},
-        Identity.from_dict(spec["identity"]),
-        f.state(),
-        f.run.result if f.run else None,
-    )
+    run = f.run or Run(Path(f.run_id))
+    identity = Identity.from_dict(run.spec["identity"])
+    who, state = {**who, "run_id": f.run_id}, f.state()
+    try:
+        return row_of(who, identity, state, run.result)
+    except (ValueError, TypeError, KeyError) as e:
+        error = f"its result makes no row: {e}"
+        state = dict(state, state=FAILED, error=error)
+        return row_of(who, identity, state, None)
 
 
 def row_of_found(f: Found, p: Planned, plan: Plan) -> dict[str, Any]:
@@ -640,7 +668,7 @@ def write_plan(plan: Plan) -> None:
         )
         for p in plan.runs
     ]
-    write_json(
+    write_object(
         folder / "plan.json",
         dict(
             schema=1,
@@ -658,8 +686,11 @@ def status(
 ) -> list[dict[str, Any]]:  # run, label, state, ... for each cell of the plan
     "The state of every run of a study's latest batch, read from its folder."
     folder = project.runs / study
-    plan = read_json(folder / "plan.json")
+    shape = dict(run=str, label=str, recorded=bool, state=str)
+    plan = read_object(folder / "plan.json", {"runs": [shape]})
     if not plan:
+        if (folder / "plan.json").exists():
+            raise FileNotFoundError(f"`dmr batch {study}` writes the plan anew")
         raise FileNotFoundError(
             f"no batch of {study!r} was started here; `dmr batch {study}"
             " --dry-run` shows its plan"

@@ -5,9 +5,11 @@
 # %% ../../nbs/studies/04_run.ipynb #53d7e4b8
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -20,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,28 @@ from dmr.files import (
     Busy,
     is_locked,
     locked,
+    misfit,
     read_json,
+    read_object,
     write_atomic,
-    write_json,
+    write_object,
 )
-from .identity import Identity, code_of, differences
+from dmr.studies.identity import (
+    Identity,
+    code_digest,
+    code_of,
+    differences,
+    package_folder,
+    read_text,
+    short,
+    text_stamp,
+)
 from .template import read_template
 
 # %% auto #0
-__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE', 'Run',
-           'Limits', 'prepare_run', 'kernel_manager', 'now', 'clear_leftovers', 'supervise', 'start', 'launch']
+__all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE',
+           'bad_result', 'other_run', 'Run', 'Limits', 'prepare_run', 'kernel_manager', 'now', 'clear_leftovers',
+           'supervise', 'start', 'launch']
 
 # %% ../../nbs/studies/04_run.ipynb #9f55fa2c
 OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = (
@@ -56,6 +70,83 @@ PENDING = (WAITING, RUNNING, KILLED)
 #: MIME type under which a notebook displays a run's result.
 RESULT_TYPE = "application/vnd.dmr.result+json"
 
+# %% ../../nbs/studies/04_run.ipynb #290b04bf
+_NONE = type(None)
+#: What the files of a run's folder hold, as `dmr.files.misfit` reads it.
+_SPEC = {
+    "parameters": dict,
+    "run?": str,
+    "template?": str,
+    "identity?": (dict, _NONE),
+    "limits?": {...: (int, float, _NONE)},
+    "cwd?": str,
+}
+_STATE = {
+    "state": {OK, *FINAL, *PENDING},
+    "error?": (str, _NONE),
+    "attempts?": int,
+    "traceback?": [str],
+    "kernel?": {"pid": int, "began": (int, float, _NONE)},
+    "scratch?": str,
+}
+_MARKER = {"sha256": str, "files?": {...: str}}
+_RECORD = {
+    "stage": (int, float),
+    "eval_domain": (str, int),
+    "loss": (int, float, _NONE),
+}
+_RESULT = {
+    "metrics?": dict,
+    "parameters?": dict,
+    "identity?": dict,
+    "environment?": dict,
+    "stages?": [dict],
+    "records?": [_RECORD],
+}
+
+
+def bad_result(
+    result: Any,  # what a template emitted
+) -> str:  # empty: it can be used
+    "What makes a result useless."
+    if wrong := misfit(result, _RESULT, "the result"):
+        return f"{wrong}; a template emits an object with its metrics"
+    numbers = [
+        v
+        for v in (result.get("metrics") or {}).values()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
+    if numbers and not any(map(math.isfinite, numbers)):
+        return "no metric of the result is a finite number"
+    return ""
+
+# %% ../../nbs/studies/04_run.ipynb #6d1310b0
+def other_run(
+    result: Mapping[str, Any],
+    spec: Mapping[str, Any],  # run.json
+) -> str:  # empty: the result is this run's
+    "How a result contradicts the run that it should be of."
+    planned = spec.get("identity") or {}
+    text, read = planned.get("stream"), (result.get("identity") or {})
+    if text and read.get("stream_hash", text) != text:
+        return (
+            "its result was measured on another text than its parameters name:"
+            f" stream hash {short(text)} -> {short(str(read['stream_hash']))}"
+        )
+    asked, used = planned.get("parameters"), result.get("parameters") or {}
+    for k, v in (asked or {}).items():
+        if k != "checkpoint" and used.get(k, v) != v:  # the engine sets that
+            return f"its result is of {k}={used[k]!r}, planned was {k}={v!r}"
+    return ""
+
+# %% ../../nbs/studies/04_run.ipynb #cd2f5bd7
+def _file_hash(path: Path) -> str | None:  # None: it cannot be read
+    "SHA-256 of a file."
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
 # %% ../../nbs/studies/04_run.ipynb #092c51ad
 @dataclass(frozen=True)
 class Run:
@@ -65,38 +156,50 @@ class Run:
 
     @property
     def spec(self) -> dict[str, Any]:
-        return read_json(self.folder / "run.json") or {}
+        return read_object(self.folder / "run.json", _SPEC)
+
+    def _marker(self) -> tuple[dict[str, Any], list[str]]:
+        "The marker, and the files beside it that are not those it speaks of."
+        marker = read_object(self.folder / "done.json", _MARKER)
+        if not marker:
+            return {}, ["done.json"]
+        hashes = {"result.json": marker["sha256"], **marker.get("files", {})}
+        pairs = ((n, _file_hash(self.folder / n), h) for n, h in hashes.items())
+        return marker, [name for name, found, hash in pairs if found != hash]
 
     @property
     def done(self) -> dict[str, Any] | None:
-        "The marker, if it speaks of the result that lies beside it."
-        marker = read_json(self.folder / "done.json")
-        if not isinstance(marker, dict):
-            return None
-        with suppress(OSError):
-            result = (self.folder / "result.json").read_bytes()
-            if hashlib.sha256(result).hexdigest() == marker.get("sha256"):
-                return marker
-        return None
+        "The marker, if it speaks of what lies beside it."
+        marker, lost = self._marker()
+        return None if lost else marker
 
     @property
     def result(self) -> dict[str, Any] | None:
         "The result of a finished run."
-        return read_json(self.folder / "result.json") if self.done else None
+        if self.state()["state"] != OK:
+            return None
+        return read_json(self.folder / "result.json")
 
     def state(self) -> dict[str, Any]:
         "What is going on: `state`, and what else is known."
-        if (marker := self.done) is not None:
-            return dict(state=OK, **marker)
-        state = read_json(self.folder / "state.json") or dict(state=WAITING)
-        error = ""
+        marker, lost = self._marker()
+        if not lost:
+            result = read_json(self.folder / "result.json")
+            if wrong := bad_result(result):
+                return dict(marker, state=FAILED, error=wrong)
+            if wrong := other_run(result, self.spec):
+                return dict(marker, state=KILLED, error=wrong)
+            return dict(marker, state=OK)
+        state = read_object(self.folder / "state.json", _STATE)
+        state, error = state or dict(state=WAITING), ""
         if state["state"] == RUNNING and not is_locked(self.folder / "lock"):
             error = state.get("error") or (
                 "its process died without a word (kill -9, power loss, or no"
                 " memory left)"
             )
         if state["state"] == OK:
-            error = "it finished, but its result is missing or damaged since"
+            files = " and ".join(lost)
+            error = f"it finished, but {files} was lost or damaged since"
         return dict(state, state=KILLED, error=error) if error else state
 
 # %% ../../nbs/studies/04_run.ipynb #a5d03381
@@ -106,6 +209,7 @@ class Limits:
 
     wall_s: float | None = None
     memory_bytes: int | None = None
+    output_bytes: int | None = 50_000_000  # what its cells print
 
 
 def prepare_run(
@@ -128,14 +232,15 @@ def prepare_run(
         template=str(Path(template).absolute()),
         parameters=dict(parameters),
         identity=identity,
-        limits=dict(wall_s=limits.wall_s, memory_bytes=limits.memory_bytes),
+        limits=asdict(limits),
         threads=threads,
         cwd=str(Path(cwd or ".").absolute()),
         **more,
     )
-    if read_json(folder / "run.json") != json.loads(json.dumps(spec)):
-        write_json(folder / "run.json", spec)
-    return Run(folder)
+    run, plain = Run(folder), json.loads(json.dumps(spec))
+    if run.spec != plain:
+        write_object(folder / "run.json", plain)
+    return run
 
 # %% ../../nbs/studies/04_run.ipynb #7db3e9eb
 def _scratch_folder() -> Path:
@@ -225,6 +330,35 @@ def _kill_tree(
         with suppress(psutil.Error):
             p.kill()
 
+# %% ../../nbs/studies/04_run.ipynb #353d08b1
+#: The environment variable that names a process's run.
+_MARK = "DMR_RUN"
+
+
+def _adopt_orphans() -> None:
+    "Let orphans below this process become its children, where Linux is."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def _end_family() -> None:
+    "Kill every process below this one."
+    import psutil
+
+    for p in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            p.kill()
+
+
+def _end_marked(folder: Path) -> None:
+    "Kill the processes that say in their environment that they are a run's."
+    import psutil
+
+    for p in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if p.pid != os.getpid() and p.environ().get(_MARK) == str(folder):
+                p.kill()
+
 # %% ../../nbs/studies/04_run.ipynb #deff033b
 def _ran_cells(notebook: Mapping[str, Any]) -> list[tuple[int, Any]]:
     "The code cells that are not empty; raises ValueError if one did not run."
@@ -262,6 +396,8 @@ def _read_result(
                 f"cell {i} is tagged 'cosmetic' but runs before the result"
                 f" (cell {at}); remove the tag or move it down"
             )
+    if wrong := bad_result(result):
+        raise ValueError(wrong)
     return result
 
 # %% ../../nbs/studies/04_run.ipynb #140f8a7b
@@ -299,6 +435,7 @@ class _Supervisor:
         self.run, self.parent = Run(Path(folder)), parent
         self.spec = self.run.spec
         self.start = time.monotonic()
+        self.printed = self.log_size()  # by earlier attempts
         self.state: dict[str, Any] = {}
         self.kernel: tuple[int, float | None] | None = None
         # why the kernel was ended, if we ended it
@@ -312,7 +449,13 @@ class _Supervisor:
     def note(self, **entries: Any) -> None:
         "Write state.json."
         self.state.update(entries)
-        write_json(self.run.folder / "state.json", self.state)
+        write_object(self.run.folder / "state.json", self.state)
+
+    def log_size(self) -> int:
+        "Bytes of log.txt."
+        with suppress(OSError):
+            return (self.run.folder / "log.txt").stat().st_size
+        return 0
 
     def end(self, state: str, error: str) -> None:
         "End the kernel; the first reason given is the run's state."
@@ -357,6 +500,27 @@ class _MemoryMeter:
         return total
 
 # %% ../../nbs/studies/04_run.ipynb #3707e75d
+#: Bytes that a run leaves free on the disk of its folder.
+_DISK_LEFT = 50e6
+
+
+def _check_room(s: _Supervisor) -> tuple[str, str] | None:
+    "Hold what a run prints, and the disk, against their limits."
+    allowed = s.spec["limits"].get("output_bytes")
+    if allowed and s.log_size() - s.printed > allowed:
+        return FAILED, (
+            f"printed more than its limit of {allowed / 1e6:g} MB; print less,"
+            " or raise the study's limit: 'limits: {output: 200 MB}'"
+        )
+    free = shutil.disk_usage(s.run.folder).free
+    if free < _DISK_LEFT:
+        return KILLED, (
+            f"only {free / 1e6:.0f} MB are free on the disk of"
+            f" {s.run.folder}; make room, or give another folder by --runs"
+        )
+    return None
+
+
 def _check(
     s: _Supervisor,
     memory: int,  # bytes in use
@@ -373,7 +537,7 @@ def _check(
             f"used {memory / 1e6:.0f} MB, more than its limit of"
             f" {allowed / 1e6:.0f} MB"
         )
-    return None
+    return _check_room(s)
 
 # %% ../../nbs/studies/04_run.ipynb #21b610b3
 def _finish(
@@ -402,12 +566,68 @@ def _finish(
             )
         s.finished.set()
 
+# %% ../../nbs/studies/04_run.ipynb #ec749a65
+class _OtherRun(Exception):
+    "Code or text are not those that were planned."
+
+
+def _text_changed(
+    spec: Mapping[str, Any],
+    unasked: bool = True,  # trust the folder's stamp
+) -> str | None:  # what is wrong
+    "Whether the text is still the one in the run's identity."
+    text, parameters = spec.get("text") or {}, spec["parameters"]
+    same = unasked and text_stamp(parameters) == text.get("stamp")
+    if not text or same:
+        return None
+    was = f"the text of stream {parameters['stream']!r} is not the one planned"
+    try:
+        hash, now = read_text(parameters)
+    except (ValueError, OSError) as e:
+        return f"{was}: {e}"
+    old = text["domains"]
+    names = [k for k in sorted({*old, *now}) if old.get(k) != now.get(k)]
+    if hash == spec["identity"]["stream"]:
+        return None
+    return (
+        f"{was}: {', '.join(map(repr, names)) or 'the order'} changed; put the"
+        " old text back, or go on with the new one, for which all runs are made"
+        " anew"
+    )
+
+# %% ../../nbs/studies/04_run.ipynb #4bdc2371
+def _executed_cells(notebook: Path) -> tuple[str, ...]:
+    "Hash of each code cell that was executed, the injected one left out."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tags = [c.get("metadata", {}).get("tags", []) for c in cells]
+    return tuple(
+        code_digest(c.source)
+        for c in read_template(notebook).cells
+        if not c.cosmetic and "injected-parameters" not in tags[c.index]
+    )
+
+
+def _check_meant(s: _Supervisor, result: Mapping[str, Any]) -> None:
+    "Raise if the notebook or its result are not of the run that was planned."
+    planned = (s.spec["identity"] or {}).get("cells")
+    notebook = s.run.folder / "running.ipynb"
+    if planned and _executed_cells(notebook) != tuple(planned):
+        raise _OtherRun("the code that ran is not the one that was planned")
+    if wrong := other_run(result, s.spec):
+        if changed := _text_changed(s.spec, unasked=False):
+            raise _OtherRun(changed)
+        raise ValueError(
+            f"{wrong}; the template must use its parameters as they are given"
+        )
+
 # %% ../../nbs/studies/04_run.ipynb #e6d95463
 def _succeed(s: _Supervisor) -> None:
     "Leave a finished run: executed notebook, result, and the marker last."
     folder = s.run.folder
     notebook = (folder / "running.ipynb").read_bytes()
-    result = json.dumps(_read_result(json.loads(notebook)), indent=1).encode()
+    emitted = _read_result(json.loads(notebook))
+    _check_meant(s, emitted)
+    result = json.dumps(emitted, indent=1).encode()
     with s.closing:
         if s.finished.is_set():
             return
@@ -417,12 +637,13 @@ def _succeed(s: _Supervisor) -> None:
             schema=1,
             id=(s.spec["identity"] or {}).get("id"),
             sha256=hashlib.sha256(result).hexdigest(),
+            files={"output.ipynb": hashlib.sha256(notebook).hexdigest()},
             finished=now(),
             wall_s=round(time.monotonic() - s.start, 3),
             peak_memory=s.peak,
             attempts=s.state["attempts"],
         )
-        write_json(folder / "done.json", marker)
+        write_object(folder / "done.json", marker)
         s.finished.set()
     for leftover in ("running.ipynb", "failed.ipynb"):
         with suppress(OSError):
@@ -450,13 +671,12 @@ def _watch(s: _Supervisor) -> None:
 # %% ../../nbs/studies/04_run.ipynb #138c108a
 def clear_leftovers(run: Run) -> int:  # attempts so far
     "End what an earlier attempt left behind."
-    old = read_json(run.folder / "state.json") or {}
-    if (
-        old.get("host") == platform.node()
-        and isinstance(old.get("kernel"), dict)
-        and old["kernel"].get("began")
-    ):
-        _kill_tree(old["kernel"]["pid"], old["kernel"]["began"])
+    old = read_object(run.folder / "state.json", _STATE)
+    if old.get("host") == platform.node():
+        kernel = old.get("kernel") or {}
+        if kernel.get("began"):
+            _kill_tree(kernel["pid"], kernel["began"])
+        _end_marked(run.folder)
     if old.get("scratch") and Path(old["scratch"]).name.startswith("dmr-"):
         shutil.rmtree(old["scratch"], ignore_errors=True)
     for part in run.folder.glob(".*.tmp"):
@@ -471,12 +691,19 @@ def _code_changed(spec: Mapping[str, Any]) -> str | None:  # what is wrong
     if "cells" not in identity:
         return None
     planned = Identity.from_dict(identity)
-    code = code_of(read_template(spec["template"]))
+    template, root = read_template(spec["template"]), Path(spec["cwd"])
+    code = code_of(template, root=root)
     present = Identity(planned.parameters, planned.stream, *code)
     if present.code == planned.code:
         return None
     changes = "; ".join(differences(planned, present))
     return f"the code is not the one that was planned: {changes}"
+
+
+def _check_same(spec: Mapping[str, Any]) -> None:
+    "Raise if code or text changed since the plan."
+    if changed := _code_changed(spec) or _text_changed(spec):
+        raise _OtherRun(changed)
 
 # %% ../../nbs/studies/04_run.ipynb #98b71b2e
 #: Colours in tracebacks.
@@ -490,6 +717,8 @@ def _ending(e: Any) -> tuple[tuple[str, str], dict[str, Any]]:
         what = _state_of_exception(e.ename, e.evalue), f"{e.ename}: {e.evalue}"
         lines = [_ANSI.sub("", t) for t in e.traceback]
         return what, dict(traceback=lines, cell=e.cell_index)
+    if isinstance(e, _OtherRun):
+        return (KILLED, str(e)), dict(changed=True)
     state = FAILED
     if isinstance(e, OSError):
         state = KILLED if e.errno in _DISK_FULL else FAILED
@@ -523,19 +752,18 @@ def _run_notebook(s: _Supervisor, scratch: Path) -> None:
         ),
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
+        iopub_timeout=60,  # seconds
     )
 
 
 def _execute_run(s: _Supervisor, scratch: Path) -> None:
     "Execute the template and leave the run finished, one way or the other."
     try:
-        if changed := _code_changed(s.spec):
-            return _finish(s, KILLED, changed, changed=True)
+        _check_same(s.spec)
         if s.verdict:
             raise RuntimeError("ended before the kernel started")
         _run_notebook(s, scratch)
-        if changed := _code_changed(s.spec):
-            return _finish(s, KILLED, changed, changed=True)
+        _check_same(s.spec)
         _succeed(s)
     except Exception as e:
         what, more = _ending(e)
@@ -563,12 +791,15 @@ def supervise(
 ) -> int:  # exit code: 0 done, 1 not done, 75 another process has it
     "The main function of a run's own process."
     run = Run(Path(folder))
+    os.environ[_MARK] = folder
+    _adopt_orphans()
     try:
         with locked(run.folder / "lock", wait=3.0):
-            if run.done:
+            if run.state()["state"] == OK:
                 return 0
             s = _Supervisor(folder, parent)
             attempts = clear_leftovers(run) + 1
+            (run.folder / "done.json").unlink(missing_ok=True)
             scratch = _scratch_folder()
             _end_on_signals(s)
             try:
@@ -584,6 +815,7 @@ def supervise(
                 threading.Thread(target=_watch, args=(s,), daemon=True).start()
                 _execute_run(s, scratch)
             finally:
+                _end_family()
                 shutil.rmtree(scratch, ignore_errors=True)
             return 0 if run.done else 1
     except Busy:
@@ -599,7 +831,8 @@ _THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 _SUPERVISE = (
-    "import sys; from dmr.studies.run import supervise;"
+    "import sys; sys.path[:] = [*filter(None, sys.path), sys.argv.pop()];"
+    " from dmr.studies.run import supervise;"
     " sys.exit(supervise(sys.argv[1], int(sys.argv[2])))"
 )
 
@@ -612,10 +845,13 @@ def start(folder: str | Path) -> subprocess.Popen:
         **os.environ,
         **{name: threads for name in _THREAD_VARIABLES},
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+        "PYTHONIOENCODING": "utf-8",
     }
+    who = [str(folder), str(os.getpid()), str(package_folder().parent)]
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", _SUPERVISE, str(folder), str(os.getpid())],
+            [sys.executable, "-c", _SUPERVISE, *who],
             env=env,
             cwd=Run(folder).spec["cwd"],
             stdin=subprocess.DEVNULL,
@@ -623,6 +859,27 @@ def start(folder: str | Path) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+# %% ../../nbs/studies/04_run.ipynb #0c6481de
+def _note_early_end(run: Run, process: subprocess.Popen) -> None:
+    "Write the state of a run whose supervisor ended before its first state."
+    old = read_object(run.folder / "state.json", _STATE)
+    ended = old.get("pid") == process.pid or run.state()["state"] == OK
+    if ended or is_locked(run.folder / "lock"):
+        return
+    code = process.returncode
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    log = (run.folder / "log.txt").read_bytes()[-10_000:]
+    last = log.decode(errors="replace").strip().rpartition("\n")[2][:200]
+    write_object(
+        run.folder / "state.json",
+        dict(
+            state=KILLED,
+            error=f"its process ended before it began ({how}): {last}",
+            attempts=old.get("attempts", 0) + 1,
+            ended=now(),
+        ),
+    )
 
 # %% ../../nbs/studies/04_run.ipynb #efada09b
 def launch(
@@ -649,4 +906,5 @@ def launch(
         return dict(run=name, state="busy", error="another batch has this run")
     if process.returncode < 0:
         clear_leftovers(run)
+    _note_early_end(run, process)
     return {**run.state(), "run": name}

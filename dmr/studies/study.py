@@ -541,7 +541,7 @@ def _read_limits(
     data: Mapping[str, Any], wrong: list[_Problem]
 ) -> tuple[Limits, float | None]:
     "Limits and estimated time of one run."
-    known = {"wall": _SECONDS, "memory": _BYTES}
+    known = {"wall": _SECONDS, "memory": _BYTES, "output": _BYTES}
     entries: dict[_Where, Any] = {}
     for k, v in (data.get("limits") or {}).items():
         entries["limits", k] = v
@@ -555,13 +555,14 @@ def _read_limits(
             if units is None:
                 raise ValueError(
                     f"unknown limit {k!r}{nearest(str(k), known)}; known: wall,"
-                    " memory"
+                    " memory, output"
                 )
             out[k] = _quantity(v, units)
         except ValueError as e:
             wrong.append((where, str(e)))
     memory = int(out["memory"]) if "memory" in out else None
-    return Limits(out.get("wall"), memory), out.get("estimate")
+    printed = int(out.get("output", Limits.output_bytes or 0))
+    return Limits(out.get("wall"), memory, printed), out.get("estimate")
 
 # %% ../../nbs/studies/05_study.ipynb #5255e718
 def _report(wrong: list[_Problem], lines: _Lines, path: Path) -> None:
@@ -576,6 +577,16 @@ def _report(wrong: list[_Problem], lines: _Lines, path: Path) -> None:
     if found:
         said = [f"{path.name}:{n}: {message}" for n, message in found]
         raise StudyError("\n".join(said))
+
+# %% ../../nbs/studies/05_study.ipynb #27791190
+def _check_name(path: Path) -> None:
+    "Refuse a study whose name would be a folder of its own."
+    if path.stem.startswith("."):
+        raise StudyError(
+            f"{path.name}: a study is called as its file is, and its folder"
+            f" of runs as well, so {path.stem!r} is no name; begin it with a"
+            " letter or a digit"
+        )
 
 # %% ../../nbs/studies/05_study.ipynb #8db06758
 def _study_text(path: Path) -> str:
@@ -601,6 +612,7 @@ def read_study(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
+    _check_name(path)
     data, lines = _read_yaml(_study_text(path), path.name)
     wrong = list(_check_keys(data))
     if not wrong and "template" not in data:

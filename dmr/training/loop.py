@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import read_checkpoint, write_checkpoint
+from ..files import last_checkpoint, write_checkpoint
 from ..routing.moments import moments_of
 from ..text.load import Domain, Stream, load_stream
 from dmr.training.config import (
@@ -485,7 +485,7 @@ class _Kept(ABC):
         "Continue from the checkpoint. ValueError where it is another run's."
         path = Path(self.config.checkpoint or "") / "state.pt"
         given = self.config.checkpoint is not None
-        state = read_checkpoint(path) if given else None
+        state = last_checkpoint(path) if given else None
         if state is None:
             return
         _check_same_run(path, state["identity"], self.identity())

@@ -464,6 +464,10 @@ class Cut(Hook):
             raise KeyboardInterrupt
 
 
+def names_in(folder):
+    return sorted((f.name for f in folder.iterdir()), key=len, reverse=True)
+
+
 @pytest.mark.parametrize(
     "arm",
     [
@@ -509,7 +513,7 @@ def test_resumed_bit_for_bit(arm, tmp_path):
             run([Cut(*where)], **arm, checkpoint=str(tmp_path))
     resumed = run(**arm, checkpoint=str(tmp_path))
     assert without_times(resumed) == without_times(whole)
-    assert [f.name for f in tmp_path.iterdir()] == ["state.pt"]
+    assert names_in(tmp_path) == ["state.previous.pt", "state.pt"]
 
 
 def test_the_resumed_optimizer_and_router_are_the_same(tmp_path):
@@ -550,11 +554,40 @@ def test_checkpoints_of_others_are_refused(tmp_path):
             other,
             progress=False,
         )
-    (tmp_path / "state.pt").write_bytes(
-        (tmp_path / "state.pt").read_bytes()[:100]
-    )
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        run(checkpoint=str(tmp_path), steps=1)
+
+
+@pytest.mark.parametrize("fault", ["flip", "cut", "empty"])
+@pytest.mark.parametrize("at", [0.001, 0.3, 0.5, 0.9, 0.9999])
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, fault, at):
+    """The run goes on from the checkpoint before, says so in one line, and
+    comes to the numbers of a run in one piece.
+    """
+    steps = dict(steps=2)
+    whole = run(**steps)
+    with pytest.raises(KeyboardInterrupt):
+        run([Cut(2, 0)], **steps, checkpoint=str(tmp_path))
+    file = tmp_path / "state.pt"
+    data = bytearray(file.read_bytes())
+    i = int(at * len(data))
+    data[i] ^= 1 << (i % 8)
+    cut = {"flip": data, "cut": data[:i], "empty": b""}[fault]
+    file.write_bytes(cut)
+    with pytest.warns(UserWarning, match="now called state.pt.damaged") as said:
+        resumed = run(**steps, checkpoint=str(tmp_path))
+    assert sum("cannot be read" in str(w.message) for w in said) == 1
+    assert without_times(resumed) == without_times(whole)
+    assert (tmp_path / "state.pt.damaged").read_bytes() == bytes(cut)
+
+
+def test_with_every_checkpoint_damaged_a_run_begins_anew(tmp_path):
+    whole = run(steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run([Cut(2, 0)], steps=2, checkpoint=str(tmp_path))
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:200])
+    with pytest.warns(UserWarning, match="from its beginning"):
+        resumed = run(steps=2, checkpoint=str(tmp_path))
+    assert without_times(resumed) == without_times(whole)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -568,7 +601,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(tmp_path / "state.pt", {"n": 2})
     assert (tmp_path / "state.pt").read_bytes() == before
-    assert [f.name for f in tmp_path.iterdir()] == ["state.pt"]
+    assert names_in(tmp_path) == ["state.previous.pt", "state.pt"]
 
 
 # -- parameters ----------------------------------------------------------------
