@@ -101,7 +101,7 @@ def write_folders(target: Path) -> None:
 # %% ../../nbs/experiments/15_folders.ipynb #ee14c059
 RECIPE: dict[str, Any] = {
     "consolidation": "fisher",
-    "merge": {"weight": 0.7},
+    "merge": {"weight": 0.8, "keep": 0.5},
 }
 ARMS: dict[str, dict[str, Any]] = {
     "plain ×0.25": {"lr": 5e-4},
@@ -109,9 +109,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "interpolation 0.3": {"interpolate": 0.3},
     "interpolation 0.5": {"interpolate": 0.5},
-    "Fisher merge 0.7": RECIPE,
-    "displacement projection + Fisher merge 0.7": RECIPE
-    | {"modification": "projection", "routing": "displacement"},
+    "Fisher merge": RECIPE,
+    "Fisher merge + projection": RECIPE
+    | {
+        "modification": "projection", "routing": "displacement",
+        "alpha": 0.5, "rank": 6,
+    },
     "replay 0.5 %": {
         "modification": "replay", "routing": "shared", "alpha": 0.5,
         "fraction": 0.005, "lr": 1e-3,
@@ -141,7 +144,7 @@ def one(folder: Path, arm: str, seed: int) -> dict[str, str]:
     "Train through a folder's domains with one arm."
     options: dict[str, Any] = {"modification": "none", "lr": 2e-3}
     config = Config(
-        **options | {"alpha": 0.9, "rank": 6} | ARMS[arm],
+        **options | ARMS[arm],
         stream=str(folder), order="shuffled", cap=300_000, size="nano",
         steps=150, beta2=0.95, state="kept", seed=seed,
     )  # fmt: skip
