@@ -125,7 +125,7 @@ COLUMNS = (
     "final_average", "text",
 )  # fmt: skip
 
-
+# %% ../../nbs/experiments/15_folders.ipynb #18bd441f
 def told(path: Path) -> list[dict[str, str]]:
     "The rows that are there."
     if not path.is_file():
@@ -153,7 +153,7 @@ def one(folder: Path, arm: str, seed: int) -> dict[str, str]:
         "text": digest(folder)
     }
 
-
+# %% ../../nbs/experiments/15_folders.ipynb #10e3cacf
 def main() -> None:
     "`python -m dmr.verdict.folders`: the rows that the table lacks."
     torch.set_num_threads(1)

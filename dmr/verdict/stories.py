@@ -473,7 +473,7 @@ for _weight in (0.7, 0.8):
         _half, merge=partial(dmr.FisherMerge, _weight, keep=0.5)
     )
 
-
+# %% ../../nbs/experiments/13_stories.ipynb #983e3c13
 def _replay(loss_fn: Callable) -> dmr.ReplayMix:
     return dmr.ReplayMix(dmr.ReplayBuffer(capacity=64), loss_fn)
 
@@ -486,7 +486,6 @@ def _agem(loss_fn: Callable) -> AGEM:
     return AGEM(dmr.ReplayBuffer(capacity=64), loss_fn)
 
 
-# other methods, as a router treats them that is told nothing else
 ARMS["replay"] = partial(routed, _replay)
 ARMS["EWC"] = partial(routed, _ewc)
 ARMS["A-GEM"] = partial(routed, _agem)

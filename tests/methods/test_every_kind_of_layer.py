@@ -158,6 +158,7 @@ def test_protected_directions_stand_still_under_displacement(kind, routing):
         optimizer,
         projection,
         routing,
+        1.0,
         track_step=1,
         track_inflation=True,
     )
@@ -200,7 +201,7 @@ def test_an_old_input_is_answered_as_before(kind):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     router = dmr.MomentRouter(
-        model, optimizer, dmr.Projection(RANK, every=1), "displacement"
+        model, optimizer, dmr.Projection(RANK, every=1), "displacement", 1.0
     )
     router.protect(map(old, range(4)), lambda x: model(x).square().mean())
     answer = model(old(9)).detach()
@@ -215,7 +216,7 @@ def test_a_normalised_row_keeps_its_direction_on_what_is_protected():
     model, shape, _ = made("weight norm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     router = dmr.MomentRouter(
-        model, optimizer, dmr.Projection(RANK, every=1), "displacement"
+        model, optimizer, dmr.Projection(RANK, every=1), "displacement", 1.0
     )
     train(model, optimizer, shape, 1)
     router.consolidate()

@@ -85,7 +85,7 @@ def test_quadratics_merge_to_the_minimiser_of_the_sum(domains, weight, odds):
     c = torch.randn(domains, 6, dtype=torch.float64)
     model = Bowl()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-    rule = FisherMerge(weight, damping=0.0, odds=odds)
+    rule = FisherMerge(weight, damping=0.0, keep=1.0, odds=odds)
     router = dmr.MomentRouter(
         model, optimizer, routing="shared", consolidation=rule
     )
@@ -269,7 +269,7 @@ def test_saved_in_the_middle_of_a_domain_it_goes_on_bit_for_bit(how, curvature):
 def test_half_precision_weights_merge_in_float32():
     model = network(dtype=torch.bfloat16)
     optimizer = adamw(model)
-    router, seen = recorded(model, optimizer)
+    router, seen = recorded(model, optimizer, weight=0.5)
     train(model, optimizer, dtype=torch.bfloat16)
     before, f_old = weights(model), squares(seen, torch.float32)
     router.consolidate()

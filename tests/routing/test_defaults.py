@@ -25,7 +25,7 @@ def replay(model, loss):
 def test_a_projection_edits_the_step_and_replay_mixes_half_of_the_gradient():
     model, loss = regression()
     router = MomentRouter(model, adam(model), dmr.Projection(rank=2))
-    assert (router.routing, router.strength.alpha) == ("displacement", 1.0)
+    assert (router.routing, router.strength.alpha) == ("displacement", 0.5)
     router = MomentRouter(model, adam(model), replay(model, loss))
     assert (router.routing, router.strength.alpha) == ("shared", 0.5)
     agem = AGEM(dmr.ReplayBuffer(capacity=4), lambda b: loss())
@@ -38,7 +38,7 @@ def test_a_projection_edits_the_step_and_replay_mixes_half_of_the_gradient():
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
 def test_the_default_is_the_same_as_its_name(make):
     ends = []
-    for options in ({}, {"routing": "displacement", "strength": Fixed(1.0)}):
+    for options in ({}, {"routing": "displacement", "strength": Fixed(0.5)}):
         torch.manual_seed(0)
         model, loss = regression()
         optimizer = make(model.parameters(), lr=1e-2)

@@ -127,7 +127,6 @@ def test_the_projects_own_studies_can_be_read():
     } >= {
         ("projection", "shared", "fixed"),
         ("projection", "decoupled", "fixed"),
-        ("projection", "decoupled", "overlap"),
         ("projection", "displacement", "fixed"),
         ("replay", "shared", "fixed"),
     }
