@@ -110,6 +110,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "interpolation 0.3": {"interpolate": 0.3},
     "interpolation 0.5": {"interpolate": 0.5},
     "Fisher merge": RECIPE,
+    "Fisher merge 0.7, keep 1": RECIPE | {"merge": {"weight": 0.7}},
     "Fisher merge + projection": RECIPE
     | {
         "modification": "projection", "routing": "displacement",
