@@ -293,7 +293,9 @@ def _execute_one(path: str, root: Path) -> float:
     file, start = root / "nbs" / path, time.perf_counter()
     notebook, read = _run_notebook(file, root)
     wall = time.perf_counter() - start
-    write_atomic(file, nbformat.writes(notebook) + "\n")
+    # warnings name the file that they come from: without this machine's folder
+    written = nbformat.writes(notebook).replace(f"{root}{os.sep}", "")
+    write_atomic(file, written + "\n")
     clean = Path(sys.executable).with_name("nbdev_clean")
     subprocess.run([clean, "--fname", file], check=True, cwd=root)
     entries = read_json(root / RECORD) or {}
