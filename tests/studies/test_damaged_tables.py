@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 #: Tables that a notebook or a benchmark wrote, without checksums.
 OTHERS = {
+    "explore_folders",
     "inflation_causal",
     "inflation_live_synthetic",
     "inflation_live_text8",
