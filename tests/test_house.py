@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -100,24 +101,24 @@ def test_rooms_of_notebooks_and_tests_are_those_of_the_package():
     assert tests - {"__pycache__", "faults"} <= rooms
 
 
-#: Exported cells that are longer than their room allows, and why.
+#: Exported cells that are longer than their room allows: how many, and why.
 PARAMETERS = "describes its parameters where they stand"
 LONGER = {
-    "making/01_rules.ipynb": "the list of claims is read in one piece",
-    "methods/00_examples.ipynb": PARAMETERS,
-    "methods/01_subspace.ipynb": PARAMETERS,
-    "methods/02_projection.ipynb": PARAMETERS,
-    "methods/03_boundary.ipynb": PARAMETERS,
-    "methods/05_gpm.ipynb": PARAMETERS,
-    "methods/06_ogd.ipynb": PARAMETERS,
-    "methods/08_penalty.ipynb": PARAMETERS,
-    "methods/09_replay.ipynb": PARAMETERS,
-    "methods/10_controls.ipynb": PARAMETERS,
-    "methods/12_registry.ipynb": "the table of all methods",
-    "methods/14_sampling.ipynb": PARAMETERS,
-    "routing/09_probes.ipynb": PARAMETERS,
-    "training/03_config.ipynb": "the list of a run's parameters",
-    "routing/08_router.ipynb": PARAMETERS,
+    "making/01_rules.ipynb": (1, "the list of claims is read in one piece"),
+    "methods/00_examples.ipynb": (1, PARAMETERS),
+    "methods/01_subspace.ipynb": (2, PARAMETERS),
+    "methods/02_projection.ipynb": (10, PARAMETERS),
+    "methods/03_boundary.ipynb": (1, PARAMETERS),
+    "methods/05_gpm.ipynb": (3, PARAMETERS),
+    "methods/06_ogd.ipynb": (2, PARAMETERS),
+    "methods/08_penalty.ipynb": (2, PARAMETERS),
+    "methods/09_replay.ipynb": (6, PARAMETERS),
+    "methods/10_controls.ipynb": (2, PARAMETERS),
+    "methods/12_registry.ipynb": (2, "the table of all methods"),
+    "methods/14_sampling.ipynb": (2, PARAMETERS),
+    "routing/09_probes.ipynb": (1, PARAMETERS),
+    "training/03_config.ipynb": (1, "the list of a run's parameters"),
+    "routing/08_router.ipynb": (10, PARAMETERS),
 }
 
 
@@ -134,6 +135,7 @@ def exported_cells():
 
 
 def test_exported_cells_can_be_read():
-    long = {page for page, limit, lines in exported_cells() if lines > limit}
-    assert long == set(LONGER), long ^ set(LONGER)
+    cells = exported_cells()
+    long = Counter(page for page, limit, lines in cells if lines > limit)
+    assert long == {page: count for page, (count, _) in LONGER.items()}
     assert max(lines for _, _, lines in exported_cells()) <= 90
