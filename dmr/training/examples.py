@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -448,7 +449,7 @@ def pack(
 
     Raises ValueError for a length below 2, and where nothing is learned.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+    if not isinstance(length, Integral) or length < 2:
         raise ValueError(
             f"length={length!r} must be a whole number of tokens, at least 2:"
             " the first of a window is not predicted"
@@ -462,6 +463,7 @@ def pack(
         )
     if not (labels[1:] != NOT_LEARNED).any():
         raise ValueError("nothing to learn in these tokens; give more text")
+    length = int(length)
     step = length - 1
     short = -(len(ids) - 1) % step  # of whole windows
     ids = torch.cat([ids, ids[-1:].expand(short)])
