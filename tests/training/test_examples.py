@@ -252,6 +252,12 @@ def test_a_cut_looks_for_a_line_then_a_sentence_then_a_word():
         assert train.learned + out.learned == text
 
 
+def test_an_end_that_is_blank_is_not_held_out():
+    texts = [document("a line\n" * 200), document("b" + " " * 999)]
+    train, out = split_examples(texts)
+    assert len(train) == 2 and len(out) == 1
+
+
 def test_few_conversations_are_drawn_whole():
     talks = [
         Example(messages=({"role": "assistant", "content": str(i)},))
@@ -328,6 +334,16 @@ def test_no_end_is_doubled():
     both = byte_pairs(ends=True)
     assert names(both, document("a")) == ["<s>", "[a]", "[</s>]"]
     assert names(both, document("<s>a"))[:2] == ["[<s>]", "[a]"]
+
+
+def test_one_token_for_start_and_end_stands_once_between_documents():
+    "As OPT has it."
+    tokenizer = byte_pairs(ends=True)
+    tokenizer.bos_token = "</s>"
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    assert names(tokenizer, document("a")) == ["[a]", "[</s>]"]
 
 
 def test_a_prompt_has_the_tokens_that_it_has_alone():
@@ -420,6 +436,12 @@ def test_a_conversation_that_does_not_fit_is_named(template, said):
     example = Example(messages=tuple(TALK), source="a.jsonl, line 9")
     with pytest.raises(ValueError, match=f"a.jsonl, line 9.*{said}"):
         tokenize_examples([example], talker(template))
+
+
+def test_a_conversation_begins_with_someone_to_answer():
+    example = Example(messages=tuple(TALK[2:]), source="a.jsonl, line 2")
+    with pytest.raises(ValueError, match="line 2 begins with the assistant"):
+        tokenize_examples([example], talker(PLAIN))
 
 
 def test_a_tokenizer_without_an_end_is_refused():
