@@ -550,7 +550,7 @@ class _Stacked(Mapping[str, Any]):
         if parts[0].ndim:
             return torch.stack(parts)  # (n, out, in)
         on_host = parts[0].device.type == "cpu"  # then all are equal
-        return parts[0] if on_host else torch.stack(parts)[:, None, None]
+        return parts[0] if on_host else torch.stack(parts).view(-1, 1, 1)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.states[0])

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dmr
 from dmr.routing import modification
 from dmr.routing.modification import stacks
+from dmr.routing.moments import moments_of
 from dmr.routing.step import batches, new_step
 from dmr.training.config import Lion, Muon32
 
@@ -202,6 +203,28 @@ def test_batched_and_one_by_one_take_the_same_way(kind, routing, monkeypatch):
     close = 1e-9 if (kind, routing) == ("muon", "shared") else 1e-12
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(a, b, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("kind", ["adam", "amsgrad", "adamax"])
+def test_counters_on_a_device_become_a_column(kind, monkeypatch):
+    "Steps formed with a column of counters are those formed one by one."
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 2, dtype=torch.float64) for _ in range(4)]
+    optimizer = MADE[kind]([nn.Parameter(w) for w in weights])
+    group = optimizer.param_groups[0]
+    for i, p in enumerate(group["params"]):  # each has another age
+        for _ in range(i + 1):
+            optimizer.zero_grad()
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+    form = moments_of(optimizer).step
+    states = [optimizer.state[p] for p in group["params"]]
+    alone = [form(state, group) for state in states]
+    monkeypatch.setattr("dmr.routing.moments._number", lambda x: x)
+    stacked = {k: torch.stack([s[k] for s in states]) for k in states[0]}
+    stacked["step"] = stacked["step"].double().view(-1, 1, 1)
+    together = form(stacked, group)
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("routing", ["shared", "displacement"])
