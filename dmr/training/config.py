@@ -150,7 +150,8 @@ class Muon32(torch.optim.Muon):
         self, p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]
     ) -> None:
         "Step one matrix, (out, in)."
-        lr, momentum = float(group["lr"]), group["momentum"]
+        lr, momentum = group["lr"], group["momentum"]
+        lr = lr.squeeze() if isinstance(lr, Tensor) else lr
         buffer.lerp_(g, 1 - momentum)
         M = g.lerp(buffer, momentum) if group["nesterov"] else buffer
         settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
