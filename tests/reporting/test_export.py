@@ -160,9 +160,7 @@ def test_json_holds_everything(tmp_path, monkeypatch):
     assert [r["key"] for r in again] == [r.key for r in runs]
     for r, run in zip(again, runs):
         points = r["curves"].items()
-        r["curves"] = {
-            k: {int(s): x for s, x in c.items()} for k, c in points
-        }
+        r["curves"] = {k: {int(s): x for s, x in c.items()} for k, c in points}
         kinds = ("parameters", "facts", "metrics", "curves")
         assert tuple(r[k] for k in kinds) == plain(run)
 
