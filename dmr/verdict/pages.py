@@ -96,10 +96,9 @@ def _found(a: Answer, tables: Mapping[str, Table]) -> list[str]:
         return [f"- {place}{regime}: {a.word}{note}"]
     head = f"- {place}, {a.regime}, {label}: **{a.word}**, n = {a.verdict.n}"
     flat = lambda text: "; ".join(map(str.strip, text.splitlines()))
-    return [
-        head + note,
-        *(f"  - {k}: {flat(p.text)}" for k, p in a.verdict.parts.items()),
-    ]
+    parts = [f"{k}: {p.text}" for k, p in a.verdict.parts.items()]
+    also = [reason for reason in a.verdict.reasons if reason not in parts]
+    return [head + note, *(f"  - {flat(x)}" for x in (*also, *parts))]
 
 # %% ../../nbs/making/05_pages.ipynb #60fc9a60
 def claim_box(
@@ -131,6 +130,17 @@ def claim_box(
     ]
     return "\n\n".join(paragraphs) + "\n"
 
+# %% ../../nbs/making/05_pages.ipynb #053ca5f5
+#: What the numbers at a glance are -> the claims that have them.
+_RATIO = "Forgetting as a ratio to plain Adam's"
+_NATS = "Difference in forgetting, in nats"
+_MANY = "Claims of many numbers, which stand below"
+_KINDS: dict[str, tuple[str, ...]] = {
+    _RATIO: ("C1", "C3", "C10"),
+    _NATS: ("C2", "C4", "C5"),
+    _MANY: ("C6", "C7", "C8", "C9"),
+}
+
 
 def _at_a_glance(part: Part | None) -> str:
     "The numbers of a part, or a text that is short enough."
@@ -141,25 +151,35 @@ def _at_a_glance(part: Part | None) -> str:
     return part.text if len(part.text) < 90 else "–"
 
 
+def _glance(a: Answer, numbers: bool, tables: Mapping[str, Table]) -> list[str]:
+    "A claim's row."
+    c, parts = CLAIMS[a.claim], a.verdict.parts if a.verdict else {}
+    known = c.figures not in ("", "–")
+    told = c.statement + f"; source: {c.figures}" * known
+    two = [_at_a_glance(parts.get(k)) for k in ("nominal", "matched")]
+    cells = two if numbers else []
+    return [a.claim, f"**{a.word}**", told, *cells, _linked(a, tables)]
+
+
 def verdict_table(
     answers: Sequence[Answer],  # from `answer_claims`
     tables: Mapping[str, Table] | None = None,  # None: no links to tables
 ) -> str:  # markdown
-    "All claims at a glance; the deciding regimes only."
-    rows = []
-    for name, c in CLAIMS.items():
-        a = next((x for x in answers if x.claim == name and x.decides), None)
-        if a is None:
-            continue
-        parts = a.verdict.parts if a.verdict else {}
-        cells = [_at_a_glance(parts.get(k)) for k in ("nominal", "matched")]
-        known = c.figures not in ("", "–")
-        told = c.statement + f"; source: {c.figures}" * known
-        place = _linked(a, tables or {})
-        rows.append([name, f"**{a.word}**", told, *cells, place])
-    said = "statement; the source's figure"
-    head = ["claim", "verdict", said, "nominal", "matched", "study"]
-    return markdown_table(head, rows)
+    """All claims at a glance, the deciding regimes only: a table for ratios,
+    one for differences, and one for what has many numbers.
+    """
+    deciding = {a.claim: a for a in reversed(answers) if a.decides}
+    out = []
+    for kind, claims in _KINDS.items():
+        here = [deciding[c] for c in claims if c in deciding]
+        numbers = kind != _MANY
+        two = ["nominal", "matched"] * numbers
+        said = "statement; the source's figure"
+        head = ["claim", "verdict", said, *two, "study"]
+        rows = [_glance(a, numbers, tables or {}) for a in here]
+        if rows:
+            out.append(f"**{kind}**\n\n{markdown_table(head, rows)}")
+    return "\n\n".join(out)
 
 # %% ../../nbs/making/05_pages.ipynb #31ba2e54
 def _excess(e: Evidence, arm: str) -> Mapping[Any, float]:
