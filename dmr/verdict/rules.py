@@ -622,15 +622,14 @@ def _diverged_parts(
         return finite | dict.fromkeys(lost, math.inf)
 
     a, b = arms
-    raw = [ranked(x, e.nominal(x)) for x in arms]
-    excess = [ranked(x, matched[x].difference) for x in arms]
-    both = len(excess[0].keys() & excess[1].keys())
+    x, y = ranked(a, e.nominal(a)), ranked(b, e.nominal(b))
+    p, q = (ranked(arm, matched[arm].difference) for arm in arms)
     parts = {
-        "nominal": _by_signs(*raw, f"{a} − {b}"),
-        "matched": _too_few(both, matched)
-        or _by_signs(*excess, f"excess of {a} − excess of {b}"),
+        "nominal": _by_signs(x, y, f"{a} − {b}"),
+        "matched": _too_few(len(p.keys() & q.keys()), matched)
+        or _by_signs(p, q, f"excess of {a} − excess of {b}"),
     }
-    return parts, len(raw[0].keys() & raw[1].keys())
+    return parts, len(x.keys() & y.keys())
 
 
 def verdict_c7(
