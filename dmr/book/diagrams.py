@@ -13,13 +13,14 @@ import torch
 
 from ..methods.consolidation import merge
 from ..reporting.figures import PALETTE, mix
+from ..routing.step import ROUTINGS, routed_moments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['valley_loss', 'merges', 'draw_valleys']
+__all__ = ['valley_loss', 'merges', 'draw_valleys', 'step_left', 'draw_switches']
 
 # %% ../../nbs/making/11_diagrams.ipynb #b028990b
 def valley_loss(
@@ -125,4 +126,92 @@ def draw_valleys(
         f" minima leaves both; halfway the sum of both losses is {plain:.2f}."
         " The curve of averages by curvature turns where the valleys cross,"
         f" and at equal weight loses {weighted:.2f}."
+    )
+
+# %% ../../nbs/making/11_diagrams.ipynb #80f153e8
+def step_left(
+    routing: str,  # one of ROUTINGS
+    alpha: float,  # strength of the edit, in [0, 1)
+) -> float:  # 1 where nothing is protected
+    """What a routing leaves of the step along a weight that is protected as a
+    whole, relative to the plain optimizer, once the second moment has settled.
+    """
+    first, second = routed_moments(1.0, 1.0 - alpha, routing)
+    last = 1.0 - alpha if routing == "displacement" else 1.0
+    return first / second * last
+
+# %% ../../nbs/making/11_diagrams.ipynb #f0693fc1
+_BOXES = {
+    "g": (0.0, 0.0),
+    "m": (1.0, 0.62),
+    "v": (1.0, -0.62),
+    "step": (2.15, 0.0),
+    "w": (3.2, 0.0),
+}
+
+
+def _arrow(ax: Axes, start: str, end: str, words: str, colour: str) -> None:
+    "An arrow between two boxes, with what it carries."
+    (x, y), (x1, y1) = _BOXES[start], _BOXES[end]
+    width = 1.4 if colour == _RAW else 2.6
+    look = {"arrowstyle": "-|>", "color": colour, "lw": width}
+    ax.annotate(
+        "", (x1, y1), (x, y), arrowprops=look | {"shrinkA": 13, "shrinkB": 13}
+    )
+    up = 0.24 if y1 >= 0 and y >= 0 else -0.28
+    ax.text(
+        (x + x1) / 2, (y + y1) / 2 + up, words, ha="center", va="center",
+        color=colour, fontsize=10.5,
+    )  # fmt: skip
+
+
+_RAW = "#7b8087"
+
+
+def _draw_switch(ax: Axes, routing: str, alpha: float) -> None:
+    "One routing: which arrows carry the edited gradient."
+    colour, edited = PALETTE[routing], r"$\tilde g$"
+    first, second = routed_moments("$g$", edited, routing)
+    for moment, seen in (("m", first), ("v", second)):
+        tint = colour if seen == edited else _RAW
+        _arrow(ax, "g", moment, seen, tint)
+        _arrow(ax, moment, "step", "", tint)
+    last = routing == "displacement"
+    words = r"$-\alpha P$" if last else ""
+    _arrow(ax, "step", "w", words, colour if last else _RAW)
+    for name, at in _BOXES.items():
+        text = r"$\dfrac{m}{\sqrt{v}}$" if name == "step" else f"${name}$"
+        ax.text(*at, text, ha="center", va="center", fontsize=11.5)
+    left = f"{step_left(routing, alpha):.3g}"
+    ax.set_title(f"{routing}: {left}", color=mix(colour, "#000000", 0.2))
+    ax.set(xlim=(-0.3, 3.45), ylim=(-1.05, 1.0), aspect="equal")
+    ax.axis("off")
+
+# %% ../../nbs/making/11_diagrams.ipynb #efe0f77d
+def draw_switches(
+    alpha: float = 0.9,  # strength of the edit, in [0, 1)
+) -> tuple[Figure, str]:  # the figure, and its alternative text
+    "Gradient, two moments, step: the four places where an edit can go."
+    from matplotlib.figure import Figure as NewFigure
+
+    fig = NewFigure(figsize=(4.8, 3.6), layout="constrained")
+    for ax, routing in zip(fig.subplots(2, 2).ravel(), ROUTINGS):
+        _draw_switch(ax, routing, alpha)
+    fig.suptitle(
+        "An edit protects only where v does not see it.\nStep left at"
+        f" strength {alpha:g}, plain Adam = 1:",
+        fontsize=11.5, fontweight="bold", x=0.02, ha="left",
+    )  # fmt: skip
+    left = {r: f"{step_left(r, alpha):.3g}" for r in ROUTINGS}
+    sees = "; ".join(
+        f"{r}: m sees {m}, v sees {v}"
+        for r in ROUTINGS
+        for m, v in [routed_moments("g", "the edit", r)]
+    )
+    return fig, (
+        "A gradient g goes to the two moments m and v, their quotient is the"
+        f" step on the weight w. {sees}; displacement edits the step."
+        f" Left of a protected step at strength {alpha:g}: "
+        + ", ".join(f"{r} {x}" for r, x in left.items())
+        + "."
     )

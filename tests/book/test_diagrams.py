@@ -28,3 +28,33 @@ def test_the_valleys_title_is_the_loss_of_the_sum(curvatures):
 def test_merges_begin_at_the_past_and_end_at_the_new():
     way = diagrams.merges(MINIMA, ((8.0, 0.4), (0.3, 6.0)), [1e-9, 1.0])
     assert np.allclose(way, MINIMA, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_what_a_routing_leaves_is_what_adam_does(alpha):
+    from dmr.theory import adam_steps
+
+    g = np.random.default_rng(1).normal(size=2000)
+    edited, plain = (1 - alpha) * g, adam_steps(g).u[500:]
+    steps = {
+        "shared": adam_steps(edited).u,
+        "decoupled": adam_steps(edited, g).u,
+        "denominator": adam_steps(g, edited).u,
+        "displacement": (1 - alpha) * adam_steps(g).u,
+    }
+    for routing, u in steps.items():
+        left = diagrams.step_left(routing, alpha)
+        assert np.allclose(u[500:], left * plain, rtol=1e-9)
+    with pytest.raises(ValueError, match="'both' is unknown"):
+        diagrams.step_left("both", alpha)
+
+
+def test_the_switches_show_what_the_table_of_routings_says():
+    figure, alt = diagrams.draw_switches(0.8)
+    assert len(figure.axes) == 4
+    for ax in figure.axes:
+        routing, left = (ax.get_title("left") or ax.get_title()).split(": ")
+        assert float(left) == pytest.approx(diagrams.step_left(routing, 0.8))
+        edited = sum("tilde" in t.get_text() for t in ax.texts)
+        sees = {"shared": 2, "displacement": 0}.get(routing, 1)
+        assert edited == sees and f"{routing} {left}" in alt
