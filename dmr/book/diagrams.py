@@ -5,7 +5,9 @@
 # %% ../../nbs/making/11_diagrams.ipynb #b9068ffc
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['valley_loss', 'merges', 'draw_valleys', 'step_left', 'draw_switches']
+__all__ = ['valley_loss', 'merges', 'draw_valleys', 'step_left', 'draw_switches', 'two_weight_steps', 'protected_left',
+           'as_measured', 'step_html']
 
 # %% ../../nbs/making/11_diagrams.ipynb #b028990b
 def valley_loss(
@@ -214,4 +217,155 @@ def draw_switches(
         f" Left of a protected step at strength {alpha:g}: "
         + ", ".join(f"{r} {x}" for r, x in left.items())
         + "."
+    )
+
+# %% ../../nbs/making/11_diagrams.ipynb #f4481fab
+def two_weight_steps(
+    alpha: float,  # strength, in [0, 1)
+    angle: float,  # of the protected direction to the first weight, degrees
+    spread: float,  # how many times larger the first weight's gradients are
+) -> dict[str, np.ndarray]:  # routing -> (2, 2), step = matrix @ plain step
+    "The step of a layer of two weights under each routing, v settled."
+    U = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+    A, D = np.eye(2) - alpha * np.outer(U, U), np.diag([1.0, 1.0 / spread])
+    edited = np.diag(1 / np.linalg.norm(A @ D, axis=1))
+    return {
+        "plain": np.eye(2),
+        "shared": edited @ A @ D,
+        "decoupled": np.linalg.inv(D) @ A @ D,
+        "displacement": A,
+    }
+
+
+def protected_left(
+    alpha: float, angle: float, spread: float
+) -> dict[str, float]:  # routing -> 1 where nothing is protected
+    """What each routing leaves of the protected part, root mean square over
+    gradients; arguments as in `two_weight_steps`.
+    """
+    U = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+    maps = two_weight_steps(alpha, angle, spread)
+    return {name: float(np.linalg.norm(U @ M)) for name, M in maps.items()}
+
+# %% ../../nbs/making/11_diagrams.ipynb #4ab02469
+#: The values that the sliders can take.
+_ANGLES, _SPREADS = range(0, 91), np.arange(0, 41) / 20  # degrees, log10
+
+
+def as_measured(
+    shared: float,  # left of the protected step in a live run
+    decoupled: float,  # the same under decoupled routing
+    alpha: float = 0.9,  # strength of that run
+) -> tuple[int, float]:  # angle in degrees, log10 of the spread
+    "The sliders' places that come closest to two measured numbers."
+
+    def miss(place: tuple[int, float]) -> float:
+        left = protected_left(alpha, place[0], 10.0 ** place[1])
+        pairs = (left["shared"], shared), (left["decoupled"], decoupled)
+        return sum((np.log(a) - np.log(b)) ** 2 for a, b in pairs)
+
+    return min(product(_ANGLES, map(float, _SPREADS)), key=miss)
+
+# %% ../../nbs/making/11_diagrams.ipynb #0a767080
+_X, _Y, _UNIT, _BAR = 150, 160, 115, 62  # place and scale of the drawing
+_TURN = 5  # of the gradient that is shown first, degrees
+_ARMS = {"plain": "none", **{r: r for r in ROUTINGS if r != "denominator"}}
+
+
+def _arm_svg(k: int, name: str, u: np.ndarray, left: float) -> str:
+    "An arrow, and its bar on the right."
+    y, colour = 84 + 60 * k, PALETTE[_ARMS[name]]
+    end = f'x2="{_X + _UNIT * u[0]:.1f}" y2="{_Y - _UNIT * u[1]:.1f}"'
+    return (
+        f'<g class="{name}" color="{colour}" fill="currentColor">'
+        f'<line id="step-{name}" x1="{_X}" y1="{_Y}" {end}'
+        f' stroke="{colour}" stroke-width="3" marker-end="url(#step-tip)"'
+        ' clip-path="url(#step-clip)"/>'
+        f'<text x="316" y="{y}" font-weight="600">{name}</text>'
+        f'<rect id="step-{name}-bar" x="316" y="{y + 8}" height="12"'
+        f' width="{_BAR * min(left, 2):.1f}"/><text id="step-{name}-left"'
+        f' x="476" y="{y + 19}" text-anchor="end">{left:.2f}</text></g>'
+    )
+
+
+def _step_svg(alpha: float, angle: int, spread: float, turn: int) -> str:
+    "The first frame."
+    x = np.array([np.cos(np.radians(turn)), np.sin(np.radians(turn))])
+    left = protected_left(alpha, angle, spread)
+    maps = two_weight_steps(alpha, angle, spread)
+    arms = (_arm_svg(k, n, maps[n] @ x, left[n]) for k, n in enumerate(_ARMS))
+    handle = f'cx="{_X + _UNIT * x[0]:.1f}" cy="{_Y - _UNIT * x[1]:.1f}"'
+    line = '<line stroke="currentColor" stroke-width=".6"'
+    return (
+        '<svg viewBox="0 0 480 312" role="img" aria-labelledby="step-title">'
+        '<defs><marker id="step-tip" viewBox="0 0 10 10" refX="8" refY="5"'
+        ' markerWidth="4" markerHeight="4" orient="auto"><path'
+        ' d="M0 0 10 5 0 10z" fill="context-stroke"/></marker><clipPath'
+        ' id="step-clip"><rect x="4" y="14" width="292" height="292"/>'
+        '</clipPath></defs><g class="soft" color="#5f6368"'
+        f' fill="currentColor">{line} x1="4" x2="296" y1="{_Y}" y2="{_Y}"/>'
+        f'{line} x1="{_X}" x2="{_X}" y1="14" y2="306"/>'
+        f'{line} id="step-line" stroke-dasharray="3 5" x1="{_X - 146}"'
+        f' x2="{_X + 146}" y1="{_Y}" y2="{_Y}" style="stroke-width: 2"'
+        f' transform="rotate({-angle} {_X} {_Y})"/>'
+        f'<text x="4" y="{_Y + 18}">weight 1</text>'
+        f'<text x="{_X + 6}" y="26">weight 2</text><text x="316" y="26">left'
+        f' of the protected</text><text x="316" y="43">part, plain = 1</text>'
+        f'</g>{"".join(arms)}<circle id="step-handle" class="plain" {handle}'
+        ' r="14" color="#5f6368" fill="currentColor" fill-opacity=".25"/>'
+        "</svg>"
+    )
+
+# %% ../../nbs/making/11_diagrams.ipynb #c171c432
+_KNOBS = (
+    ("alpha", "strength α", 0, 0.95, 0.05, "how much of the edit is applied"),
+    ("angle", "protected direction", 0, 90, 1, "its angle to weight 1"),
+    ("spread", "spread", 0, 2, 0.05, "gradients of weight 1 over weight 2’s"),
+    ("turn", "this gradient", -180, 180, 1, "or drag the grey arrow’s tip"),
+)
+
+
+def step_html(
+    measured: tuple[float, float],  # shared and decoupled, left in a live run
+    alpha: float = 0.9,  # strength of that run
+    to_root: str = "../",  # path from the page up to the site's top
+) -> str:  # HTML
+    "The picture of one step: title, first frame, sliders, presets."
+    angle, spread = as_measured(*measured, alpha)
+    first = {"alpha": alpha, "angle": angle, "spread": spread, "turn": _TURN}
+    presets = {
+        "as measured": first,
+        "one weight: it cancels": first | {"angle": 0, "spread": 0},
+        "between two weights: it leaks": first | {"angle": 60, "spread": 1},
+    }
+    left = protected_left(alpha, angle, 10**spread)
+    said = {
+        "alpha": f"{alpha:.2f}",
+        "angle": f"{angle}°",
+        "spread": f"{10**spread:.2g}",
+        "turn": f"{_TURN}°",
+    }
+    knobs = "".join(
+        f'<label for="step-{n}"><span>{title}</span> <output'
+        f' for="step-{n}">{said[n]}</output><input type="range"'
+        f' id="step-{n}" min="{low}" max="{high}" step="{by}"'
+        f' value="{first[n]:g}" aria-valuetext="{said[n]}"><small>{about}'
+        "</small></label>"
+        for n, title, low, high, by, about in _KNOBS
+    )
+    buttons = "".join(
+        f"<button type=\"button\" data-set='{json.dumps(values)}'>{name}"
+        "</button>"
+        for name, values in presets.items()
+    )
+    box = json.dumps({"x": _X, "y": _Y, "unit": _UNIT, "bar": _BAR})
+    words = ", ".join(f"{n} {left[n]:.2f}" for n in list(_ARMS)[2:])
+    return (
+        f"<figure class=\"hero-figure step-figure\" data-box='{box}'><p"
+        ' class="figure-title" id="step-title" aria-live="polite">Of the'
+        f" protected step, shared routing leaves {left['shared']:.2f},"
+        f" {words}</p>{_step_svg(alpha, angle, 10**spread, _TURN)}<div"
+        f' class="step-presets" hidden>{buttons}</div><div'
+        f' class="hero-sliders" hidden>{knobs}</div></figure><script'
+        f' src="{to_root}assets/step.js" defer></script>'
     )

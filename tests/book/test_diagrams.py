@@ -1,5 +1,9 @@
 "Pictures of an idea: what their titles say is what they compute."
 
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 
@@ -58,3 +62,37 @@ def test_the_switches_show_what_the_table_of_routings_says():
         edited = sum("tilde" in t.get_text() for t in ax.texts)
         sees = {"shared": 2, "displacement": 0}.get(routing, 1)
         assert edited == sees and f"{routing} {left}" in alt
+
+
+PLACES = (0.9, 30, 2.0), (0.5, 60, 10.0), (0.95, 0, 1.0), (0.0, 45, 3.0)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_script_takes_the_steps_that_python_takes(place):
+    quickjs = pytest.importorskip("quickjs")
+    context = quickjs.Context()
+    script = Path(__file__).parents[2] / "nbs" / "assets" / "step.js"
+    context.eval(script.read_text(encoding="utf-8"))
+    x = np.array([0.6, -0.8])
+    given = ", ".join(map(str, place))
+    call = f"JSON.stringify(dmrSteps({given}, [0.6, -0.8]))"
+    found = json.loads(context.eval(call))
+    left = diagrams.protected_left(*place)
+    assert set(found) == set(left)
+    for name, M in diagrams.two_weight_steps(*place).items():
+        assert np.allclose(found[name]["u"], M @ x, rtol=1e-9, atol=1e-12)
+        assert found[name]["left"] == pytest.approx(left[name], rel=1e-9)
+
+
+def test_the_first_frame_of_a_step_says_what_it_draws():
+    page = diagrams.step_html((0.4, 0.25))
+    angle, log_spread = diagrams.as_measured(0.4, 0.25)
+    left = diagrams.protected_left(0.9, angle, 10**log_spread)
+    for name in ("shared", "decoupled", "displacement"):
+        assert f'id="step-{name}-left"' in page
+        assert page.count(f"{left[name]:.2f}") >= 2  # title and bar
+    svg = page[page.index("<svg") : page.index("</svg>") + 6]
+    drawn = ElementTree.fromstring(svg)
+    assert len(drawn.findall(".//line[@marker-end]")) == 4
+    assert left["shared"] == pytest.approx(0.4, rel=0.05)
+    assert left["decoupled"] == pytest.approx(0.25, rel=0.05)
