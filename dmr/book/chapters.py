@@ -125,7 +125,7 @@ def _opening(
     name: str,  # of the notebook, for the error
 ) -> tuple[str, str]:  # heading and quoted line
     "Find a notebook's title and description in its first cells."
-    text = "\n".join(c.text for c in cells[:4] if c.kind == "markdown")
+    text = "\n\n".join(c.text for c in cells[:4] if c.kind == "markdown")
     heading = re.search(r"^# +(.+)$", text, re.M)
     if heading is None:
         raise ValueError(
