@@ -1,7 +1,7 @@
 // The site's search. The renderer's script calls `new Fuse(entries).search(query, {limit})`; this class stands in for
 // the library of that name. A result is ranked by: words of the query that it has; exact words before synonyms before
-// beginnings of words; a title that is the query; words in a title; the part of the book (story, guides, reference,
-// appendix, workshop); how often.
+// beginnings of words; a title that is the query; the part of the book (story, guides, reference, appendix, workshop),
+// where words in a title lift a page by two parts; how often.
 const SYNONYMS = window.searchSynonyms || [];
 const STOP = new Set("a an and do does how i in is it my of on the to what".split(" "));
 const PER_PAGE = 3; // entries of one page among the results
@@ -47,9 +47,9 @@ class Fuse {
       if (missing === asked.length) continue;
       const there = far.filter((d) => d < 3);
       const title = [words(e.item.section), words(e.item.title)].some((text) => text === whole) ? 0 : 1;
-      const head = asked.every((unit) => distance(unit, e.head) < 3) ? 0 : 1;
+      const head = asked.every((unit) => distance(unit, e.head) < 3) ? 0 : 2;
       const often = asked.reduce((sum, unit) => sum + count(e.all, unit[0]), 0);
-      ranked.push({ e, key: [missing, Math.max(...there), title, head, e.item.part ?? 9, -often, e.place] });
+      ranked.push({ e, key: [missing, Math.max(...there), title, (e.item.part ?? 9) + head, head, -often, e.place] });
     }
     ranked.sort((a, b) => { const i = a.key.findIndex((x, k) => x !== b.key[k]); return i < 0 ? 0 : a.key[i] - b.key[i]; });
     const seen = {};
