@@ -272,7 +272,7 @@ def _part(
         lines = [x for s, some in pages.items() for x in _section(s, some)]
     return _section(title, [*lines, *last])
 
-
+# %% ../../nbs/making/13_chapters.ipynb #12ac6bc0
 def sidebar(
     chapters: list[Chapter],  # the book
 ) -> str:  # lines of YAML, without indent
