@@ -367,9 +367,8 @@ def prepare_chapter(
     if chapter.number and pictures:
         at = 2 if len(cells) > 1 and _in_short(cells[1]) else 1
         cells.insert(at, _lead(pictures[0], chapter))
-    number = f"{chapter.number}. " if chapter.number else ""
-    title_ = f"{number}{chapter.title}"
-    head = front_matter(title_, chapter.description, **options)
+    page = f"{chapter.number}. " if chapter.number else ""
+    head = front_matter(page + chapter.title, chapter.description, **options)
     raw = {"cell_type": "raw", "metadata": {}, "source": head}
     last = _markdown(_closing_html(chapter, execution, stale))
     return _notebook([raw, *cells, last]), pictures
