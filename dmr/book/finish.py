@@ -110,10 +110,34 @@ _NAMED = {
 }
 
 
+_PRINTED_HERE = re.compile(
+    r'(<div class="cell-output[^"]*">\s*<pre)((?:(?!</pre>).)*</pre>)', re.S
+)
+
+
+def _fit_outputs(
+    page: str,  # HTML
+) -> str:
+    """Mark what code printed where it is wider than code: `wide` up to 104
+    characters, printed smaller; `long` beyond, wrapped.
+    """
+
+    def mark(found: re.Match[str]) -> str:
+        text = html.unescape(re.sub(r"<[^>]+>", "", "<pre" + found[2]))
+        widest = max(map(len, text.split("\n")))
+        if widest <= 80:
+            return found[0]
+        kind = "wide" if widest <= 104 else "long"
+        return f'{found[1]} class="{kind}"{found[2]}'
+
+    return _PRINTED_HERE.sub(mark, page)
+
+
 def _make_accessible(
     page: str,  # HTML
 ) -> str:
     "Let the keyboard reach what scrolls, and name what has no text."
+    page = _fit_outputs(page)
     attributes = 'class="table-scroll" tabindex="0" role="group"'
     box = rf'<div {attributes} aria-label="Table">\1</div>'
     page = re.sub(r"(<table\b.*?</table>)", box, page, flags=re.S)
