@@ -46,10 +46,15 @@ def part_of(
 ) -> int:  # place of its part, from 0; home is 0
     "Say in which part of the book a page stands."
     parts = {c.page: c.part for c in chapters}
+    parts |= {
+        f"reference/{c.module.removeprefix('dmr.')}": c.part
+        for c in chapters
+        if c.module and c.part == "Workshop"
+    }
     if page == "index":
         return 0
-    listed = page == "glossary" or page.startswith("reference/")
-    part = "Reference" if listed else parts.get(page, "")
+    names = page == "glossary" or page.startswith("reference/")
+    part = parts.get(page, "Reference" if names else "")
     return [*PARTS].index(part) if part else len(PARTS)
 
 
