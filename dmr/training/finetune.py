@@ -72,7 +72,8 @@ from .pretrained import encode, small_llama
 # %% auto #0
 __all__ = ['METHODS', 'USUAL', 'USUAL_RATE', 'NUMBERS', 'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'usual_method',
            'usual_device', 'native_bfloat16', 'Request', 'make_request', 'read_sources', 'Material', 'prepare_texts',
-           'row_order', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'save_small_llama']
+           'row_order', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
+           'save_small_llama']
 
 # %% ../../nbs/training/10_finetune.ipynb #1e908d01
 #: What `method` may be, and what it does.
@@ -869,13 +870,14 @@ def _train_all(
         write_object(folder / REQUEST, identity)
         shown = _progress(bench, len(arms), progress)
         runs: list[dict[str, Any]] = []
+        head = _head(bench)
         for place, arm in enumerate(arms):
             if bench.lora != arm.lora:
                 bench = Bench(r, read, arm.lora)
             _next_run(bench, arm, runs, folder, keep_model, shown, place)
         shown.close()
         if any("change" in run for run in runs):
-            result = _collected(bench, runs, folder, keep_model)
+            result = _collected(r, head, runs, folder, keep_model)
             write_object(folder / RESULT, plain(asdict(result)))
             return result
     shutil.rmtree(folder)
@@ -910,11 +912,9 @@ def _next_run(
         save_model(bench.model, bench.tokenizer, folder / "model")
     _finished(at, run)
 
-# %% ../../nbs/training/10_finetune.ipynb #b1c824ca
-def _collected(
-    bench: Bench, runs: list[dict[str, Any]], folder: Path, keep_model: bool
-) -> Finetuned:
-    "The result of all runs."
+# %% ../../nbs/training/10_finetune.ipynb #0babadd2
+def _head(bench: Bench) -> dict[str, Any]:
+    "What is the same for all runs."
     held, roles = bench.texts.held, bench.texts.roles()
     texts = {
         name: {"role": roles[name], "rows": len(rows.tokens)}
@@ -928,16 +928,26 @@ def _collected(
     }
     trained = sum(x.numel() for x in bench.start.values())
     every = sum(p.numel() for p in bench.model.parameters())
+    sizes = {"all": every, "trained": trained}
+    return {"texts": texts, "prompts": prompts, "parameters": sizes}
+
+
+def _collected(
+    r: Request,
+    head: dict[str, Any],
+    runs: list[dict[str, Any]],
+    folder: Path,
+    keep_model: bool,
+) -> Finetuned:
+    "The result of all runs."
     return Finetuned(
-        asdict(bench.request),
-        texts,
-        runs,
-        _best(runs),
-        prompts,
-        {"all": every, "trained": trained},
-        str(folder / "model") if keep_model else None,
-        str(folder),
-        math.fsum(run.get("seconds", 0.0) for run in runs),
+        request=asdict(r),
+        runs=runs,
+        best=_best(runs),
+        checkpoint=str(folder / "model") if keep_model else None,
+        folder=str(folder),
+        seconds=math.fsum(run.get("seconds", 0.0) for run in runs),
+        **head,
     )
 
 # %% ../../nbs/training/10_finetune.ipynb #900ac106
@@ -984,6 +994,39 @@ def _opening(r: Request) -> str:
     if r.steps == USUAL["cpu"]["steps"] and r.device == "cpu":
         line += "\n(40 steps are a first look; pass steps=... for more)"
     return line
+
+# %% ../../nbs/training/10_finetune.ipynb #5c7ab662
+def compare(
+    model: str | os.PathLike[str],  # as for `finetune`
+    new: str | os.PathLike[str],  # as for `finetune`
+    keep: str | os.PathLike[str],  # as for `finetune`
+    *,
+    lora: int | None = 8,  # rank of the adapters' arm; None: no such arm
+    # peak learning rates of full training; None: the usual one, a third of it
+    # and three times as much
+    rates: float | Sequence[float] | None = None,
+    steps: int | None = None,  # None: 40, with a card 500
+    output: str | os.PathLike[str] = "compared",  # folder
+    progress: bool = True,  # say where it is
+    **asked: Any,  # further fields of a `Request`, such as batch=4
+) -> Finetuned:
+    """The recommended method beside plain training at several rates, stopping
+    early, averaging back and adapters. Keeps numbers and no model. Raises
+    ValueError for what cannot be, before anything is written.
+    """
+    usual = USUAL_RATE["full"]
+    rates = [usual / 3, usual, 3 * usual] if rates is None else rates
+    r = make_request(
+        model, new, keep, "merge", rates, None, steps=steps, **asked
+    )
+    if lora is not None:  # checked as a rank is checked
+        replace(r, lora=lora)
+    arms = [Arm("merge", rate) for rate in r.rates]
+    if lora is not None:
+        arms.append(Arm("none", USUAL_RATE["lora"], lora))
+    if progress:
+        print(f"{_opening(r)}\n{len(arms)} trainings", flush=True)
+    return _train_all(r, arms, Path(output), False, progress)
 
 # %% ../../nbs/training/10_finetune.ipynb #330240e3
 def save_small_llama(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..methods.sampling import _Reader, draw_tokens
 from .examples import NOT_LEARNED
-from .loop import evaluating, mean_error
+from .loop import evaluating
 
 # %% auto #0
-__all__ = ['SHARES', 'HeldOut', 'held_out_rows', 'token_losses', 'row_losses', 'measured', 'trained_weights', 'copied',
+__all__ = ['SHARES', 'HeldOut', 'held_out_rows', 'token_losses', 'row_losses', 'ratio', 'measured', 'trained_weights', 'copied',
            'average_back', 'continuation']
 
 # %% ../../nbs/training/09_held_out.ipynb #a8b319bf
@@ -100,19 +100,31 @@ def row_losses(
         ]
         return torch.cat(found).double().sum(1)
 
-# %% ../../nbs/training/09_held_out.ipynb #a3345063
+# %% ../../nbs/training/09_held_out.ipynb #abd1bb9a
+def ratio(
+    x: Tensor,  # (rows,)
+    size: Tensor,  # (rows,) > 0
+) -> tuple[float, float]:  # the ratio, its standard error
+    "Σx / Σsize. Source of the error: Cochran, Sampling Techniques, §6.3."
+    x, size = x.double(), size.double()
+    r = x.sum() / size.sum()
+    k = len(x)
+    spread = (x - r * size).square().sum() / (k * (k - 1))
+    return float(r), float(spread.sqrt() / size.mean())
+
+
 def measured(
     nats: Tensor,  # (rows,) in all; or a difference of two such
     held: HeldOut,
 ) -> dict[str, float]:
     "Nats per token and bits per byte, each with its standard error over rows."
-    per_token = nats / held.counts
-    per_byte = nats / held.bytes / math.log(2)
+    token, token_error = ratio(nats, held.counts)
+    byte, byte_error = ratio(nats / math.log(2), held.bytes)
     return {
-        "nats_per_token": float(per_token.mean()),
-        "nats_per_token_se": mean_error(per_token),
-        "bits_per_byte": float(per_byte.mean()),
-        "bits_per_byte_se": mean_error(per_byte),
+        "nats_per_token": token,
+        "nats_per_token_se": token_error,
+        "bits_per_byte": byte,
+        "bits_per_byte_se": byte_error,
     }
 
 # %% ../../nbs/training/09_held_out.ipynb #33a5fbd7

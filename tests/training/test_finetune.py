@@ -296,6 +296,15 @@ def test_other_weights_under_the_same_name_are_not_gone_on_with(
         tuned(made)
 
 
+def test_a_merge_is_plain_training_until_its_end(made):
+    "So that one training gives the method and its controls."
+    merged = tuned(made, "merge", method="merge").run
+    plain = tuned(made, "plain", method="none").run
+    assert merged["curve"] == plain["curve"]
+    assert merged["way_back"] == plain["way_back"]
+    assert merged["change"] != plain["change"] == plain["curve"][-1]["change"]
+
+
 def test_the_best_of_several_rates_is_kept(made):
     done = tuned(made, rates=[1e-5, 3e-3, 1e-4])
     assert done.run["rate"] == 3e-3 and len(done.runs) == 3
