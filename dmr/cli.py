@@ -595,7 +595,7 @@ def _add_batch_options(p: argparse.ArgumentParser) -> None:
     )
     _add_folders(p)
 
-
+# %% ../nbs/making/23_cli.ipynb #f1e7a0c4
 def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
     "Arguments of the commands that train one pretrained model."
     for name in ("finetune", "compare"):

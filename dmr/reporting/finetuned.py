@@ -206,7 +206,7 @@ def way_back(
     points = [at(point["change"]) for point in record["way_back"]]
     return [(0.0, 0.0), *points, at(record["curve"][-1]["change"])]
 
-
+# %% ../../nbs/reporting/06_finetuned.ipynb #588b34db
 def draw_way_back(
     done: Finetuned,
     run: int | None = None,  # which; None: the best
@@ -241,7 +241,7 @@ def draw_way_back(
     )
     return fig
 
-
+# %% ../../nbs/reporting/06_finetuned.ipynb #93d93276
 def way_back_table(
     done: Finetuned,
     run: int | None = None,  # which; None: the best
