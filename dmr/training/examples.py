@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ _FORMS: dict[tuple[str, ...], dict[str, Any]] = {
 _KEYS = {key for keys in _FORMS for key in keys}
 _FORM = (
     'write {"text": ...}, {"prompt": ..., "completion": ...} or {"messages":'
-    ' [{"role": ..., "content": ...}, ...]}'
+    ' [{"role": ..., "content": ...}, ...]}, each on one line'
 )
 
 
@@ -372,6 +373,11 @@ def _turns(
 def _conversation(example: Example, tokenizer: Any) -> Tokens:
     "A conversation as tokens. Raises ValueError where no template writes it."
     place = example.source or "the conversation"
+    if example.messages[0]["role"] == "assistant":
+        raise ValueError(
+            f"{place} begins with the assistant, who has nothing to answer; put"
+            " a message of the user or the system first"
+        )
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise ValueError(
@@ -397,20 +403,31 @@ def _conversation(example: Example, tokenizer: Any) -> Tokens:
         )
     return ids, labels
 
-# %% ../../nbs/training/08_examples.ipynb #4af786b0
-def _with_ends(ids: list[int], labels: list[int], tokenizer: Any) -> Tokens:
-    "Tokens of a text, with the start and the end that the tokenizer knows."
-    start = getattr(tokenizer, "bos_token_id", None)
-    end = tokenizer.eos_token_id
-    if start is not None and [start] == tokenizer("")["input_ids"][:1]:
-        if ids[:1] != [start]:
-            ids, labels = [start, *ids], [NOT_LEARNED, *labels]
+# %% ../../nbs/training/08_examples.ipynb #f24b31eb
+def _ends(tokenizer: Any) -> tuple[list[int], int]:
+    "What the tokenizer puts before a text, and the end-of-text token."
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no end-of-text token, so documents"
+            " cannot be kept apart; set tokenizer.eos_token"
+        )
+    start: Any = getattr(tokenizer, "bos_token_id", None)
+    put = start != end and [start] == tokenizer("")["input_ids"][:1]
+    return [start] if put else [], end
+
+
+def _with_ends(ids: list[int], labels: list[int], ends: Any) -> Tokens:
+    "Tokens of a text between its start and its end; neither is doubled."
+    start, end = ends
+    if ids[:1] != start:
+        ids, labels = start + ids, [NOT_LEARNED] * len(start) + labels
     if ids[-1:] != [end]:
         last = NOT_LEARNED if labels[-1:] == [NOT_LEARNED] else end
         ids, labels = [*ids, end], [*labels, last]
     return ids, labels
 
-
+# %% ../../nbs/training/08_examples.ipynb #92c6ef76
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: Any,  # of the model, from transformers or alike
@@ -420,25 +437,18 @@ def tokenize_examples(
     Raises ValueError, naming the example, where a conversation does not fit
     the tokenizer's template, and where the tokenizer has no end token.
     """
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no end-of-text token, so documents"
-            " cannot be kept apart; set tokenizer.eos_token"
-        )
-    out = []
+    ends, out = _ends(tokenizer), []
     for example in examples:
         if not example.messages:
             found = _tokens(example.parts, tokenizer)
-            out.append(_with_ends(*found, tokenizer))
+            out.append(_with_ends(*found, ends))
             continue
         ids, labels = _conversation(example, tokenizer)
-        if end not in ids[1:]:
-            ids, labels = [*ids, end], [*labels, end]
-        out.append((ids, labels))
+        last = [] if ends[1] in ids[1:] else [ends[1]]
+        out.append((ids + last, labels + last))
     return out
 
-# %% ../../nbs/training/08_examples.ipynb #f8f77f53
+# %% ../../nbs/training/08_examples.ipynb #bbefa3da
 def pack(
     tokenized: Sequence[Tokens],  # of `tokenize_examples`
     length: int,  # tokens of a window, at least 2
@@ -448,7 +458,7 @@ def pack(
 
     Raises ValueError for a length below 2, and where nothing is learned.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+    if not isinstance(length, Integral) or length < 2:
         raise ValueError(
             f"length={length!r} must be a whole number of tokens, at least 2:"
             " the first of a window is not predicted"
@@ -462,6 +472,7 @@ def pack(
         )
     if not (labels[1:] != NOT_LEARNED).any():
         raise ValueError("nothing to learn in these tokens; give more text")
+    length = int(length)
     step = length - 1
     short = -(len(ids) - 1) % step  # of whole windows
     ids = torch.cat([ids, ids[-1:].expand(short)])
@@ -473,14 +484,14 @@ def pack(
     used = (wanted[:, 1:] != NOT_LEARNED).any(1)
     return rows[used].clone(), wanted[used]
 
-# %% ../../nbs/training/08_examples.ipynb #d3e631a6
+# %% ../../nbs/training/08_examples.ipynb #71a6a518
 def byte_lengths(
     examples: Sequence[Example],
 ) -> list[int]:  # for each example, bytes
     "The number of UTF-8 bytes of the text that is learned."
     return [len(example.learned.encode()) for example in examples]
 
-# %% ../../nbs/training/08_examples.ipynb #189bb0fd
+# %% ../../nbs/training/08_examples.ipynb #5e5ef67e
 def general_texts() -> dict[str, str]:  # name -> some 100 kB of text
     """Two general texts: "factbook", from the CIA World Factbook, and
     "speeches", addresses of American presidents to Congress before 1920.
