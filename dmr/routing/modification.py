@@ -5,6 +5,8 @@
 # %% ../../nbs/routing/01_modification.ipynb #0c199b43
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+import dmr
+
 # %% auto #0
 __all__ = ['Edit', 'SMALL', 'BATCHED', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator',
            'square_norm', 'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made',
-           'Modification', 'Nothing']
+           'Learner', 'user_level', 'Modification', 'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -390,6 +394,7 @@ def _check_shaped(model: nn.Module) -> None:
                 " one batch through the model before the router is made"
             )
 
+
 def _check_found(
     missing: list[str],  # named by the user, and no weight of ours
 ) -> None:
@@ -555,15 +560,19 @@ class Made:
         made._made = args, options
         return made
 
-# %% ../../nbs/routing/01_modification.ipynb #befa09d5
-class _State:
-    "What of a modification survives a restart."
+# %% ../../nbs/routing/01_modification.ipynb #dd4424a1
+class Learner:
+    "Takes note of gradients and keeps what it learned; by default nothing."
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        "At every step that is taken: the raw gradients, unscaled and finite."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The same step goes on with the gradients of a further optimizer."
+        self.learn(grads)
 
     def state_dict(self) -> dict:
-        "The state as tensors and numbers, keyed by parameter name."
+        "The state as tensors and numbers, whole where they are sharded."
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -572,6 +581,13 @@ class _State:
     def memory(self) -> int:
         "Bytes kept between steps."
         return 0
+
+# %% ../../nbs/routing/01_modification.ipynb #befa09d5
+class _State(Learner):
+    "What of a modification survives a restart."
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def carried(self, model: nn.Module) -> dict | None:
         "What goes along from an earlier router, before the next `attach`."
@@ -594,6 +610,17 @@ class _OptionalPast:
             " itself where there is no other: dmr.sample_text"
         )
 
+# %% ../../nbs/routing/01_modification.ipynb #a2710e75
+_INSIDE = tuple(os.path.join(m.__path__[0], "") for m in (torch, dmr))
+
+
+def user_level() -> int:
+    "The `stacklevel` of the nearest line outside of this package and torch."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
+
 # %% ../../nbs/routing/01_modification.ipynb #fced3d93
 def _first_edition(cls: Any) -> None:
     "Let a class that defines `active` or `after_step` keep its meaning."
@@ -604,7 +631,7 @@ def _first_edition(cls: Any) -> None:
         f"{cls.__name__} defines {' and '.join(old)}: say which parameters may"
         " be edited in edited(), and follow a step in end(grads)",
         FutureWarning,
-        stacklevel=4,
+        stacklevel=user_level(),
     )
     edited, end, bare = cls.edited, cls.end, "end" in vars(cls)
     if "active" in old:
@@ -638,13 +665,6 @@ class Modification(Made, _State, _OptionalSetup, _OptionalRest, _OptionalPast):
     def edited(self) -> Collection[str] | None:
         "Names that may be edited now; None: all. Without any nothing changes."
         return None
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        "At every step, protected or not: take note of the raw gradients."
-
-    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
-        "The same step goes on with the gradients of a further optimizer."
-        self.learn(grads)
 
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."

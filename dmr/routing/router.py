@@ -51,6 +51,7 @@ from dmr.routing.modification import (
     Nothing,
     Target,
     find_targets,
+    user_level,
 )
 from .moments import Differences, Moments, moments_of
 from .sharding import replicas, shard_groups, sum_over
@@ -149,7 +150,7 @@ def _greet(
     warnings.warn(
         f"{len(unknown) - before} parameters of the optimizer{where}: they"
         f" are stepped, but never routed{way_out}",
-        stacklevel=8,
+        stacklevel=user_level(),
     )
     return len(unknown)
 
@@ -163,7 +164,7 @@ def _remind(
         warnings.warn(
             f"{steps} steps without a consolidate(): nothing is protected"
             " yet; call it at the end of each domain",
-            stacklevel=7,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/routing/08_router.ipynb #0f631889
@@ -357,14 +358,14 @@ def _caution(
             "the optimizer is new while something is protected already: under"
             " routing='decoupled' its first steps are hardly protected; pass"
             " routing='displacement', or keep the optimizer",
-            stacklevel=8,
+            stacklevel=user_level(),
         )
     elif not modification.acts_on_steps and guard is None:
         warnings.warn(
             f"{type(modification).__name__} edits whole gradients: under"
             " routing='decoupled' a step may become very long where the raw"
             " gradient is small; pass routing='shared', or guard='clamp'",
-            stacklevel=8,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/routing/08_router.ipynb #2d59168e
@@ -1212,7 +1213,7 @@ class MomentRouter(_Reloaded):
                 f"{self.strangers} parameters of the optimizer are not the"
                 " model's: they are stepped, but never routed"
             )
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=user_level())
         targets = find_targets(self.model, include, exclude)
         if len(self.optimizers) > 1:
             _check_division(self, targets)
