@@ -461,6 +461,32 @@ def edits(
         else:
             yield name, g, d, step.alpha
 
+# %% ../../nbs/routing/05_step.ipynb #872cc0c9
+class _Corrections:
+    "Corrections of first moments: thin ones wait for each other."
+
+    def __init__(self) -> None:
+        self.edits: dict[str, Edit] = {}
+        self.moments: dict[str, Tensor] = {}
+        self.factors: dict[str, float | Tensor] = {}
+        self._made: dict[float, float | Tensor] = {}  # equal ones stack
+
+    def add(
+        self,
+        name: str,
+        edit: Edit,  # d
+        m: Tensor,  # the first moment
+        alpha: float | Tensor,  # strength
+        factor: float,  # m <- m + factor·α·d
+    ) -> None:
+        "Take a correction on; a dense one is carried out at once."
+        if not isinstance(edit, LowRank):
+            edit.add_to(m, alpha * factor)
+            return
+        s = self._made.setdefault(factor, alpha * factor)
+        self.edits[name], self.moments[name] = edit, m
+        self.factors[name] = s
+
 # %% ../../nbs/routing/05_step.ipynb #5d5beef8
 def route(
     step: Step,
@@ -471,9 +497,7 @@ def route(
 ) -> None:
     "Send each tensor's edit to the moments that its routing names."
     through_grad, through_m = channels(routing)
-    thin: tuple[dict, dict, dict] = ({}, {}, {})  # edits, moments, factors
-    cut: dict[str, LowRank] = {}  # thin edits of gradients
-    made: dict[float, Any] = {}
+    thin, cut = _Corrections(), dict[str, LowRank]()  # of m, of gradients
     for name, g, d, alpha in edits(step, edit, guard):
         p, group = step.live[name]
         if through_grad and isinstance(d, LowRank):
@@ -488,13 +512,8 @@ def route(
             step.after.append((name, d, through_m * alpha))
             continue
         factor = through_m * first_moment_factor(beta1, group["maximize"])
-        m = first_moment(step, name)
-        if isinstance(d, LowRank):
-            s = made.setdefault(factor, alpha * factor)  # equal ones stack
-            thin[0][name], thin[1][name], thin[2][name] = d, m, s
-        else:
-            d.add_to(m, alpha * factor)
-    add_all(*thin)
+        thin.add(name, d, first_moment(step, name), alpha, factor)
+    add_all(thin.edits, thin.moments, thin.factors)
     edit_gradients(step, cut, restore)
 
 # %% ../../nbs/routing/05_step.ipynb #42d35fbe
@@ -558,7 +577,7 @@ class _Stacked(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.states[0])
 
-
+# %% ../../nbs/routing/05_step.ipynb #2381a973
 def batches(
     step: Step,
 ) -> tuple[list[list[str]], list[str]]:  # together, and one by one
@@ -575,7 +594,7 @@ def batches(
     weights = {name: local(step.live[name][0]) for name in step.names}
     return stacks(weights, agree, limits=BATCHED)
 
-
+# %% ../../nbs/routing/05_step.ipynb #c7637141
 def taken_together(
     step: Step,
     names: list[str],  # of one of its batches

@@ -150,8 +150,9 @@ class Muon32(torch.optim.Muon):
         self, p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]
     ) -> None:
         "Step one matrix, (out, in)."
-        lr, momentum = group["lr"], group["momentum"]
+        lr: Any = group["lr"]  # a number, or a tensor that holds one
         lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+        momentum = group["momentum"]
         buffer.lerp_(g, 1 - momentum)
         M = g.lerp(buffer, momentum) if group["nesterov"] else buffer
         settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])

@@ -374,6 +374,8 @@ def part_finding(
 ) -> str:
     "How many arms forget less than the control that learned as much."
     known = [x for x in lines if not math.isnan(x.mean)]
+    if not known:
+        return "nothing can be compared yet"
     below = sum(x.mean < -margin for x in known)
     return f"{below} of {len(known)} settings forget less than a rate would"
 
@@ -397,7 +399,7 @@ def _label_ends(ax: Any, ends: Mapping[str, tuple[Point, Any]]) -> None:
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4},
         )
 
-
+# %% ../../nbs/making/07_planes.ipynb #ff7dfb7b
 def draw_parts_apart(
     table: Table,
     titles: Mapping[str, str],  # part -> how its panel is called
