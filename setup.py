@@ -69,7 +69,7 @@ setup(
         include=[package, f"{package}.*"],
         exclude=[f"{package}.verdict", f"{package}.book"],
     ),
-    package_data={package: ["py.typed"]},
+    package_data={package: ["py.typed", "training/general/*"]},
     cmdclass={"build_py": BuildWithExperiments},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

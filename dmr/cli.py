@@ -538,6 +538,43 @@ def _models(args: argparse.Namespace) -> int:
         args, "model", example, fetch_model, list_models, columns, line
     )
 
+# %% ../nbs/making/23_cli.ipynb #f1e7a0c2
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    "What a training was asked for, by parameter; what was not, is left out."
+    given = {
+        "model": args.model,
+        "new": args.new,
+        "keep": args.keep,
+        "lora": args.lora,
+        "rates": args.rates,
+        "steps": args.steps,
+        "output": args.output,
+    }
+    if args.command == "finetune":
+        given["method"] = args.method
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _train_and_tell(args: argparse.Namespace) -> int:
+    "`dmr finetune`, `dmr compare`: train, then write the page."
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dmr.reporting.finetuned import check_page, write_page
+    from dmr.training import finetune
+
+    check_page()
+    given, more = _asked(args), _given(args)
+    named = [name for name in more if hasattr(args, name)]
+    given |= {name: more.pop(name) for name in named}
+    try:
+        done = getattr(finetune, args.command)(**given, **more)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise
+    print(done.summary(), flush=True)
+    page = write_page(args.command, given | {"asked": more}, args.output)
+    print(f"open {page.resolve().as_uri()}")
+    return 0
+
 # %% ../nbs/making/23_cli.ipynb #ca9eeea0
 def _add_folders(p: argparse.ArgumentParser) -> None:
     "Options that say where runs and tables are kept."
@@ -570,8 +607,11 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"-n {lines}: at least 1 line is needed")
 
 # %% ../nbs/making/23_cli.ipynb #99b0b9d5
-def _add_batch_options(p: argparse.ArgumentParser) -> None:
-    "Options that `dmr run` and `dmr batch` share."
+def _add_parameter(
+    p: argparse.ArgumentParser,
+    about: str,  # what it sets
+) -> None:
+    "The option -p NAME VALUE."
     p.add_argument(
         "-p",
         dest="parameter",
@@ -579,8 +619,13 @@ def _add_batch_options(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="set a parameter of every run",
+        help=about,
     )
+
+
+def _add_batch_options(p: argparse.ArgumentParser) -> None:
+    "Options that `dmr run` and `dmr batch` share."
+    _add_parameter(p, "set a parameter of every run")
     p.add_argument(
         "--workers",
         type=int,
@@ -617,6 +662,46 @@ def _add_batch_options(p: argparse.ArgumentParser) -> None:
     )
     _add_folders(p)
 
+# %% ../nbs/making/23_cli.ipynb #f1e7a0c4
+def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
+    "Arguments of the commands that train one pretrained model."
+    for name in ("finetune", "compare"):
+        about = {
+            "model": "a name (see `dmr models`), a folder, or a .gguf file",
+            "new": "text to learn: a file, a folder, or .jsonl",
+        }
+        for argument, help in about.items():
+            p[name].add_argument(argument, metavar=argument.upper(), help=help)
+        p[name].add_argument(
+            "--keep",
+            metavar="OLD|self",
+            help="old text to protect, or self: the model writes it",
+        )
+        p[name].add_argument(
+            "--lora", type=int, metavar="RANK", help="train adapters alone"
+        )
+        p[name].add_argument(
+            "--rates",
+            type=float,
+            nargs="+",
+            metavar="RATE",
+            help="peak learning rates; a training each",
+        )
+        p[name].add_argument("--steps", type=int, metavar="N")
+        p[name].add_argument(
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            default={"finetune": "finetuned"}.get(name, "compared"),
+            help="where model and page go (default: %(default)s)",
+        )
+        _add_parameter(p[name], "a further parameter, such as batch 4")
+    p["finetune"].add_argument(
+        "--method",
+        help="none, merge, projection, merge+projection or replay (default:"
+        " merge with --keep)",
+    )
+
 # %% ../nbs/making/23_cli.ipynb #a11e7a15
 #: Commands that make or look at runs: name, function, help.
 _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
@@ -648,6 +733,18 @@ _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ),
     ("streams", _streams, "the streams on offer"),
     ("models", _models, "the pinned pretrained models"),
+    (
+        "finetune",
+        _train_and_tell,
+        "fine-tune a pretrained model on your text; says what it learned and"
+        " lost",
+    ),
+    (
+        "compare",
+        _train_and_tell,
+        "the same beside its controls: rates, early stopping, averaging back,"
+        " adapters",
+    ),
 )
 
 # %% ../nbs/making/23_cli.ipynb #ecc987e0
@@ -716,6 +813,7 @@ def parser() -> argparse.ArgumentParser:
         _add_batch_options(made[name])
     _add_tuner_options(made["batch"])
     _add_export_options(made["export"])
+    _add_training_options(made)
     for name in ("status", "tail", "why", "accept", "report", "tables"):
         _add_folders(made[name])
     return top

@@ -21,9 +21,9 @@ from torch.nn.utils.parametrize import is_parametrized
 import dmr
 
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm',
-           'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made', 'Learner',
-           'user_level', 'Modification', 'Nothing']
+__all__ = ['Edit', 'SMALL', 'BATCHED', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator',
+           'square_norm', 'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made',
+           'Learner', 'user_level', 'Modification', 'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -108,7 +108,10 @@ class Dense:
 Edit = LowRank | Dense
 
 # %% ../../nbs/routing/01_modification.ipynb #afd3bb74
-SMALL = {"cpu": 2**12, "cuda": 2**18}  # elements
+#: Up to how many elements a gradient is stacked with its equals, by device.
+SMALL = {"cpu": 2**12, "cuda": 2**22}
+#: The same for steps, and for what is added to gradients and weights.
+BATCHED = {"cuda": 2**22}
 
 
 def stacks(
@@ -116,26 +119,32 @@ def stacks(
     # (name, tensor) -> what must agree for two of them to be stacked
     key: Callable[[str, Tensor], Any],
     count: int = 4,  # smallest stack that pays
+    limits: Mapping[str, int] = SMALL,  # device -> elements of one tensor
+    most: int = 2**25,  # elements of a stack: what it may cost in memory
 ) -> tuple[list[list[str]], list[str]]:  # stacks, and names that stay alone
     "Group small tensors of equal shape, type and device."
     groups: dict[Any, list[str]] = {}
     alone: list[str] = []
     for name, x in named.items():
-        if x.ndim == 2 and x.numel() <= SMALL.get(x.device.type, 0):
+        if x.ndim == 2 and x.numel() <= limits.get(x.device.type, 0):
             kind = (x.shape, x.dtype, x.device, key(name, x))
             groups.setdefault(kind, []).append(name)
         else:
             alone.append(name)
-    for group in groups.values():
-        if len(group) < count:
-            alone += group
-    return [group for group in groups.values() if len(group) >= count], alone
+    found: list[list[str]] = []
+    for (shape, *_), group in groups.items():
+        size = max(most // max(shape.numel(), 1), 1)
+        pieces = [group[i : i + size] for i in range(0, len(group), size)]
+        found += [piece for piece in pieces if len(piece) >= count]
+        alone += [n for piece in pieces if len(piece) < count for n in piece]
+    return found, alone
 
 # %% ../../nbs/routing/01_modification.ipynb #858327e9
 def add_all(
     edits: Mapping[str, Edit],  # differences by name
     onto: Mapping[str, Tensor],  # what each is added to, in place
     scales: Mapping[str, float | Tensor],  # one factor each
+    limits: Mapping[str, int] = SMALL,  # device -> elements that are stacked
 ) -> None:
     "x <- x + scale * edit for all; small equal low-rank ones in one product."
 
@@ -146,7 +155,7 @@ def add_all(
         number = id(s) if isinstance(s, Tensor) else s
         return (edit.U.shape, number) if edit.C.dtype == x.dtype else name
 
-    grouped, alone = stacks(onto, agree)
+    grouped, alone = stacks(onto, agree, limits=limits)
     for names in grouped:
         C, U = (
             torch.stack([getattr(edits[name], part) for name in names])
@@ -509,6 +518,9 @@ class _OptionalStep:
         earlier look kept. Under displacement it comes twice a step.
         """
         return _overlap(vectors, self.edit) if overlap else None
+
+    def look(self, steps: Mapping[str, Tensor]) -> None:
+        "These steps exist at once, and will be edited: products may be shared."
 
     def edit(self, name: str, x: Tensor) -> Edit | None:
         return None

@@ -73,6 +73,7 @@ from dmr.routing.step import (
     joined,
     marks,
     new_step,
+    offer_look,
     remember,
     route,
     same_values,
@@ -434,12 +435,15 @@ class _Planning(_Looking):
         "Route this optimizer's edits, or note what its step will change."
         step, routing = flight.parts[place], self.routings[place]
         edit: EditOf = self.modification.edit
+        through = routing != "displacement" and not step.idle
+        if through:
+            offer_look(step, self.modification)
         if self.track_inflation:
             made = {name: d for name, _, d, _ in edits(step, edit)}
             edit = lambda name, _: made.get(name)
             if self.kinds[place].second is not None:
                 measure(self._inflation, step, made, self.matrices)
-        if routing != "displacement" and not step.idle:
+        if through:
             restore = self.restore_grad or self.modification.reads_grads
             route(step, edit, routing, self.guard, restore)
         copied = remember(step, self._wanted(step, place))

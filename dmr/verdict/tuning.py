@@ -5,6 +5,7 @@
 # %% ../../nbs/making/04_tuning.ipynb #6210fa09
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,14 @@ class Choice:
     scores: Mapping[_Setting, float] = field(default_factory=dict)
 
 
+def _key(setting: Mapping[str, Any]) -> _Setting:
+    "The setting as a key; a parameter with parts, such as a merge, as JSON."
+    parts = lambda v: json.dumps(v, sort_keys=True)
+    return tuple(
+        (k, parts(v) if isinstance(v, dict) else v) for k, v in setting.items()
+    )
+
+
 def _edge(
     settings: Sequence[Mapping[str, Any]], best: Mapping[str, Any]
 ) -> str:
@@ -80,7 +89,7 @@ def _choice(
         mine = [r for r in rows if given(r)]
         if len({r["seed"] for r in mine}) < seeds:
             continue
-        key = tuple(s.items())
+        key = _key(s)
         scores[key] = float(np.mean([float(r["final_average"]) for r in mine]))
         found = [r.get("alpha_mean") for r in mine]
         used = [x for x in found if isinstance(x, float)]
@@ -94,12 +103,13 @@ def _choice(
         return round(scores[key], 6), strength, s.get("rank", 0)
 
     best, values = min(scores, key=order), list(scores.values())
+    setting = next(dict(s) for s in settings if _key(s) == best)
     budget = [expected_best(values, k + 1) for k in range(len(values))]
     return Choice(
         arm,
-        dict(best),
+        setting,
         scores[best],
-        _edge(settings, dict(best)),
+        _edge(settings, setting),
         len(scores),
         len(settings),
         strengths[best],
@@ -124,13 +134,14 @@ def choose_settings(
 # %% ../../nbs/making/04_tuning.ipynb #3bc75725
 def tuning_choices(
     project: Project | None = None,
+    study: str = "tuning",  # or another one that tunes
 ) -> tuple[Table, list[Choice]]:
-    "The table of the study `tuning`, and what the rule selects from it."
+    "The table of a study that tunes, and what the rule selects from it."
     project = project or find_project()
-    table = read_table("tuning", project)
+    table = read_table(study, project)
     if not table.planned:
         return table, []
-    plan, seeds = read_study(project.studies / "tuning.yaml"), set()
+    plan, seeds = read_study(project.studies / f"{study}.yaml"), set()
     planned: dict[str, list[Mapping[str, Any]]] = {}
     for c in plan.cells:
         seeds.add(c.seed)
