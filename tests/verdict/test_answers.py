@@ -23,9 +23,9 @@ from dmr.verdict.answers import (
     read_inflation,
 )
 from dmr.verdict.drawings import (
+    draw_age,
     draw_domains,
     draw_growth,
-    draw_heat,
     draw_plane,
 )
 from dmr.verdict.pages import advice, claim_box, verdict_table
@@ -166,7 +166,7 @@ def test_nothing_there_is_not_yet_run():
     assert verdict_table(answers).count(NOT_RUN) == len(CLAIMS)
     empty = Table("eight", "", 430)
     assert "no runs yet" in advice(empty) and compare(empty) == []
-    for draw in (draw_plane, draw_heat, draw_growth, draw_domains):
+    for draw in (draw_plane, draw_age, draw_growth, draw_domains):
         assert draw(empty) is None
 
 
@@ -180,7 +180,7 @@ def test_a_short_table_never_fails_and_is_preliminary(kept):
         assert a.verdict is None or a.note.startswith("preliminary")
     box, glance = claim_box("C1", answers, tables), verdict_table(answers)
     assert f"{kept} of {full.planned} runs" in box + glance + advice(short)
-    for draw in (draw_plane, draw_heat, draw_growth, draw_domains):
+    for draw in (draw_plane, draw_age, draw_growth, draw_domains):
         draw(short)
 
 
