@@ -8,7 +8,8 @@ SCRIPT = Path(__file__).parents[1] / "independent.py"
 
 def test_a_second_computation_from_the_protocol_agrees(capsys):
     assert not runpy.run_path(str(SCRIPT))["main"]()
-    assert "163 numbers in 36 rows compared" in capsys.readouterr().out
+    said = "202 numbers in 41 rows and 6 sentences compared"
+    assert said in capsys.readouterr().out
 
 
 def test_it_would_notice_a_digit(capsys):
@@ -19,6 +20,18 @@ def test_it_would_notice_a_digit(capsys):
     script["main"].__globals__["shown"] = lambda: rows
     assert script["main"]()
     assert "C1: 0.8203 here, 0.822 on the page" in capsys.readouterr().out
+
+
+def test_it_would_notice_a_sentence_that_is_wrong_or_gone(capsys):
+    script = runpy.run_path(str(SCRIPT))
+    page = "\n".join(script["texts"]())
+    known = script["main"].__globals__
+    known["texts"] = lambda: [page.replace("is 152 windows", "is 156 windows")]
+    assert script["main"]()
+    assert "152.0000 here, 156 on the page" in capsys.readouterr().out
+    known["texts"] = lambda: [page.replace("windows, as many", "windows")]
+    assert script["main"]()
+    assert "the page has no sentence" in capsys.readouterr().out
 
 
 def test_it_shares_no_code_with_the_package():
