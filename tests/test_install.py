@@ -247,7 +247,8 @@ def test_wheel_and_sdist_hold_what_they_should(built):
         entries = z.read(
             next(n for n in names if n.endswith("entry_points.txt"))
         ).decode()
-    assert modules | {"dmr/py.typed"} <= names
+    texts = {f"dmr/{name}" for name in general_texts()}
+    assert modules | texts | {"dmr/py.typed"} <= names
     outside = {n.split("/")[0] for n in names} - {"dmr"}
     assert all(n.endswith(".dist-info") for n in outside), (
         f"the wheel carries {outside}"
@@ -282,6 +283,7 @@ def test_wheel_and_sdist_hold_what_they_should(built):
         inside = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
     assert (
         modules
+        | texts
         | {
             "dmr/py.typed",
             "README.md",
@@ -306,7 +308,18 @@ def experiments():
     }
 
 
-def test_the_wheel_carries_the_experiments_as_they_are_here(tmp_path):
+def general_texts():
+    "Texts that a wheel carries, and their licence, below dmr/: name -> hash."
+    folder = ROOT / "dmr" / "training" / "general"
+    found = [p for p in folder.iterdir() if p.is_file()]
+    assert {"factbook.txt", "LICENCE.md"} <= {p.name for p in found}
+    return {
+        p.relative_to(ROOT / "dmr").as_posix(): sha256(p.read_bytes()).digest()
+        for p in found
+    }
+
+
+def test_the_wheel_carries_experiments_and_texts_as_they_are_here(tmp_path):
     "Built as a wheel is, without its archive: the same files, hash by hash."
     where = ("egg_info", "-e", tmp_path, "build", "-b", tmp_path)
     command = [sys.executable, "setup.py", "-q", *where]
@@ -315,10 +328,11 @@ def test_the_wheel_carries_the_experiments_as_they_are_here(tmp_path):
     package = tmp_path / "lib" / "dmr"
     inside = {
         p.relative_to(package).as_posix(): sha256(p.read_bytes()).digest()
-        for p in (package / "experiments").rglob("*")
+        for folder in ("experiments", "training/general")
+        for p in (package / folder).rglob("*")
         if p.is_file()
     }
-    assert inside == experiments()
+    assert inside == experiments() | general_texts()
     assert not (package / "verdict").exists()
     assert not (package / "book").exists()
     assert not (ROOT / "dmr" / "experiments").exists()  # never committed twice

@@ -5,6 +5,7 @@
 # %% ../../nbs/making/04_tuning.ipynb #6210fa09
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ..studies.study import Project, find_project, read_study
+from ..studies.table import read_rows
+from ..studies.tuner import SCORE, Tuner, chosen
 from .tables import Table, read_table
 
 # %% auto #0
-__all__ = ['expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text']
+__all__ = ['expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text', 'replay_tuner']
 
 # %% ../../nbs/making/04_tuning.ipynb #5859cac7
 def expected_best(
@@ -52,6 +55,14 @@ class Choice:
     scores: Mapping[_Setting, float] = field(default_factory=dict)
 
 
+def _key(setting: Mapping[str, Any]) -> _Setting:
+    "The setting as a key; a parameter with parts, such as a merge, as JSON."
+    parts = lambda v: json.dumps(v, sort_keys=True)
+    return tuple(
+        (k, parts(v) if isinstance(v, dict) else v) for k, v in setting.items()
+    )
+
+
 def _edge(
     settings: Sequence[Mapping[str, Any]], best: Mapping[str, Any]
 ) -> str:
@@ -78,7 +89,7 @@ def _choice(
         mine = [r for r in rows if given(r)]
         if len({r["seed"] for r in mine}) < seeds:
             continue
-        key = tuple(s.items())
+        key = _key(s)
         scores[key] = float(np.mean([float(r["final_average"]) for r in mine]))
         found = [r.get("alpha_mean") for r in mine]
         used = [x for x in found if isinstance(x, float)]
@@ -92,12 +103,13 @@ def _choice(
         return round(scores[key], 6), strength, s.get("rank", 0)
 
     best, values = min(scores, key=order), list(scores.values())
+    setting = next(dict(s) for s in settings if _key(s) == best)
     budget = [expected_best(values, k + 1) for k in range(len(values))]
     return Choice(
         arm,
-        dict(best),
+        setting,
         scores[best],
-        _edge(settings, dict(best)),
+        _edge(settings, setting),
         len(scores),
         len(settings),
         strengths[best],
@@ -122,13 +134,14 @@ def choose_settings(
 # %% ../../nbs/making/04_tuning.ipynb #3bc75725
 def tuning_choices(
     project: Project | None = None,
+    study: str = "tuning",  # or another one that tunes
 ) -> tuple[Table, list[Choice]]:
-    "The table of the study `tuning`, and what the rule selects from it."
+    "The table of a study that tunes, and what the rule selects from it."
     project = project or find_project()
-    table = read_table("tuning", project)
+    table = read_table(study, project)
     if not table.planned:
         return table, []
-    plan, seeds = read_study(project.studies / "tuning.yaml"), set()
+    plan, seeds = read_study(project.studies / f"{study}.yaml"), set()
     planned: dict[str, list[Mapping[str, Any]]] = {}
     for c in plan.cells:
         seeds.add(c.seed)
@@ -168,3 +181,31 @@ def tuning_text(table: Table, choices: Sequence[Choice]) -> str:
     for c in choices:
         lines.append(f"{c.arm:30} " + " ".join(tried(c, k) for k in ks))
     return "\n".join(lines)
+
+# %% ../../nbs/making/04_tuning.ipynb #c3974cad
+def replay_tuner(
+    most: int = 60,  # runs in all; the grid has 212
+    seed: int = 0,  # of the sampler
+    project: Project | None = None,
+) -> dict[str, tuple[int, float]]:  # arm -> runs, nats above the grid's choice
+    """Let a sampler tune the arms of the study `tuning`, and answer it from
+    the table. An arm without a complete setting is infinitely far away.
+    """
+    project = project or find_project()
+    plan = read_study(project.studies / "tuning.yaml")
+    rows = read_rows(project.results / "tuning.csv")
+    known = {
+        r["cell"]: float(r[SCORE]) if r["status"] == "ok" else None
+        for r in rows
+    }
+    tuner = Tuner(plan, most, seed)
+    told: dict[str, float | None] = {}
+    while todo := tuner.ask(told):
+        told |= {c.hash: known[c.hash] for c in todo}
+    out = {}
+    for arm in dict.fromkeys(c.arm for c in plan.cells):
+        cells = [c for c in plan.cells if c.arm == arm]
+        grid, found = chosen(cells, known), chosen(cells, told)
+        above = found[1] - grid[1] if grid and found else math.inf
+        out[arm] = sum(c.hash in told for c in cells), above
+    return out
