@@ -278,7 +278,7 @@ def finding(
     said += " would" + (f", {out} not comparable" if out else "")
     return said + (f", {lost} failed" if lost else "")
 
-# %% ../../nbs/making/07_planes.ipynb #1e682e86
+# %% ../../nbs/making/07_planes.ipynb #faa61c90
 def _key(fig: Figure, arms: Iterable[RoutedArm]) -> None:
     "One key for all rows: the routings that occur, and the grey bar."
     from matplotlib.lines import Line2D
@@ -291,7 +291,7 @@ def _key(fig: Figure, arms: Iterable[RoutedArm]) -> None:
         handles=[*keys, plain], loc="outside lower center", ncols=3, fontsize=9
     )
 
-
+# %% ../../nbs/making/07_planes.ipynb #1e682e86
 def draw_routings(
     table: Table,  # of the study `families`
     methods: Iterable[str],  # keys of dmr.methods.registry.FAMILIES

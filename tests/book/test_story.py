@@ -134,16 +134,19 @@ NO_TITLE = {
     "experiments/12_claims.ipynb": "draw_plane and the others",
     "experiments/continual_lm.ipynb": "a template, with any run's numbers",
     "experiments/lora.ipynb": "a template, with any run's numbers",
-    "experiments/families/conflict.ipynb": "draw_family",
-    "experiments/families/penalty.ipynb": "draw_family",
-    "experiments/families/projection.ipynb": "draw_family",
-    "experiments/families/replay.ipynb": "draw_family",
+    "experiments/families/conflict.ipynb": "draw_routings",
+    "experiments/families/penalty.ipynb": "draw_routings",
+    "experiments/families/projection.ipynb": "draw_routings",
+    "experiments/families/replay.ipynb": "draw_routings",
     "reporting/03_figures.ipynb": "shows the palette",
     "reporting/04_arms.ipynb": "plot_plane",
     "reporting/05_report.ipynb": "plot_plane",
     "making/06_drawings.ipynb": "shows the drawings",
     "making/07_planes.ipynb": "shows a plane",
     "making/08_scores.ipynb": "draw_scores, draw_forest",
+    "making/11_diagrams.ipynb": "draw_valleys, draw_switches",
+    "methods/11_consolidation.ipynb": "draw_valleys",
+    "routing/08_router.ipynb": "draw_switches",
 }
 _TITLE = re.compile(
     r"(?:title\s*=\s*|set_title\(\s*|suptitle\(\s*)((?:f?\"[^\"]*\"\s*)+)"
