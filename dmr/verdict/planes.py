@@ -291,6 +291,16 @@ def _key(fig: Figure, arms: Iterable[RoutedArm]) -> None:
         handles=[*keys, plain], loc="outside lower center", ncols=3, fontsize=9
     )
 
+
+def _spots(lines: pd.DataFrame) -> str:
+    "Where each arm of a comparison lies, in words."
+    spots = []
+    for r in lines.itertuples():
+        at = f"{r.forgetting:.3f} at {r.learning_accuracy:.3f}"
+        where = f"{r.method} {r.routing} ({r.setting})"
+        spots.append(f"{where} {at if r.seeds else 'failed'}")
+    return "; ".join(spots)
+
 # %% ../../nbs/making/07_planes.ipynb #1e682e86
 def draw_routings(
     table: Table,  # of the study `families`
@@ -328,14 +338,9 @@ def draw_routings(
     bold = {"fontsize": 11, "fontweight": "bold", "x": 0.01, "ha": "left"}
     said = finding(lines)
     fig.suptitle(textwrap.fill(said, 52), **bold)
-    spots = []
-    for r in lines.itertuples():
-        at_point = f"{r.forgetting:.3f} at {r.learning_accuracy:.3f}"
-        where = f"{r.method} {r.routing} ({r.setting})"
-        spots.append(f"{where} {at_point if r.seeds else 'failed'}")
     return fig, (
         "Forgetting and learning accuracy in nats per byte, means over seeds."
-        f" {said}. {'; '.join(spots)}."
+        f" {said}. {_spots(lines)}."
     )
 
 # %% ../../nbs/making/07_planes.ipynb #48eb8fca
