@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['cards', 'RoutedArm', 'routed_arms', 'setting_control', 'against_control', 'readable', 'finding', 'draw_planes',
+__all__ = ['cards', 'RoutedArm', 'routed_arms', 'setting_control', 'against_control', 'readable', 'finding', 'draw_routings',
            'AtRate', 'at_equal_learning', 'part_finding', 'draw_parts_apart']
 
 # %% ../../nbs/making/07_planes.ipynb #f712d685
@@ -230,35 +231,37 @@ def readable(
 _GUESSING = math.log(256)
 
 
-def _draw_panel(ax: Any, arms: list[RoutedArm], control: Curve) -> str:
+def _draw_arm(axes: Sequence[Any], y: float, arm: RoutedArm) -> None:
+    "The dots of one arm: forgetting on the left, learning on the right."
+    colour, mean = arm.fields.style["color"], mean_point(arm.points)
+    y += 0.1 * (1 - ROUTINGS.index(arm.fields.routing))  # none hides another
+    for ax, what in zip(axes, ("forgetting", "learning_accuracy")):
+        seeds = [getattr(p, what) for p in arm.points.values()]
+        ax.plot(seeds, [y] * len(seeds), ".", color=colour, ms=4, alpha=0.6)
+        ax.plot(getattr(mean, what), y, "o", color=colour, mec="white", ms=8)
+        if arm.native:
+            ring = {"color": "none", "mec": "#1f2328", "ms": 12}
+            ax.plot(getattr(mean, what), y, "o", **ring)
+
+
+def _draw_row(
+    axes: Sequence[Any], y: float, arms: list[RoutedArm], control: Curve
+) -> str:
     "Draw one method in one setting; returns what is not drawn."
-    draw_control(ax, control, "control: plain training over rates")
+    plain = [mean_point(at) for at in control.values()]
+    for ax, what in zip(axes, ("forgetting", "learning_accuracy")):
+        reach = [getattr(p, what) for p in plain]
+        if reach:
+            ends = [min(reach), max(reach)]
+            ax.plot(ends, [y, y], color="#c3c7cc", lw=7, solid_capstyle="round")
     out: dict[str, list[str]] = {"failed": [], "worse than guessing": []}
-    named = 0
     for a in arms:
-        routing = a.fields.routing
         if not a.points:
-            out["failed"].append(routing)
-            continue
-        mean = mean_point(a.points)
-        if mean.learning_accuracy > _GUESSING:
-            out["worse than guessing"].append(routing)
-            continue
-        draw_arm(ax, {1.0: a.points}, a.fields.style, routing)
-        # several arms of one routing: say which is which
-        if sum(b.fields.routing == routing for b in arms) > 1:
-            named += 1
-            ax.annotate(
-                a.name,
-                mean,
-                xytext=(4, 2 + 10 * named),
-                textcoords="offset points",
-                ha="right",
-                fontsize=7.5,
-            )
-        if a.native:
-            ring = {"markeredgecolor": "black", "markeredgewidth": 1.3}
-            ax.plot(*mean, "o", color="none", ms=14, label="native", **ring)
+            out["failed"].append(a.fields.routing)
+        elif mean_point(a.points).learning_accuracy > _GUESSING:
+            out["worse than guessing"].append(a.fields.routing)
+        else:
+            _draw_arm(axes, y, a)
     return "; ".join(f"{k}: {', '.join(v)}" for k, v in out.items() if v)
 
 
@@ -275,57 +278,69 @@ def finding(
     said += " would" + (f", {out} not comparable" if out else "")
     return said + (f", {lost} failed" if lost else "")
 
-# %% ../../nbs/making/07_planes.ipynb #1e682e86
-def draw_planes(
-    table: Table,  # of the study `families`
-    methods: Iterable[str],  # keys of dmr.methods.registry.FAMILIES
-) -> tuple[Figure, str]:  # the figure, and its alternative text
-    """A panel for each method and setting, beside the control of that setting.
-    Raises ValueError without a run.
-    """
-    from matplotlib.figure import Figure as NewFigure
+# %% ../../nbs/making/07_planes.ipynb #faa61c90
+def _key(fig: Figure, arms: Iterable[RoutedArm]) -> None:
+    "One key for all rows: the routings that occur, and the grey bar."
+    from matplotlib.lines import Line2D
 
-    methods = list(methods)
-    panels: dict[tuple[str, str], list[RoutedArm]] = {}
-    for a in routed_arms(table, methods):
-        panels.setdefault(a.place, []).append(a)
-    if not panels:
-        raise ValueError(
-            f"no finished run of {', '.join(methods)} in the table"
-        )
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    size = (3.6 * across + 0.3, 3.0 * down + 0.7)
-    fig = NewFigure(figsize=size, layout="constrained")
-    axes = fig.subplots(down, across, squeeze=False).ravel()
-    keys: dict[str, Any] = {}
-    for ax, (place, arms) in zip(axes, panels.items()):
-        missing = _draw_panel(ax, arms, setting_control(table, arms[0].setting))
-        title = ": ".join(place) + (f"\n{missing}" if missing else "")
-        ax.set_title(title, fontsize=8.5 if missing else 9.5)
-        ax.set_xlabel("learning accuracy (nats/byte, lower is better)", size=9)
-        ax.grid(True)
-        handles, labels = ax.get_legend_handles_labels()
-        keys |= dict(zip(labels, handles))
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    for ax in axes[::across]:
-        ax.set_ylabel("forgetting (nats/byte)", fontsize=9)
-    handles, labels = list(keys.values()), list(keys)
+    there = {a.fields.routing: a.fields.style["color"] for a in arms}
+    dot = lambda r: Line2D([], [], marker="o", ls="", color=there[r], label=r)
+    plain = Line2D([], [], color="#c3c7cc", lw=7, label="plain, all rates")
+    keys = [dot(r) for r in ROUTINGS if r in there]
     fig.legend(
-        handles, labels, loc="outside lower center", ncols=3, fontsize=8.5
+        handles=[*keys, plain], loc="outside lower center", ncols=3, fontsize=9
     )
-    lines = against_control(table, methods)
-    bold = {"fontsize": 11, "fontweight": "bold", "x": 0.01, "ha": "left"}
-    fig.suptitle(finding(lines), **bold)
+
+
+def _spots(lines: pd.DataFrame) -> str:
+    "Where each arm of a comparison lies, in words."
     spots = []
     for r in lines.itertuples():
         at = f"{r.forgetting:.3f} at {r.learning_accuracy:.3f}"
         where = f"{r.method} {r.routing} ({r.setting})"
         spots.append(f"{where} {at if r.seeds else 'failed'}")
+    return "; ".join(spots)
+
+# %% ../../nbs/making/07_planes.ipynb #1e682e86
+def draw_routings(
+    table: Table,  # of the study `families`
+    methods: Iterable[str],  # keys of dmr.methods.registry.FAMILIES
+) -> tuple[Figure, str]:  # the figure, and its alternative text
+    """A row for each method and setting: what every routing forgot and learned,
+    beside plain training. Raises ValueError without a run.
+    """
+    from matplotlib.figure import Figure as NewFigure
+
+    methods = list(methods)
+    rows: dict[tuple[str, str], list[RoutedArm]] = {}
+    for a in routed_arms(table, methods):
+        rows.setdefault(a.place, []).append(a)
+    if not rows:
+        raise ValueError(
+            f"no finished run of {', '.join(methods)} in the table"
+        )
+    fig = NewFigure(figsize=(5.4, 0.66 * len(rows) + 1.7), layout="constrained")
+    axes = fig.subplots(1, 2, sharey=True)
+    axes[1].patch.set_visible(False)  # or it would cover the names
+    for k, (place, arms) in enumerate(rows.items()):
+        control = setting_control(table, arms[0].setting)
+        missing = _draw_row(axes, -k, arms, control)
+        name = ": ".join(place) + (f" ({missing})" if missing else "")
+        at = {"transform": axes[0].get_yaxis_transform(), "fontsize": 9.5}
+        axes[0].text(0, 0.3 - k, name, in_layout=False, **at)
+    for ax, label in zip(axes, ("forgetting", "learning accuracy")):
+        ax.set_xlabel(f"{label}\n(nats/byte, lower is better)", size=9.5)
+        ax.set(yticks=[], ylim=(0.5 - len(rows), 0.8))
+        ax.spines["left"].set_visible(False)
+        ax.grid(axis="x")
+    _key(fig, (a for arms in rows.values() for a in arms))
+    lines = against_control(table, methods)
+    bold = {"fontsize": 11, "fontweight": "bold", "x": 0.01, "ha": "left"}
+    said = finding(lines)
+    fig.suptitle(textwrap.fill(said, 52), **bold)
     return fig, (
-        "Forgetting against learning accuracy in nats per byte, means over"
-        f" seeds. {finding(lines)}. {'; '.join(spots)}."
+        "Forgetting and learning accuracy in nats per byte, means over seeds."
+        f" {said}. {_spots(lines)}."
     )
 
 # %% ../../nbs/making/07_planes.ipynb #48eb8fca

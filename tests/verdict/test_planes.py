@@ -6,7 +6,7 @@ import simulated
 
 from dmr.verdict.planes import (
     against_control,
-    draw_planes,
+    draw_routings,
     finding,
     readable,
     routed_arms,
@@ -96,11 +96,15 @@ def test_a_readable_table():
 
 def test_the_figure_names_what_failed():
     far = run("ewc", 0, 52.9, 79.3, "ewc", routing="displacement")
-    fig, alt = draw_planes(table(far), ["ewc"])
-    (ax,) = [a for a in fig.axes if a.get_visible()]
-    assert ax.get_ylim()[1] < 2
+    fig, alt = draw_routings(table(far), ["ewc"])
+    lost, learned = fig.axes
+    assert lost.get_xlim()[1] < 2 and learned.get_xlim()[1] < 2
     missing = "failed: decoupled; worse than guessing: displacement"
-    assert ax.get_title() == f"ewc: AdamW\n{missing}"
+    (row,) = [t.get_text() for t in lost.texts]
+    assert row == f"ewc: AdamW ({missing})"
+    dots = [x.get_xdata() for x in lost.lines if x.get_marker() == "o"]
+    # shared, its ring, denominator
+    assert [float(x[0]) for x in dots] == pytest.approx([1.15, 1.15, 1.2])
     assert "ewc decoupled (AdamW) failed" in alt
     assert "ewc shared (AdamW) 1.150 at 0.700" in alt
 
@@ -110,5 +114,5 @@ def test_what_is_not_one_arm_is_refused():
     with pytest.raises(ValueError, match="seed 0 has two runs of 'ewc'"):
         routed_arms(table(again), ["ewc"])
     with pytest.raises(ValueError, match="no finished run of si"):
-        draw_planes(table(), ["si"])
+        draw_routings(table(), ["si"])
     assert against_control(simulated.whole([]), ["ewc"]).empty
