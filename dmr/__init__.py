@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dmr.routing.consolidation import Consolidation, Interpolate
     from dmr.routing.modification import Dense, LowRank, Modification
     from dmr.training.pretrained import load_pretrained
+    from dmr.training.finetune import finetune
     from dmr.methods.consolidation import FisherMerge, merge
     from dmr.methods.projection import Projection
     from dmr.methods.replay import ReplayBuffer, ReplayMix
@@ -54,6 +55,7 @@ _HOME = {
     "load_results": "reporting.results",
     "build_model": "training.model",
     "load_pretrained": "training.pretrained",
+    "finetune": "training.finetune",
     "sample_text": "methods.sampling",
     "route_lora": "frameworks.lora",
     "restart_lora": "frameworks.lora",
@@ -81,6 +83,7 @@ __all__ = [
     "load_results",
     "build_model",
     "load_pretrained",
+    "finetune",
     "sample_text",
     "route_lora",
     "restart_lora",

@@ -62,6 +62,8 @@ def _batch(args: argparse.Namespace) -> int:
     study = find_study(args.study, project, _given(args))
     if args.dry_run:
         return _show_plan(args, study, project)
+    if args.tuner:
+        return _tuned(args, study, project)
     done = _make_runs(args, study, project)
     if not args.json:
         print(done.summary())
@@ -94,22 +96,61 @@ def _show_plan(args: argparse.Namespace, study: Study, project: Project) -> int:
     return 0
 
 # %% ../nbs/making/23_cli.ipynb #740a4abd
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    "How the runs of a batch are made, as the command line says."
+    return dict(
+        workers=args.workers,
+        scheduler=args.scheduler,
+        budget_s=args.budget_hours * 3600 if args.budget_hours else None,
+        how="json" if args.json else "quiet" if args.quiet else "bar",
+        mirror=args.output,
+    )
+
+
 def _make_runs(
     args: argparse.Namespace, study: Study, project: Project
 ) -> BatchResult:
     "Make a study's missing runs with the options of the command line."
     from dmr.studies.batch import run_batch
 
-    how = "json" if args.json else "quiet" if args.quiet else "bar"
-    return run_batch(
-        study,
-        project,
-        workers=args.workers,
-        scheduler=args.scheduler,
-        retry_failed=args.retry_failed,
-        budget_s=args.budget_hours * 3600 if args.budget_hours else None,
-        how=how,
-        mirror=args.output,
+    retry = args.retry_failed
+    return run_batch(study, project, retry_failed=retry, **_how(args))
+
+# %% ../nbs/making/23_cli.ipynb #6a029744
+def _tuned(args: argparse.Namespace, study: Study, project: Project) -> int:
+    "`dmr batch STUDY --tuner optuna`: make the runs that a sampler asks for."
+    from dmr.studies.tuner import run_tuned, tuned_text
+
+    if args.retry_failed:
+        raise ValueError(
+            "--retry-failed does not go with --tuner, which avoids what"
+            " failed; make those runs again without a sampler"
+        )
+    done = run_tuned(
+        study, project, args.trials, seed=args.sampler_seed, **_how(args)
+    )
+    if not args.json:
+        print(done.summary(), tuned_text(done), sep="\n")
+    return done.exit_code
+
+
+def _add_tuner_options(p: argparse.ArgumentParser) -> None:
+    "Options of a batch that a sampler chooses."
+    p.add_argument(
+        "--tuner", choices=("optuna",), help="let a sampler choose the runs"
+    )
+    p.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help="with --tuner: runs in all (default: a third of the grid)",
+    )
+    p.add_argument(
+        "--sampler-seed",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="with --tuner: seed of the sampler (default: 0)",
     )
 
 # %% ../nbs/making/23_cli.ipynb #99410795
@@ -236,6 +277,32 @@ def _judge(
     nbs = project.root / "nbs"
     execute([pages[0].relative_to(nbs).as_posix()], project.root)
     return 0
+
+# %% ../nbs/making/23_cli.ipynb #71bfbc71
+def _export(args: argparse.Namespace) -> int:
+    "`dmr export STUDY --to TARGET`: a study's runs for a tracker."
+    from dmr.reporting.export import export_study
+
+    print(export_study(args.study, args.to, _project_of(args), args.code))
+    return 0
+
+
+def _add_export_options(p: argparse.ArgumentParser) -> None:
+    "Options of an export."
+    p.add_argument("study", metavar="STUDY")
+    p.add_argument(
+        "--to",
+        required=True,
+        choices=("trackio", "mlflow", "wandb", "json"),
+        help="the tracker, or json: a file in the current folder",
+    )
+    p.add_argument(
+        "--code",
+        choices=("current", "any"),
+        default="current",
+        help="any: results of every version of the code",
+    )
+    _add_folders(p)
 
 # %% ../nbs/making/23_cli.ipynb #21528c79
 def _list_studies(project: Project) -> int:
@@ -471,6 +538,43 @@ def _models(args: argparse.Namespace) -> int:
         args, "model", example, fetch_model, list_models, columns, line
     )
 
+# %% ../nbs/making/23_cli.ipynb #f1e7a0c2
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    "What a training was asked for, by parameter; what was not, is left out."
+    given = {
+        "model": args.model,
+        "new": args.new,
+        "keep": args.keep,
+        "lora": args.lora,
+        "rates": args.rates,
+        "steps": args.steps,
+        "output": args.output,
+    }
+    if args.command == "finetune":
+        given["method"] = args.method
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _train_and_tell(args: argparse.Namespace) -> int:
+    "`dmr finetune`, `dmr compare`: train, then write the page."
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dmr.reporting.finetuned import check_page, write_page
+    from dmr.training import finetune
+
+    check_page()
+    given, more = _asked(args), _given(args)
+    named = [name for name in more if hasattr(args, name)]
+    given |= {name: more.pop(name) for name in named}
+    try:
+        done = getattr(finetune, args.command)(**given, **more)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise
+    print(done.summary(), flush=True)
+    page = write_page(args.command, given | {"asked": more}, args.output)
+    print(f"open {page.resolve().as_uri()}")
+    return 0
+
 # %% ../nbs/making/23_cli.ipynb #ca9eeea0
 def _add_folders(p: argparse.ArgumentParser) -> None:
     "Options that say where runs and tables are kept."
@@ -503,8 +607,11 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"-n {lines}: at least 1 line is needed")
 
 # %% ../nbs/making/23_cli.ipynb #99b0b9d5
-def _add_batch_options(p: argparse.ArgumentParser) -> None:
-    "Options that `dmr run` and `dmr batch` share."
+def _add_parameter(
+    p: argparse.ArgumentParser,
+    about: str,  # what it sets
+) -> None:
+    "The option -p NAME VALUE."
     p.add_argument(
         "-p",
         dest="parameter",
@@ -512,8 +619,13 @@ def _add_batch_options(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="set a parameter of every run",
+        help=about,
     )
+
+
+def _add_batch_options(p: argparse.ArgumentParser) -> None:
+    "Options that `dmr run` and `dmr batch` share."
+    _add_parameter(p, "set a parameter of every run")
     p.add_argument(
         "--workers",
         type=int,
@@ -550,6 +662,46 @@ def _add_batch_options(p: argparse.ArgumentParser) -> None:
     )
     _add_folders(p)
 
+# %% ../nbs/making/23_cli.ipynb #f1e7a0c4
+def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
+    "Arguments of the commands that train one pretrained model."
+    for name in ("finetune", "compare"):
+        about = {
+            "model": "a name (see `dmr models`), a folder, or a .gguf file",
+            "new": "text to learn: a file, a folder, or .jsonl",
+        }
+        for argument, help in about.items():
+            p[name].add_argument(argument, metavar=argument.upper(), help=help)
+        p[name].add_argument(
+            "--keep",
+            metavar="OLD|self",
+            help="old text to protect, or self: the model writes it",
+        )
+        p[name].add_argument(
+            "--lora", type=int, metavar="RANK", help="train adapters alone"
+        )
+        p[name].add_argument(
+            "--rates",
+            type=float,
+            nargs="+",
+            metavar="RATE",
+            help="peak learning rates; a training each",
+        )
+        p[name].add_argument("--steps", type=int, metavar="N")
+        p[name].add_argument(
+            "-o",
+            "--output",
+            metavar="FOLDER",
+            default={"finetune": "finetuned"}.get(name, "compared"),
+            help="where model and page go (default: %(default)s)",
+        )
+        _add_parameter(p[name], "a further parameter, such as batch 4")
+    p["finetune"].add_argument(
+        "--method",
+        help="none, merge, projection, merge+projection or replay (default:"
+        " merge with --keep)",
+    )
+
 # %% ../nbs/making/23_cli.ipynb #a11e7a15
 #: Commands that make or look at runs: name, function, help.
 _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
@@ -573,6 +725,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
         "table, figures and HTML of what is there; `tuning`: what tuning"
         " selects; `claims`: the verdicts",
     ),
+    ("export", _export, "give a study's runs to a tracker, each once"),
     (
         "tables",
         _tables,
@@ -580,6 +733,18 @@ _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ),
     ("streams", _streams, "the streams on offer"),
     ("models", _models, "the pinned pretrained models"),
+    (
+        "finetune",
+        _train_and_tell,
+        "fine-tune a pretrained model on your text; says what it learned and"
+        " lost",
+    ),
+    (
+        "compare",
+        _train_and_tell,
+        "the same beside its controls: rates, early stopping, averaging back,"
+        " adapters",
+    ),
 )
 
 # %% ../nbs/making/23_cli.ipynb #ecc987e0
@@ -646,6 +811,9 @@ def parser() -> argparse.ArgumentParser:
     _add_arguments(made)
     for name in ("run", "batch"):
         _add_batch_options(made[name])
+    _add_tuner_options(made["batch"])
+    _add_export_options(made["export"])
+    _add_training_options(made)
     for name in ("status", "tail", "why", "accept", "report", "tables"):
         _add_folders(made[name])
     return top

@@ -37,6 +37,7 @@ def call(capsys, root, *argv):
         ["report"],
         ["why"],
         ["tail"],
+        ["finetune", "--help"],
     ],
 )
 def test_looking_needs_no_torch(argv, tmp_path):
@@ -71,6 +72,8 @@ def test_every_command_has_a_line_of_help(capsys):
         "tables",
         "streams",
         "models",
+        "finetune",
+        "compare",
     ):
         assert f"    {name}" in said
     assert main([]) == 2

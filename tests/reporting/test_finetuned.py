@@ -1,0 +1,146 @@
+"""The commands for one pretrained model, in an empty folder, as a user starts
+them; and the page they end with.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from dmr.cli import main
+from dmr.reporting.finetuned import template
+from dmr.training.finetune import save_small_llama
+
+SMALL = "--steps 6 --rates 1e-3 3e-3 -p length 48 -p batch 2 -p windows 2"
+SMALL = f"{SMALL} -p keep_tokens 384 -p looks 2 -p device cpu".split()
+
+
+@pytest.fixture
+def empty(tmp_path):
+    "A folder with texts and a model beside it, and nothing else."
+    save_small_llama(tmp_path / "tiny", width=32)
+    (tmp_path / "new.txt").write_text("Rain falls, the sea stays. " * 200)
+    (tmp_path / "old.txt").write_text("def f(x): return x * x\n" * 200)
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+def call(folder, *argv, python=(), **env):
+    root = Path(__file__).parents[2]
+    code = "import sys; from dmr.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, *python, "-c", code, *argv],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root), **env},
+    )
+
+
+@pytest.mark.parametrize("command", ["finetune", "compare"])
+def test_a_command_ends_with_a_page(command, empty):
+    texts = ["../tiny", "../new.txt", "--keep", "../old.txt", "-o", "out"]
+    done = call(empty, command, *texts, *SMALL)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    out = empty / "out"
+    assert last == f"open {(out / command).resolve().as_uri()}.html"
+    page = (out / f"{command}.html").read_text()
+    # nothing is asked of the network, and no code is shown
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "import dmr" not in page and "skip_exec" not in page
+    assert (
+        page.count("data:image/png") == {"finetune": 2, "compare": 3}[command]
+    )
+    cells = json.loads((out / f"{command}.ipynb").read_text())["cells"]
+    outputs = [o for c in cells for o in c.get("outputs", ())]
+    assert not any(o["output_type"] == "error" for o in outputs)
+    result = json.loads((out / "result.json").read_text())
+    change = result["runs"][result["best"]]["change"]["new"]["bits_per_byte"]
+    assert f"{change:+.3f}".lstrip("-+") in page
+    if command == "finetune":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        AutoModelForCausalLM.from_pretrained(out / "model")
+        AutoTokenizer.from_pretrained(out / "model")
+    else:
+        assert not (out / "model").exists()
+    written = [p for p in empty.rglob("*") if p.is_file()]
+    assert all(out in p.parents for p in written)
+    # again: nothing is trained, and the page is there
+    began = time.time()
+    assert call(empty, command, *texts, *SMALL).returncode == 0
+    for state in out.glob("runs/*/run.json"):
+        assert state.stat().st_mtime < began
+
+
+def test_what_is_wrong_is_one_line(empty, capsys, monkeypatch):
+    monkeypatch.chdir(empty)
+    for argv, said in [
+        (["../tiny", "nothing.txt"], "no file or folder"),
+        (["../nobody", "../new.txt"], "no language model"),
+        (["../tiny", "../new.txt", "--method", "merge"], "keep='self'"),
+        (["../tiny", "../new.txt", "--rates", "-1"], "rates=-1.0 lies outside"),
+        (["../tiny", "../new.txt", "-p", "epochs", "3"], "unknown parameter"),
+    ]:
+        assert main(["finetune", *argv, "-p", "device", "cpu"]) == 2
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert err.startswith("dmr finetune: ") and said in err, err
+    assert not [*empty.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "module, extra",
+    [("papermill", "experiments"), ("nbconvert", "experiments")],
+)
+def test_a_missing_extra_is_named_before_training(module, extra, empty):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from dmr.cli import main; sys.exit(main())"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "finetune", "../tiny", "../new.txt"],
+        cwd=empty,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 2
+    assert f"pip install 'moment-routing[{extra}]'" in done.stderr
+    assert not [*empty.iterdir()]
+
+
+def test_the_pages_are_templates_that_the_wheel_carries():
+    for name in ("finetune", "compare"):
+        path = template(name)
+        assert path.parent.name == "experiments"
+        assert not path.name[0].isdigit()  # what setup.py copies
+
+
+@pytest.mark.slow
+def test_smollm2_in_under_ten_minutes(empty):
+    "Forty steps on a processor, the past written by the model itself."
+    for path in (Path(__file__).parents[2] / "dmr/routing").glob("*.py"):
+        (empty.parent / "code").mkdir(exist_ok=True)
+        (empty.parent / "code" / path.name).write_text(path.read_text())
+    began = time.perf_counter()
+    done = call(
+        empty, "finetune", "smollm2-135m", "../code", "--keep", "self",
+        "-p", "device", "cpu",
+    )  # fmt: skip
+    wall = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    assert wall < 600, wall
+    result = json.loads((empty / "finetuned/result.json").read_text())
+    change = result["runs"][0]["change"]["new"]["bits_per_byte"]
+    error = result["runs"][0]["change"]["new"]["bits_per_byte_se"]
+    assert change < -2 * error
