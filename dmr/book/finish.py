@@ -118,7 +118,7 @@ _PRINTED_HERE = re.compile(
 def _fit_outputs(
     page: str,  # HTML
 ) -> str:
-    """Mark what code printed where it is wider than code: `wide` up to 104
+    """Mark what code printed where it is wider than code: `wide` up to 100
     characters, printed smaller; `long` beyond, wrapped.
     """
 
@@ -127,7 +127,7 @@ def _fit_outputs(
         widest = max(map(len, text.split("\n")))
         if widest <= 80:
             return found[0]
-        kind = "wide" if widest <= 104 else "long"
+        kind = "wide" if widest <= 100 else "long"
         return f'{found[1]} class="{kind}"{found[2]}'
 
     return _PRINTED_HERE.sub(mark, page)

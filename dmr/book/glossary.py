@@ -59,7 +59,7 @@ def read_glossary(
 # %% ../../nbs/making/26_glossary.ipynb #35f1d6bb
 _CLOSED = frozenset(
     "a pre code h1 h2 h3 h4 h5 script style button nav title svg summary th"
-    " header footer figcaption".split()
+    " header footer figure label".split()
 )
 
 
