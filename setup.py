@@ -18,7 +18,11 @@ extras = {
     for key in cfg
     if key.endswith("_requirements")
 }
-extras["all"] = sorted({need for needs in extras.values() for need in needs})
+# MLflow and trackio ask for older versions of packages that others pin
+trackers = {"trackio", "mlflow", "wandb"}
+extras["all"] = sorted(
+    {need for k, needs in extras.items() if k not in trackers for need in needs}
+)
 statuses = [
     "1 - Planning",
     "2 - Pre-Alpha",

@@ -62,6 +62,8 @@ def _batch(args: argparse.Namespace) -> int:
     study = find_study(args.study, project, _given(args))
     if args.dry_run:
         return _show_plan(args, study, project)
+    if args.tuner:
+        return _tuned(args, study, project)
     done = _make_runs(args, study, project)
     if not args.json:
         print(done.summary())
@@ -94,22 +96,61 @@ def _show_plan(args: argparse.Namespace, study: Study, project: Project) -> int:
     return 0
 
 # %% ../nbs/making/23_cli.ipynb #740a4abd
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    "How the runs of a batch are made, as the command line says."
+    return dict(
+        workers=args.workers,
+        scheduler=args.scheduler,
+        budget_s=args.budget_hours * 3600 if args.budget_hours else None,
+        how="json" if args.json else "quiet" if args.quiet else "bar",
+        mirror=args.output,
+    )
+
+
 def _make_runs(
     args: argparse.Namespace, study: Study, project: Project
 ) -> BatchResult:
     "Make a study's missing runs with the options of the command line."
     from dmr.studies.batch import run_batch
 
-    how = "json" if args.json else "quiet" if args.quiet else "bar"
-    return run_batch(
-        study,
-        project,
-        workers=args.workers,
-        scheduler=args.scheduler,
-        retry_failed=args.retry_failed,
-        budget_s=args.budget_hours * 3600 if args.budget_hours else None,
-        how=how,
-        mirror=args.output,
+    retry = args.retry_failed
+    return run_batch(study, project, retry_failed=retry, **_how(args))
+
+# %% ../nbs/making/23_cli.ipynb #6a029744
+def _tuned(args: argparse.Namespace, study: Study, project: Project) -> int:
+    "`dmr batch STUDY --tuner optuna`: make the runs that a sampler asks for."
+    from dmr.studies.tuner import run_tuned, tuned_text
+
+    if args.retry_failed:
+        raise ValueError(
+            "--retry-failed does not go with --tuner, which avoids what"
+            " failed; make those runs again without a sampler"
+        )
+    done = run_tuned(
+        study, project, args.trials, seed=args.sampler_seed, **_how(args)
+    )
+    if not args.json:
+        print(done.summary(), tuned_text(done), sep="\n")
+    return done.exit_code
+
+
+def _add_tuner_options(p: argparse.ArgumentParser) -> None:
+    "Options of a batch that a sampler chooses."
+    p.add_argument(
+        "--tuner", choices=("optuna",), help="let a sampler choose the runs"
+    )
+    p.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help="with --tuner: runs in all (default: a third of the grid)",
+    )
+    p.add_argument(
+        "--sampler-seed",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="with --tuner: seed of the sampler (default: 0)",
     )
 
 # %% ../nbs/making/23_cli.ipynb #99410795
@@ -236,6 +277,32 @@ def _judge(
     nbs = project.root / "nbs"
     execute([pages[0].relative_to(nbs).as_posix()], project.root)
     return 0
+
+# %% ../nbs/making/23_cli.ipynb #71bfbc71
+def _export(args: argparse.Namespace) -> int:
+    "`dmr export STUDY --to TARGET`: a study's runs for a tracker."
+    from dmr.reporting.export import export_study
+
+    print(export_study(args.study, args.to, _project_of(args), args.code))
+    return 0
+
+
+def _add_export_options(p: argparse.ArgumentParser) -> None:
+    "Options of an export."
+    p.add_argument("study", metavar="STUDY")
+    p.add_argument(
+        "--to",
+        required=True,
+        choices=("trackio", "mlflow", "wandb", "json"),
+        help="the tracker, or json: a file in the current folder",
+    )
+    p.add_argument(
+        "--code",
+        choices=("current", "any"),
+        default="current",
+        help="any: results of every version of the code",
+    )
+    _add_folders(p)
 
 # %% ../nbs/making/23_cli.ipynb #21528c79
 def _list_studies(project: Project) -> int:
@@ -658,6 +725,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
         "table, figures and HTML of what is there; `tuning`: what tuning"
         " selects; `claims`: the verdicts",
     ),
+    ("export", _export, "give a study's runs to a tracker, each once"),
     (
         "tables",
         _tables,
@@ -743,6 +811,8 @@ def parser() -> argparse.ArgumentParser:
     _add_arguments(made)
     for name in ("run", "batch"):
         _add_batch_options(made[name])
+    _add_tuner_options(made["batch"])
+    _add_export_options(made["export"])
     _add_training_options(made)
     for name in ("status", "tail", "why", "accept", "report", "tables"):
         _add_folders(made[name])

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .glossary import Term, link_terms, read_glossary
 from .reference import name_addresses, public_modules
 from .references import Work, link_names, link_works, read_works
 
@@ -109,10 +110,34 @@ _NAMED = {
 }
 
 
+_PRINTED_HERE = re.compile(
+    r'(<div class="cell-output[^"]*">\s*<pre)((?:(?!</pre>).)*</pre>)', re.S
+)
+
+
+def _fit_outputs(
+    page: str,  # HTML
+) -> str:
+    """Mark what code printed where it is wider than code: `wide` up to 104
+    characters, printed smaller; `long` beyond, wrapped.
+    """
+
+    def mark(found: re.Match[str]) -> str:
+        text = html.unescape(re.sub(r"<[^>]+>", "", "<pre" + found[2]))
+        widest = max(map(len, text.split("\n")))
+        if widest <= 80:
+            return found[0]
+        kind = "wide" if widest <= 104 else "long"
+        return f'{found[1]} class="{kind}"{found[2]}'
+
+    return _PRINTED_HERE.sub(mark, page)
+
+
 def _make_accessible(
     page: str,  # HTML
 ) -> str:
     "Let the keyboard reach what scrolls, and name what has no text."
+    page = _fit_outputs(page)
     attributes = 'class="table-scroll" tabindex="0" role="group"'
     box = rf'<div {attributes} aria-label="Table">\1</div>'
     page = re.sub(r"(<table\b.*?</table>)", box, page, flags=re.S)
@@ -202,6 +227,28 @@ def _plain_outputs(
     plain = lambda m: f"{m[1]}\n{html.unescape(m[2])}\n{m[1]}"
     return _PRINTED.sub(plain, text)
 
+
+_RAW = re.compile(r"^(`{3,})\{=html\}\n(.*?)\n\1$", re.M | re.S)
+_FIGURE = re.compile(
+    r'<figure\b[^>]*>.*?<img src="([^"]+)"[^>]*\balt="([^"]*)".*?</figure>',
+    re.S,
+)
+_LINES = re.compile(
+    r'^<(p|footer) class="(?:opening|freshness)[^>]*>(.*)</\1>$', re.M
+)
+
+
+def _plain_copy(
+    text: str,  # the Markdown copy of a page
+) -> str:
+    "Write a copy's figures as Markdown, and its first and last line as text."
+    tags = lambda t: html.unescape(re.sub(r"<br>", "\n", re.sub(
+        r"<(?!br>)[^>]+>", "", t)))  # fmt: skip
+    image = lambda m: f"![{html.unescape(m[2])}]({m[1]})"
+    text = _RAW.sub(lambda m: m[2], _plain_outputs(text))
+    text = _FIGURE.sub(image, text)
+    return _LINES.sub(lambda m: tags(m[2]), text)
+
 # %% ../../nbs/making/20_finish.ipynb #cb64982e
 def _redirect_html(
     address: str,  # where the page stands now, from the old one
@@ -244,10 +291,12 @@ def _finish_page(
     to_root: str,  # path from the page up to the site's top: '' or '../'
     address: dict[str, str],  # documented names
     works: dict[str, Work],  # cited works, by arXiv number
+    terms: Iterable[Term],  # of the glossary
     # (formula, whether it stands apart) → HTML
     typeset: Callable[[str, bool], str],
 ) -> tuple[str, list[str]]:  # the page; what is not as it should be
-    "Finish one page: formulas, names, works, tables, access."
+    "Finish one page: terms, formulas, names, works, tables, access."
+    page = link_terms(page, terms, to_root)
     page = link_names(_typeset_page(page, typeset, to_root), address, to_root)
     page, unknown = link_works(_make_accessible(page), works, to_root)
     problems = [
@@ -286,18 +335,22 @@ def finish_site(
     Raises ValueError for a formula that cannot be read."""
     typeset = _Typesetter(root / "nbs" / "assets" / "katex" / "katex.min.js")
     address, works = name_addresses(public_modules(root)), read_works(root)
+    terms = read_glossary(root)
     pages, problems = sorted(site.rglob("*.html")), []
     for file in pages:
         name = file.relative_to(site)
         page, to_root = file.read_text("utf-8"), "../" * (len(name.parts) - 1)
         try:
-            page, found = _finish_page(page, to_root, address, works, typeset)
+            known = [] if name.stem == "glossary" else terms
+            page, found = _finish_page(
+                page, to_root, address, works, known, typeset
+            )
         except ValueError as error:
             raise ValueError(f"{name.with_suffix('')}: {error}") from None
         problems += [f"{name} {problem}" for problem in found]
         file.write_text(page, encoding="utf-8")
     for file in site.rglob("*.llms.md"):
-        text = _plain_outputs(file.read_text(encoding="utf-8"))
+        text = _plain_copy(file.read_text(encoding="utf-8"))
         file.write_text(text, encoding="utf-8")
     _write_styles(site)
     return len(pages), problems

@@ -145,6 +145,8 @@ def read_cells(
 # %% ../../nbs/making/12_notebook.ipynb #03909e88
 _FOLD_LINES = 45  # exported code longer than this is folded
 _FOLD_DRAWING = 8  # code longer than this that draws a figure is folded
+_FOLD_CHECKS = 3  # code longer than this that only checks is folded
+_CHECK = re.compile(r"^(?:assert |test_\w+\()", re.M)
 
 
 def fold_summary(
@@ -159,4 +161,7 @@ def fold_summary(
         return f"Source, {lines} lines"
     if draws and lines > _FOLD_DRAWING:
         return f"Code of the figure, {lines} lines"
+    checks = _CHECK.search(cell.text) and not cell.outputs
+    if checks and cell.exports_to is None and lines > _FOLD_CHECKS:
+        return f"Checks, {lines} lines"
     return ""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dmr.book.chapters import (
-    SECTIONS,
+    PARTS,
+    STORY,
     Chapter,
     builds_on,
     front_matter,
@@ -73,7 +74,7 @@ def _chapter_links(
 ) -> str:  # HTML
     "Link chapters by their short titles."
     return ", ".join(
-        f'<a href="{to_root}{c.page}.html">{html.escape(c.label)}</a>'
+        f'<a href="{to_root}{c.page}.html">{html.escape(c.entry)}</a>'
         for c in chapters
     )
 
@@ -82,12 +83,19 @@ def _opening_html(
     chapter: Chapter,
     chapters: list[Chapter],  # the book
 ) -> str:
-    """Write the line below a chapter's title: minutes, what it builds on, its
-    module, its notebook.
+    """Write the line below a chapter's title: its place in the story, minutes,
+    what it builds on, what comes next, its module, its notebook.
     """
     up, parts = chapter.to_root, [f"{reading_minutes(chapter)} min"]
+    if chapter.number:
+        parts.insert(0, f"page {chapter.number} of {len(STORY)}")
     if before := builds_on(chapter, chapters):
         parts.append(f"builds on {_chapter_links(before, up)}")
+    elif chapter.number:
+        parts.append("needs nothing before it")
+    follows = (chapter.number or len(STORY)) + 1
+    if after := [c for c in chapters if c.number == follows]:
+        parts.append(f"next {_chapter_links(after, up)}")
     if chapter.module and not chapter.module.endswith("__"):
         place = f"{up}reference/{chapter.module.removeprefix('dmr.')}.html"
         name = f"<code>{chapter.module}</code>"
@@ -304,6 +312,19 @@ def _notebook(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "nbformat_minor": 5,
     }
 
+# %% ../../nbs/making/19_pages.ipynb #cd27d380
+def _in_short(cell: dict[str, Any]) -> bool:
+    "Whether a prepared cell is a page's result in one paragraph."
+    return cell["source"].lstrip().startswith("> **In short.**")
+
+
+def _lead(picture: Picture, chapter: Chapter) -> dict[str, Any]:
+    "A page's first figure, to stand above its text."
+    below = f'<a href="#{picture.label}">Drawn below</a>'
+    block = picture_html(replace(picture, label=""), chapter.to_root, below)
+    block = block.replace('loading="lazy"', 'fetchpriority="high"')
+    return _markdown(f"```{{=html}}\n{block}\n```")
+
 # %% ../../nbs/making/19_pages.ipynb #a3da3ef7
 def prepare_chapter(
     chapter: Chapter,  # what to prepare
@@ -343,12 +364,31 @@ def prepare_chapter(
         cells += _code_block(cell, outputs, chapter)
     home = chapter.path == "index.ipynb"
     options = {"toc": "false", "page-navigation": "true"} if home else {}
-    head = front_matter(chapter.title, chapter.description, **options)
+    if chapter.number and pictures:
+        at = 2 if len(cells) > 1 and _in_short(cells[1]) else 1
+        cells.insert(at, _lead(pictures[0], chapter))
+    page = f"{chapter.number}. " if chapter.number else ""
+    head = front_matter(page + chapter.title, chapter.description, **options)
     raw = {"cell_type": "raw", "metadata": {}, "source": head}
     last = _markdown(_closing_html(chapter, execution, stale))
     return _notebook([raw, *cells, last]), pictures
 
 # %% ../../nbs/making/19_pages.ipynb #e7f4f878
+def _contents_row(
+    c: Chapter,
+    chapters: list[Chapter],  # the book
+) -> str:  # HTML
+    "One line of the contents."
+    before = _chapter_links(builds_on(c, chapters), "")
+    needs = f'<span class="needs">builds on {before}</span>'
+    about = html.escape(re.sub(r"[`$]|\\", "", c.description))
+    return (
+        f'<li><a href="{c.page}.html">{html.escape(c.entry)}</a> <span'
+        f' class="minutes">{reading_minutes(c)} min</span><p>{about}</p>'
+        f"{needs if before else ''}</li>"
+    )
+
+
 def contents_page(
     chapters: list[Chapter],  # the book
 ) -> str:  # Markdown
@@ -356,30 +396,27 @@ def contents_page(
     what it builds on.
     """
     minutes = lambda some: sum(map(reading_minutes, some))
-    hours, rest = divmod(minutes(chapters), 60)
+    story = [c for c in chapters if c.part == "Story"]
+    hours, rest = divmod(minutes(story), 60)
     about = "Every chapter, how long it takes, and what it builds on."
     lines = [
         front_matter("Contents and reading path", about),
-        f"The whole book is about {hours} hours and {rest} minutes of reading."
-        " Each chapter says what it builds on, so that you can start where your"
-        " question is.\n",
+        f"Read the story, page by page: {hours} hours and {rest} minutes. The"
+        " other parts are for looking things up: each chapter says what it"
+        " builds on, so that you can start where your question is.\n",
     ]
-    for section in SECTIONS.values():
-        inside = [c for c in chapters if c.section == section]
+    for part in PARTS:
+        inside = [c for c in chapters if c.part == part]
         if not inside:
             continue
         total = f'<p class="section-minutes">{minutes(inside)} min</p>\n'
-        lines += [f"## {section}\n", total, '<ul class="contents">']
-        for c in inside:
-            before = _chapter_links(builds_on(c, chapters), "")
-            needs = f'<span class="needs">builds on {before}</span>'
-            about = html.escape(re.sub(r"[`$]|\\", "", c.description))
-            lines.append(
-                f'<li><a href="{c.page}.html">{html.escape(c.label)}</a> <span'
-                f' class="minutes">{minutes([c])} min</span><p>{about}</p>'
-                f"{needs if before else ''}</li>"
-            )
-        lines.append("</ul>\n")
+        lines += [f"## {part}\n", total]
+        for section in dict.fromkeys(c.section for c in inside):
+            if len(PARTS[part]) > 1:
+                lines.append(f"### {section}\n")
+            rows = [c for c in inside if c.section == section]
+            listed = "".join(_contents_row(c, chapters) for c in rows)
+            lines.append(f'<ul class="contents">{listed}</ul>\n')
     return "\n".join(lines)
 
 # %% ../../nbs/making/19_pages.ipynb #e2edf4db

@@ -20,6 +20,7 @@ from dmr.book.chapters import (
 )
 from .figures import Picture, gallery_html
 from .finish import finish_site, write_redirects
+from .glossary import glossary_page, read_glossary
 from .home import hero_script, hero_table
 from dmr.book.pages import (
     Book,
@@ -30,6 +31,7 @@ from dmr.book.pages import (
 )
 from .reference import reference_pages
 from .references import read_works, works_list
+from .search import reading_list, write_search
 
 # %% ../../nbs/making/21_site.ipynb #69fa46f2
 def _write(file: Path, text: str) -> None:
@@ -54,11 +56,12 @@ def _pages_without_notebook(
     read = lambda name: (root / name).read_text(encoding="utf-8")
     body = lambda name: re.sub(r"^# .*\n", "", read(name), count=1)
     about = "Every figure of the book; each links to the text around it."
-    gallery = front_matter("Figures", about, toc="false")
+    gallery = front_matter("All figures", about, toc="false")
     seconds = {path: x.wall_s for path, (x, _) in book.executions.items()}
     reference = reference_pages(book.chapters, seconds, root)
     return {
         "contents": contents_page(book.chapters),
+        "glossary": glossary_page(read_glossary(root)),
         "gallery": f"{gallery}\n{gallery_html(pictures)}",
         "contributing": front_matter("Contributing") + body("CONTRIBUTING.md"),
         "changelog": front_matter("Changelog") + body("CHANGELOG.md"),
@@ -173,6 +176,9 @@ def build(
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / "nbs" / c.path, copy)
     pages, found = finish_site(root, site)
+    write_search(site, book.chapters, read_glossary(root))
+    about = book.chapters[0].description
+    _write(site / "llms.txt", reading_list(book.chapters, about))
     return pages, [*problems, *found, *write_redirects(root, site)]
 
 # %% ../../nbs/making/21_site.ipynb #7739b1a9

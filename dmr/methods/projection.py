@@ -188,6 +188,9 @@ class _Looking(_Settings):
         self._C |= {n: (missing[n], C) for n, C in made.items()}
         return {n: self._C[n][1] for n in bases}
 
+    def look(self, steps: Mapping[str, Tensor]) -> None:
+        self._look(as_vectors(steps))
+
     def witness(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # a NaN in a row of g is one in that row of g U
         found = self._look(as_vectors(grads))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .modification import Made
+from .modification import Learner, Made
 from .moments import Moments, as_optimizers, moments_of
 from .sharding import placed_like, unwrapped
 from .strength import check_fraction
@@ -83,31 +83,9 @@ class Trained(_Optimized):
                 return optimizer.state[p].get(kind.second)
         return None
 
-# %% ../../nbs/routing/07_consolidation.ipynb #273be954
-class _Stated:
-    "What a consolidation keeps; by default nothing."
-
-    def state_dict(self) -> dict:
-        "The state as tensors and numbers, whole where they are sharded."
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        "Take over a state written by `state_dict`."
-
-    def memory(self) -> int:
-        "Bytes kept between steps."
-        return 0
-
 # %% ../../nbs/routing/07_consolidation.ipynb #2ad85bc3
-class _Taught(_Stated):
+class _Taught(Learner):
     "What a consolidation hears of."
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        "At every step that is taken: the raw gradients, unscaled and finite."
-
-    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
-        "The step goes on with a further optimizer's gradients."
-        self.learn(grads)
 
     def anchor(self) -> None:
         "The present weights are the ones that the next merge starts from."

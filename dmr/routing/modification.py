@@ -5,6 +5,8 @@
 # %% ../../nbs/routing/01_modification.ipynb #0c199b43
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+import dmr
+
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator', 'square_norm',
-           'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made', 'Modification',
-           'Nothing']
+__all__ = ['Edit', 'SMALL', 'BATCHED', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator',
+           'square_norm', 'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made',
+           'Learner', 'user_level', 'Modification', 'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -104,7 +108,10 @@ class Dense:
 Edit = LowRank | Dense
 
 # %% ../../nbs/routing/01_modification.ipynb #afd3bb74
-SMALL = {"cpu": 2**12, "cuda": 2**18}  # elements
+#: Up to how many elements a gradient is stacked with its equals, by device.
+SMALL = {"cpu": 2**12, "cuda": 2**22}
+#: The same for steps, and for what is added to gradients and weights.
+BATCHED = {"cuda": 2**22}
 
 
 def stacks(
@@ -112,26 +119,32 @@ def stacks(
     # (name, tensor) -> what must agree for two of them to be stacked
     key: Callable[[str, Tensor], Any],
     count: int = 4,  # smallest stack that pays
+    limits: Mapping[str, int] = SMALL,  # device -> elements of one tensor
+    most: int = 2**25,  # elements of a stack: what it may cost in memory
 ) -> tuple[list[list[str]], list[str]]:  # stacks, and names that stay alone
     "Group small tensors of equal shape, type and device."
     groups: dict[Any, list[str]] = {}
     alone: list[str] = []
     for name, x in named.items():
-        if x.ndim == 2 and x.numel() <= SMALL.get(x.device.type, 0):
+        if x.ndim == 2 and x.numel() <= limits.get(x.device.type, 0):
             kind = (x.shape, x.dtype, x.device, key(name, x))
             groups.setdefault(kind, []).append(name)
         else:
             alone.append(name)
-    for group in groups.values():
-        if len(group) < count:
-            alone += group
-    return [group for group in groups.values() if len(group) >= count], alone
+    found: list[list[str]] = []
+    for (shape, *_), group in groups.items():
+        size = max(most // max(shape.numel(), 1), 1)
+        pieces = [group[i : i + size] for i in range(0, len(group), size)]
+        found += [piece for piece in pieces if len(piece) >= count]
+        alone += [n for piece in pieces if len(piece) < count for n in piece]
+    return found, alone
 
 # %% ../../nbs/routing/01_modification.ipynb #858327e9
 def add_all(
     edits: Mapping[str, Edit],  # differences by name
     onto: Mapping[str, Tensor],  # what each is added to, in place
     scales: Mapping[str, float | Tensor],  # one factor each
+    limits: Mapping[str, int] = SMALL,  # device -> elements that are stacked
 ) -> None:
     "x <- x + scale * edit for all; small equal low-rank ones in one product."
 
@@ -142,7 +155,7 @@ def add_all(
         number = id(s) if isinstance(s, Tensor) else s
         return (edit.U.shape, number) if edit.C.dtype == x.dtype else name
 
-    grouped, alone = stacks(onto, agree)
+    grouped, alone = stacks(onto, agree, limits=limits)
     for names in grouped:
         C, U = (
             torch.stack([getattr(edits[name], part) for name in names])
@@ -381,6 +394,7 @@ def _check_shaped(model: nn.Module) -> None:
                 " one batch through the model before the router is made"
             )
 
+
 def _check_found(
     missing: list[str],  # named by the user, and no weight of ours
 ) -> None:
@@ -505,6 +519,9 @@ class _OptionalStep:
         """
         return _overlap(vectors, self.edit) if overlap else None
 
+    def look(self, steps: Mapping[str, Tensor]) -> None:
+        "These steps exist at once, and will be edited: products may be shared."
+
     def edit(self, name: str, x: Tensor) -> Edit | None:
         return None
 
@@ -543,15 +560,19 @@ class Made:
         made._made = args, options
         return made
 
-# %% ../../nbs/routing/01_modification.ipynb #befa09d5
-class _State:
-    "What of a modification survives a restart."
+# %% ../../nbs/routing/01_modification.ipynb #dd4424a1
+class Learner:
+    "Takes note of gradients and keeps what it learned; by default nothing."
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        "At every step that is taken: the raw gradients, unscaled and finite."
+
+    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
+        "The same step goes on with the gradients of a further optimizer."
+        self.learn(grads)
 
     def state_dict(self) -> dict:
-        "The state as tensors and numbers, keyed by parameter name."
+        "The state as tensors and numbers, whole where they are sharded."
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -560,6 +581,13 @@ class _State:
     def memory(self) -> int:
         "Bytes kept between steps."
         return 0
+
+# %% ../../nbs/routing/01_modification.ipynb #befa09d5
+class _State(Learner):
+    "What of a modification survives a restart."
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def carried(self, model: nn.Module) -> dict | None:
         "What goes along from an earlier router, before the next `attach`."
@@ -582,6 +610,17 @@ class _OptionalPast:
             " itself where there is no other: dmr.sample_text"
         )
 
+# %% ../../nbs/routing/01_modification.ipynb #a2710e75
+_INSIDE = tuple(os.path.join(m.__path__[0], "") for m in (torch, dmr))
+
+
+def user_level() -> int:
+    "The `stacklevel` of the nearest line outside of this package and torch."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
+
 # %% ../../nbs/routing/01_modification.ipynb #fced3d93
 def _first_edition(cls: Any) -> None:
     "Let a class that defines `active` or `after_step` keep its meaning."
@@ -592,7 +631,7 @@ def _first_edition(cls: Any) -> None:
         f"{cls.__name__} defines {' and '.join(old)}: say which parameters may"
         " be edited in edited(), and follow a step in end(grads)",
         FutureWarning,
-        stacklevel=4,
+        stacklevel=user_level(),
     )
     edited, end, bare = cls.edited, cls.end, "end" in vars(cls)
     if "active" in old:
@@ -626,13 +665,6 @@ class Modification(Made, _State, _OptionalSetup, _OptionalRest, _OptionalPast):
     def edited(self) -> Collection[str] | None:
         "Names that may be edited now; None: all. Without any nothing changes."
         return None
-
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        "At every step, protected or not: take note of the raw gradients."
-
-    def learn_more(self, grads: Mapping[str, Tensor]) -> None:
-        "The same step goes on with the gradients of a further optimizer."
-        self.learn(grads)
 
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."

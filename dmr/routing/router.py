@@ -51,6 +51,7 @@ from dmr.routing.modification import (
     Nothing,
     Target,
     find_targets,
+    user_level,
 )
 from .moments import Differences, Moments, moments_of
 from .sharding import replicas, shard_groups, sum_over
@@ -72,6 +73,7 @@ from dmr.routing.step import (
     joined,
     marks,
     new_step,
+    offer_look,
     remember,
     route,
     same_values,
@@ -148,7 +150,7 @@ def _greet(
     warnings.warn(
         f"{len(unknown) - before} parameters of the optimizer{where}: they"
         f" are stepped, but never routed{way_out}",
-        stacklevel=8,
+        stacklevel=user_level(),
     )
     return len(unknown)
 
@@ -162,7 +164,7 @@ def _remind(
         warnings.warn(
             f"{steps} steps without a consolidate(): nothing is protected"
             " yet; call it at the end of each domain",
-            stacklevel=7,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/routing/08_router.ipynb #0f631889
@@ -356,14 +358,14 @@ def _caution(
             "the optimizer is new while something is protected already: under"
             " routing='decoupled' its first steps are hardly protected; pass"
             " routing='displacement', or keep the optimizer",
-            stacklevel=8,
+            stacklevel=user_level(),
         )
     elif not modification.acts_on_steps and guard is None:
         warnings.warn(
             f"{type(modification).__name__} edits whole gradients: under"
             " routing='decoupled' a step may become very long where the raw"
             " gradient is small; pass routing='shared', or guard='clamp'",
-            stacklevel=8,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/routing/08_router.ipynb #2d59168e
@@ -433,12 +435,15 @@ class _Planning(_Looking):
         "Route this optimizer's edits, or note what its step will change."
         step, routing = flight.parts[place], self.routings[place]
         edit: EditOf = self.modification.edit
+        through = routing != "displacement" and not step.idle
+        if through:
+            offer_look(step, self.modification)
         if self.track_inflation:
             made = {name: d for name, _, d, _ in edits(step, edit)}
             edit = lambda name, _: made.get(name)
             if self.kinds[place].second is not None:
                 measure(self._inflation, step, made, self.matrices)
-        if routing != "displacement" and not step.idle:
+        if through:
             restore = self.restore_grad or self.modification.reads_grads
             route(step, edit, routing, self.guard, restore)
         copied = remember(step, self._wanted(step, place))
@@ -1208,7 +1213,7 @@ class MomentRouter(_Reloaded):
                 f"{self.strangers} parameters of the optimizer are not the"
                 " model's: they are stepped, but never routed"
             )
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=user_level())
         targets = find_targets(self.model, include, exclude)
         if len(self.optimizers) > 1:
             _check_division(self, targets)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmr.routing.modification import (
+    BATCHED,
     Dense,
     Edit,
     LowRank,
@@ -32,8 +33,15 @@ from dmr.routing.modification import (
     add_all,
     square_norm,
     square_norms,
+    stacks,
 )
-from .moments import REFUSED, Differences, Moments, check_group
+from dmr.routing.moments import (
+    REFUSED,
+    Differences,
+    Moments,
+    check_group,
+    radam_denominator,
+)
 from .sharding import local, sum_over, total
 from .strength import Fixed, Strength
 
@@ -41,9 +49,10 @@ from .strength import Fixed, Strength
 __all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'Vectors',
            'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
            'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
-           'first_moment', 'clamped', 'edits', 'route', 'amend', 'taken', 'displace', 'remember', 'check_copies',
-           'differ', 'follow', 'finish', 'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments',
-           'check_differences', 'check_meaning', 'check_guard']
+           'edit_gradients', 'give_all_back', 'first_moment', 'clamped', 'edits', 'route', 'offer_look', 'amend',
+           'taken', 'batches', 'taken_together', 'displace', 'remember', 'check_copies', 'differ', 'follow', 'finish',
+           'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments', 'check_differences', 'check_meaning',
+           'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #e62f44fa
 #: The routings: which moment of the optimizer sees the edited gradient
@@ -373,6 +382,36 @@ def after_step(step: Step) -> Vectors:
     grads = step.grads
     return grads if grads.scale is None else Vectors([*step.live], grads.make)
 
+# %% ../../nbs/routing/05_step.ipynb #bf794fb7
+def edit_gradients(
+    step: Step,
+    thin: Mapping[str, LowRank],  # d by name
+    restore: bool,  # will the raw gradients be wanted after the step?
+) -> None:
+    "p.grad <- p.grad - c·α·d of all, in place."
+    if not thin:
+        return
+    scale, alpha = step.grads.scale, step.alpha
+    scaled = alpha if scale is None else alpha * scale
+    grads = {name: local(step.live[name][0].grad) for name in thin}
+    add_all(thin, grads, dict.fromkeys(thin, -scaled), BATCHED)
+    if restore:
+        undone = lambda n, g: Undo(g, g._version, thin[n], alpha, scaled)
+        step.undo += [undone(n, g) for n, g in grads.items()]
+
+
+def give_all_back(
+    undo: Sequence[Undo],  # of a step that was taken
+) -> None:
+    "The raw gradients again, in place."
+    edits = {str(i): x.edit for i, x in enumerate(undo)}
+    thin = {i: x for i, x in edits.items() if isinstance(x, LowRank)}
+    amounts = {i: undo[int(i)].amount for i in thin}
+    add_all(thin, {i: undo[int(i)].grad for i in thin}, amounts, BATCHED)
+    for i, x in enumerate(undo):
+        if str(i) not in thin:
+            give_back(x, stepped=True)
+
 # %% ../../nbs/routing/05_step.ipynb #3e1e70bb
 def first_moment(step: Step, name: str) -> Tensor:
     "The optimizer's first moment of a parameter, made if it is not there yet."
@@ -433,10 +472,13 @@ def route(
     "Send each tensor's edit to the moments that its routing names."
     through_grad, through_m = channels(routing)
     thin: tuple[dict, dict, dict] = ({}, {}, {})  # edits, moments, factors
+    cut: dict[str, LowRank] = {}  # thin edits of gradients
     made: dict[float, Any] = {}
     for name, g, d, alpha in edits(step, edit, guard):
         p, group = step.live[name]
-        if through_grad:
+        if through_grad and isinstance(d, LowRank):
+            cut[name] = d
+        elif through_grad:
             scale = step.grads.scale
             step.undo += edit_gradient(p, d, g, alpha, scale, restore)
         if not through_m:
@@ -453,6 +495,14 @@ def route(
         else:
             d.add_to(m, alpha * factor)
     add_all(*thin)
+    edit_gradients(step, cut, restore)
+
+# %% ../../nbs/routing/05_step.ipynb #42d35fbe
+def offer_look(step: Step, modification: Modification) -> None:
+    "Let products of equal gradients be shared, where that is done."
+    weights = [step.live[name][0] for name in step.names]
+    if any(p.device.type in BATCHED for p in weights):
+        modification.look(step.grads)
 
 # %% ../../nbs/routing/05_step.ipynb #3b5cefe0
 def amend(
@@ -486,6 +536,59 @@ def taken(
 
     return Vectors(names, make, made=True)
 
+# %% ../../nbs/routing/05_step.ipynb #f1f316fc
+class _Stacked(Mapping[str, Any]):
+    "The optimizer's states of equal weights as one, stacked when asked for."
+
+    def __init__(self, states: Sequence[Mapping[str, Any]]):
+        self.states = states
+
+    def __getitem__(self, key: str) -> Any:
+        parts = [local(x) for x in (state[key] for state in self.states)]
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].ndim:
+            return torch.stack(parts)  # (n, out, in)
+        on_host = parts[0].device.type == "cpu"  # then all are equal
+        return parts[0] if on_host else torch.stack(parts).view(-1, 1, 1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.states[0])
+
+    def __len__(self) -> int:
+        return len(self.states[0])
+
+
+def batches(
+    step: Step,
+) -> tuple[list[list[str]], list[str]]:  # together, and one by one
+    "Whose steps are formed and edited together."
+
+    def agree(name: str, p: Tensor) -> Any:
+        parameter, group = step.live[name]
+        at = step.state[parameter].get("step")
+        here = not isinstance(at, Tensor) or at.device.type == "cpu"
+        if not here and step.moments.denominator is radam_denominator:
+            return name
+        return id(group), float(at) if here and at is not None else None
+
+    weights = {name: local(step.live[name][0]) for name in step.names}
+    return stacks(weights, agree, limits=BATCHED)
+
+
+def taken_together(
+    step: Step,
+    names: list[str],  # of one of its batches
+) -> Vectors:  # u of each
+    "The same as `taken`, formed at once."
+    if isinstance(step.moments, Differences):
+        return taken(step, names)
+    states = [step.state[step.live[name][0]] for name in names]
+    group: Any = step.live[names[0]][1]
+    stacked: Any = _Stacked(states)
+    formed = step.moments.step(stacked, group)  # (n, out, in)
+    return as_vectors(dict(zip(names, formed.unbind())))
+
 # %% ../../nbs/routing/05_step.ipynb #f3620d76
 def displace(
     step: Step,
@@ -493,15 +596,18 @@ def displace(
     edit: EditOf,  # P: what a method would take away from a step
 ) -> dict[str, Edit]:  # P(u) by name
     "W <- W + lr·α·P(u)."
-    made: dict[str, Edit] = {}
-    for name in steps:
-        p, group = step.live[name]
-        d = edit(name, steps[name])
-        if d is not None:
-            amount = step.alpha * step.moments.rate(group)
-            d.add_to(local(p), amount)
-            follow(step, name, d, amount)
-            made[name] = d
+    found = {name: edit(name, steps[name]) for name in steps}
+    made = {name: d for name, d in found.items() if d is not None}
+    rates: dict[int, float | Tensor] = {}  # lr·α, one for each group
+    for name in made:
+        group = step.live[name][1]
+        if id(group) not in rates:
+            rates[id(group)] = step.alpha * step.moments.rate(group)
+    amounts = {name: rates[id(step.live[name][1])] for name in made}
+    weights = {name: local(step.live[name][0]) for name in made}
+    add_all(made, weights, amounts, BATCHED)
+    for name, d in made.items():
+        follow(step, name, d, amounts[name])
     return made
 
 # %% ../../nbs/routing/05_step.ipynb #1e7be914
@@ -512,15 +618,16 @@ def remember(
     "Copy the weights that torch's step is about to change."
     if not isinstance(step.moments, Differences):
         return 0
-    for name in names:
+    weights = {n: local(step.live[n][0]).detach() for n in names}
+    copies = {n: torch.empty_like(p) for n, p in weights.items()}
+    if weights:
+        torch._foreach_copy_([*copies.values()], [*weights.values()])
+    for name, copied in copies.items():
         p, group = step.live[name]
         state = step.state.get(p, {})
-        step.before[name] = Before(
-            local(p).detach().clone(),
-            step.moments.decay(state, group),
-            step.moments.copies(state, group),
-            not state,
-        )
+        decay = step.moments.decay(state, group)
+        follows = step.moments.copies(state, group)
+        step.before[name] = Before(copied, decay, follows, not state)
     kept = (before.weight for before in step.before.values())
     return sum(x.numel() * x.element_size() for x in kept)
 
@@ -553,11 +660,19 @@ def check_copies(
 # %% ../../nbs/routing/05_step.ipynb #4b0f5c14
 def differ(step: Step) -> None:
     "θ_before <- lr·u = (1 - s)·θ_before - θ_after."
-    for name, before in step.before.items():
-        p, _ = step.live[name]
-        if isinstance(before.decay, Tensor) or before.decay:
+    if not step.before:
+        return
+    numbers: tuple[list[Tensor], list[float]] = ([], [])
+    for before in step.before.values():
+        if isinstance(before.decay, Tensor):  # no transfer to the host
             before.weight.mul_(1 - before.decay)
-        before.weight.sub_(local(p))
+        elif before.decay:
+            numbers[0].append(before.weight)
+            numbers[1].append(1 - before.decay)
+    if numbers[0]:
+        torch._foreach_mul_(*numbers)
+    after = [local(step.live[name][0]) for name in step.before]
+    torch._foreach_sub_([x.weight for x in step.before.values()], after)
 
 # %% ../../nbs/routing/05_step.ipynb #0a4e67be
 def follow(
@@ -579,8 +694,7 @@ def finish(
     routing: str,  # one of ROUTINGS
 ) -> dict[str, Edit]:  # what displacement took from each step u
     "What remains to be done once torch's step was taken."
-    for undo in step.undo:
-        give_back(undo, stepped=True)
+    give_all_back(step.undo)
     for late in step.after:
         amend(step, *late)
     idle = routing != "displacement" or step.idle
@@ -591,9 +705,14 @@ def finish(
     differ(step)
     if idle:
         return {}
-    steps = taken(step, step.names)
-    modification.begin(steps, overlap=False)
-    return displace(step, steps, modification.edit)
+    modification.begin(taken(step, step.names), overlap=False)
+    grouped, alone = batches(step)
+    made = displace(step, taken(step, alone), modification.edit)
+    for names in grouped:
+        steps = taken_together(step, names)
+        modification.look(steps)
+        made |= displace(step, steps, modification.edit)
+    return made
 
 # %% ../../nbs/routing/05_step.ipynb #9a18b55f
 def joined(steps: Sequence[Step]) -> Step:

@@ -135,8 +135,8 @@ def _check_decay(beta: float) -> float:
 class OverlapAware(_Averaging):
     """Strength alpha_max * (1 - EMA of the overlap), in [0, alpha_max].
 
-    Source: arXiv:2604.22407 (schedule); the initial value is ours, because
-    the source states none.
+    Source: arXiv:2604.22407 (schedule). Its code starts the average at 0 and
+    resets it at each task; here it starts at the first signal and runs on.
     """
 
     def __init__(

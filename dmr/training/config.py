@@ -41,9 +41,9 @@ from ..routing.consolidation import Consolidation, Interpolate
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'CONSOLIDATIONS', 'LIMITS', 'seed_for', 'generator_for', 'Lion',
-           'build_optimizer', 'rate_factor', 'next_byte_logit', 'for_language_model', 'Config', 'drawn_byte_loss',
-           'build_consolidation', 'build_router', 'hidden_matrices', 'open_optimizers', 'check_config',
-           'check_parameters']
+           'newton_schulz', 'Muon32', 'build_optimizer', 'rate_factor', 'next_byte_logit', 'for_language_model',
+           'Config', 'drawn_byte_loss', 'build_consolidation', 'build_router', 'hidden_matrices', 'open_optimizers',
+           'check_config', 'check_parameters']
 
 # %% ../../nbs/training/03_config.ipynb #35548e27
 def seed_for(
@@ -106,6 +106,66 @@ STEPPED[Lion] = Differences(
     decay=rate_decay, why="it uses only the signs of an average of gradients"
 )
 
+# %% ../../nbs/training/03_config.ipynb #af87dac4
+def newton_schulz(
+    M: Tensor,  # (out, in), what is orthogonalised
+    coefficients: tuple[float, float, float],  # a, b, c
+    steps: int,  # iterations
+    eps: float,  # smallest norm that is divided by
+) -> Tensor:  # like M: its singular values near one
+    """torch.optim.Muon's iteration in M's own dtype. Source: Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon/.
+    """
+    a, b, c = coefficients
+    tall = M.shape[0] > M.shape[1]
+    X = M.T if tall else M  # (short, long)
+    X = X / X.norm().clamp(min=eps)
+    for _ in range(steps):
+        A = X @ X.T  # (short, long) @ (long, short)
+        A = torch.addmm(A, A, A, beta=b, alpha=c)
+        X = torch.addmm(X, A, X, beta=a)
+    return X.T if tall else X
+
+# %% ../../nbs/training/03_config.ipynb #36634eb5
+class Muon32(torch.optim.Muon):
+    """torch.optim.Muon with the iterations in the weights' own dtype, because
+    bfloat16 is slow on processors without arithmetic for it. Options, state
+    and the rest of the step are torch's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor] = []
+            self._init_group(group, params, grads, buffers)
+            for p, g, buffer in zip(params, grads, buffers):
+                self._step_one(p, g, buffer, group)
+        return loss
+
+    def _step_one(
+        self, p: Tensor, g: Tensor, buffer: Tensor, group: dict[str, Any]
+    ) -> None:
+        "Step one matrix, (out, in)."
+        lr, momentum = group["lr"], group["momentum"]
+        lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+        buffer.lerp_(g, 1 - momentum)
+        M = g.lerp(buffer, momentum) if group["nesterov"] else buffer
+        settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+        turned = newton_schulz(M, *settings)
+        out, fan_in = p.shape
+        scale = math.sqrt(max(1, out / fan_in))
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            scale = 0.2 * math.sqrt(max(out, fan_in))
+        p.mul_(1 - lr * group["weight_decay"])
+        p.add_(turned, alpha=-lr * scale)
+
+
+STEPPED[Muon32] = STEPPED[torch.optim.Muon]
+
 # %% ../../nbs/training/03_config.ipynb #26a5a7b2
 #: Optimizers that a run may name.
 OPTIMIZERS: tuple[str, ...] = (
@@ -116,6 +176,7 @@ OPTIMIZERS: tuple[str, ...] = (
     "adamax",
     "sgd",
     "muon",
+    "muon32",
     "lion",
 )
 
@@ -131,7 +192,9 @@ def build_optimizer(
     # decoupled for AdamW, Muon and Lion, L2 for the others
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    "One of torch's optimizers, or Lion. Raises ValueError for an unknown name."
+    """One of torch's optimizers, Lion, or Muon32. Raises ValueError for an
+    unknown name.
+    """
     adaptive: dict[str, Any] = {
         "lr": lr,
         "betas": (beta1, beta2),
@@ -152,8 +215,9 @@ def build_optimizer(
         return torch.optim.SGD(
             params, lr=lr, momentum=beta1, weight_decay=weight_decay, fused=True
         )
-    if name == "muon":
-        return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay)
+    if name in ("muon", "muon32"):
+        kind = Muon32 if name == "muon32" else torch.optim.Muon
+        return kind(params, lr=lr, weight_decay=weight_decay)
     if name == "lion":
         return Lion(params, lr, (beta1, beta2), weight_decay)
     raise ValueError(
@@ -479,7 +543,7 @@ class Config:
     @property
     def horizon(self) -> float | None:
         "H; None where what is protected has no second moment."
-        has = self.optimizer not in ("sgd", "muon", "lion")
+        has = self.optimizer not in ("sgd", "muon", "muon32", "lion")
         return float(horizon(self.steps, self.beta2)) if has else None
 
 # %% ../../nbs/training/03_config.ipynb #389aaed5
@@ -599,13 +663,13 @@ def open_optimizers(config: Config, model: nn.Module) -> list[Optimizer]:
     c = config
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = (c.beta1, c.beta2, c.eps, c.weight_decay)
-    if c.optimizer != "muon":
+    if not c.optimizer.startswith("muon"):
         return [build_optimizer(c.optimizer, trained, c.lr, *moments)]
     hidden = hidden_matrices(model)
     taken = {id(p) for p in hidden}
     rest = [p for p in trained if id(p) not in taken]
     rate = c.lr / 20 if c.rest_lr is None else c.rest_lr
-    muon = build_optimizer("muon", hidden, c.lr, *moments)
+    muon = build_optimizer(c.optimizer, hidden, c.lr, *moments)
     return [muon, build_optimizer("adamw", rest, rate, *moments)]
 
 # %% ../../nbs/training/03_config.ipynb #63b4b773
@@ -666,7 +730,7 @@ def check_config(config: Config) -> None:
             f"interpolate={c.interpolate} and consolidation="
             f"{c.consolidation!r} merge the weights twice; leave one out"
         )
-    if c.rest_lr is not None and c.optimizer != "muon":
+    if c.rest_lr is not None and not c.optimizer.startswith("muon"):
         raise ValueError(
             f"rest_lr={c.rest_lr} is AdamW's rate beside Muon, and has no"
             f" meaning with optimizer={c.optimizer!r}; leave it out"
@@ -682,7 +746,7 @@ def check_config(config: Config) -> None:
             f" modification='none', not {c.modification!r}"
         )
     _check_merging(c)
-    bias = c.optimizer == "muon"  # for AdamW
+    bias = c.optimizer.startswith("muon")  # for AdamW
     probe = torch.nn.utils.skip_init(nn.Linear, 4, 4, bias=bias)
     optimizers = open_optimizers(c, probe)
     for optimizer in optimizers if c.after_merge == "first" else ():

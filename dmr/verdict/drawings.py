@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..reporting.arms import draw_arm, draw_control
+from ..reporting.figures import PALETTE
 from dmr.reporting.statistics import (
     EXPLORATORY,
     Curve,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['draw_plane', 'draw_heat', 'draw_growth', 'draw_maps', 'draw_parts', 'draw_domains']
+__all__ = ['draw_plane', 'loss_by_age', 'draw_age', 'draw_growth', 'draw_settings', 'draw_parts', 'draw_domains']
 
 # %% ../../nbs/making/06_drawings.ipynb #9c37d07e
 #: A figure and its alternative text.
@@ -146,52 +147,66 @@ def draw_plane(table: Table, part: str | None = None) -> _Drawing | None:
     )
 
 # %% ../../nbs/making/06_drawings.ipynb #f6619f2a
-def _mean_matrix(table: Table, arm: str) -> tuple[Any, int]:
-    """Mean loss by finished stage and by the domain's place in the run's own
-    order; and over how many seeds.
+def _label_ends(
+    ax: Any, x: float, ends: Mapping[str, tuple[float, str]], gap: float = 0.052
+) -> None:
+    "Name curves where they end, (height, colour), at least `gap` apart."
+    low, high = ax.get_ylim()
+    step, last = gap * (high - low), -math.inf
+    for name, (y, colour) in sorted(ends.items(), key=lambda e: e[1][0]):
+        last = max(y, last + step)
+        ax.annotate(
+            name.removesuffix(" projection"), (x, y), (x * 1.03, last),
+            color=colour, fontsize=10, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def loss_by_age(table: Table, arm: str) -> list[Interval]:
+    """How much a domain's loss has risen 0, 1, 2, … domains after its turn, in
+    nats per byte, seed by seed at the nominal rate; as far as half of the
+    domains have that age.
     """
-    L = [
-        np.array(json.loads(r["loss_matrix"]), dtype=np.float64)
-        for r in nominal_rows(table, arm)
-    ]
-    return (np.mean(L, axis=0), len(L)) if L else (None, 0)
+    rises = []
+    for r in nominal_rows(table, arm):
+        L = np.array(json.loads(r["loss_matrix"]), dtype=np.float64)
+        ages = range(len(L) // 2 + 1)
+        own = np.diagonal(L)
+        rises.append(
+            [np.mean(np.diagonal(L, -k) - own[: len(L) - k]) for k in ages]
+        )
+    return [mean_interval(list(x)) for x in zip(*rises)]
 
-
-def _heat(ax: Any, values: Any, **limits: float) -> Any:
-    "A heat map in the book's colours."
-    ax.grid(False)
-    return ax.imshow(values, cmap="cividis_r", **limits)
-
-
-def draw_heat(
-    table: Table, arms: Sequence[str] = ("vanilla", SHARED, ADAPTIVE)
+# %% ../../nbs/making/06_drawings.ipynb #4c458fd0
+def draw_age(
+    table: Table,
+    arms: Sequence[str] = ("vanilla", SHARED, ADAPTIVE, FIXED, REPLAY),
 ) -> _Drawing | None:
-    """Perplexity by finished stage and by the domain's place in the run's
-    order, of the mean loss over all seeds, one panel an arm.
-    """
-    found = [(arm, *_mean_matrix(table, arm)) for arm in arms]
-    found = [(arm, np.exp(L), n) for arm, L, n in found if n]
+    "How much of a domain is lost, by the number of domains learned since."
+    found = {a: x for a in arms if (x := loss_by_age(table, a))}
     if not found:
         return None
-    size = (3.2 * len(found) + 0.9, 3.7)
-    fig, axes = _figure(1, len(found), size=size)
-    top, said = max(float(x.max()) for _, x, _ in found), []
-    for ax, (arm, x, n) in zip(axes, found):
-        image = _heat(ax, x, vmin=1, vmax=min(top, 60))
-        first = f"first domain {x[0, 0]:.1f}, in the end {x[-1, 0]:.1f}"
-        said.append(f"{arm} ({n} seeds): {first}")
-        ticks = range(len(x)) if len(x) <= 10 else range(1, len(x), 2)
-        names = [k + 1 for k in ticks]
-        ax.set_xticks(ticks, names)
-        ax.set_yticks(ticks, names)
-        ax.set(xlabel="domain, by its place in the order")
-        ax.set_title(f"{arm}\n{first}", fontsize=9)
-    axes[0].set_ylabel("domains finished")
-    label = "perplexity per byte" + ", cut at 60" * (top > 60)
-    fig.colorbar(image, ax=list(axes), label=label)
+    fig, (ax,) = _figure(size=(5.4, 3.9))
+    last = max(map(len, found.values())) - 1
+    ends = {}
+    for arm, means in found.items():
+        style = table.arms[arm].fields.style
+        y, ages = [i.estimate for i in means], range(len(means))
+        ax.plot(ages, y, color=style["color"], linestyle=style["linestyle"])
+        ends[arm] = (y[-1], style["color"])
+    _label_ends(ax, last, ends)
+    high, low = (x(ends, key=lambda a: ends[a][0]) for x in (max, min))
+    ax.set(
+        title=f"{last} domains later {high} has lost {ends[high][0]:.2f} nats,"
+        f"\n{low} {ends[low][0]:.2f}".replace("-", "−"),
+        xlabel="domains learned since a domain's turn",
+        ylabel="rise of its loss (nats per byte)",
+        xlim=(0, last * 1.35),
+        xticks=range(0, last + 1, 1 + last // 8),
+    )
+    ends_text = "; ".join(f"{a} {means[-1]}" for a, means in found.items())
     return fig, (
-        "Perplexity by finished stage (rows) and place of the held-out domain"
-        f" in the order (columns). {'; '.join(said)}."
+        "Rise of a domain's loss by the number of domains learned since, mean"
+        f" over domains. After {last}: {ends_text}."
     )
 
 # %% ../../nbs/making/06_drawings.ipynb #86944237
@@ -208,11 +223,11 @@ def draw_growth(table: Table) -> _Drawing | None:
             if 1.0 in at and arm in ("vanilla", *MAIN):
                 lost = {s: p.forgetting for s, p in at[1.0].items()}
                 shown.setdefault(arm, []).append(mean_interval(lost))
-    fig, (ax,) = _figure(size=(7.2, 4.8))
+    fig, (ax,) = _figure(size=(6.0, 4.4))
     for k, (name, values) in enumerate(shown.items()):
         style = table.arms[name].fields.style
         x = range(2, 2 + len(values))
-        ax.plot(x, [v.estimate for v in values], ms=3, label=name, **style)
+        ax.plot(x, [v.estimate for v in values], ms=3, **style)
         if values[-1].n > 1:
             place = last + 0.03 * last * (k + 1)
             _bars(ax, [place], values[-1:], table.arms[name])
@@ -231,7 +246,15 @@ def draw_growth(table: Table) -> _Drawing | None:
         ylabel="forgetting (nats per byte)",
         xticks=range(2, last + 1, 1 + (last > 10)),
     )
-    _legend(fig, ax)
+    _label_ends(
+        ax,
+        last * (1 + 0.03 * len(shown)),
+        {
+            name: (v[-1].estimate, table.arms[name].fields.style["color"])
+            for name, v in shown.items()
+        },
+    )
+    ax.set_xlim(right=last * 1.55)
     told = "; ".join(f"{arm} {v[-1]} at the end" for arm, v in shown.items())
     return fig, (
         "Forgetting after each stage, with 95 % intervals over seeds beside"
@@ -250,35 +273,46 @@ def _best_over_rates(c: Choice) -> dict[tuple[float, float], float]:
     return best
 
 
-def draw_maps(choices: Sequence[Choice]) -> _Drawing | None:
+def draw_settings(choices: Sequence[Choice]) -> _Drawing | None:
     """Best final average over the rates for every strength and rank that tuning
-    tried.
+    tried, a line an arm.
     """
-    maps = {c.arm: m for c in choices if (m := _best_over_rates(c))}
-    if not maps:
+    found = {c.arm: m for c in choices if (m := _best_over_rates(c))}
+    if not found:
         return None
-    fig, axes = _figure(1, len(maps), size=(2.7 * len(maps) + 0.8, 2.8))
-    every = [v for m in maps.values() for v in m.values()]
-    for ax, (arm, m) in zip(axes, maps.items()):
-        alphas, ranks = sorted({a for a, _ in m}), sorted({r for _, r in m})
-        grid = np.array(
-            [[m.get((a, r), math.nan) for r in ranks] for a in alphas]
-        )
-        image = _heat(ax, grid, vmin=min(every), vmax=max(every))
-        for i, j in np.argwhere(np.isfinite(grid)):
-            ink = "white" if grid[i, j] > np.mean(every) else "black"
-            place = {"ha": "center", "va": "center", "fontsize": 7}
-            ax.text(j, i, f"{grid[i, j]:.3f}", color=ink, **place)
-        ax.set_title(arm.replace(" projection", "\nprojection"), fontsize=7)
-        ax.set_xticks(range(len(ranks)), [f"{r:g}" for r in ranks])
-        ax.set_yticks(range(len(alphas)), [f"{a:g}" for a in alphas])
-        ax.set_xlabel("rank")
-    axes[0].set_ylabel("strength α")
-    fig.colorbar(image, ax=list(axes), label="final average (nats per byte)")
+    fig, (ax,) = _figure(size=(5.2, 0.75 * len(found) + 1.3))
+    say = lambda at: f"strength {at[0]:g}, rank {at[1]:g}"
+    best = {arm: min(m, key=m.__getitem__) for arm, m in found.items()}
+    for k, (arm, m) in enumerate(found.items()):
+        colour, lowest = _routing_colour(arm), best[arm]
+        ax.plot(list(m.values()), [-k] * len(m), "o", color=colour, ms=5)
+        ax.plot(m[lowest], -k, "o", color=colour, ms=9)
+        ax.text(min(m.values()), 0.22 - k, f"{arm}: {say(lowest)}", fontsize=10)
+    first = next(iter(best.values()))
+    alike = sum(at == first for at in best.values())
+    ax.set(
+        title=f"{alike} of {len(best)} arms end lowest at {say(first)}",
+        xlabel="final average (nats per byte, lower is better)",
+        ylim=(0.5 - len(found), 0.7),
+        yticks=[],
+    )
+    high = max(v for m in found.values() for v in m.values())
+    ax.set_xlim(right=high + 0.3)
+    ax.grid(axis="x")
+    told = "; ".join(
+        f"{arm}, {say(at)}: {v:.3f}"
+        for arm, m in found.items()
+        for at, v in m.items()
+    )
     return fig, (
         "Final average by strength and rank at the best rate, mean over the"
-        f" tuning seeds: {', '.join(maps)}."
+        f" tuning seeds. {told}."
     )
+
+
+def _routing_colour(arm: str) -> str:
+    "The colour of the routing that an arm is named by."
+    return next((PALETTE[w] for w in arm.split() if w in PALETTE), "#5f6368")
 
 # %% ../../nbs/making/06_drawings.ipynb #6890eca4
 def _nominal_ratio(e: Evidence, arm: str) -> Interval | None:

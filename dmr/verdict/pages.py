@@ -5,6 +5,7 @@
 # %% ../../nbs/making/05_pages.ipynb #ff7a0590
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from dmr.reporting.statistics import (
     paired_difference,
     paired_p,
 )
+from ..theory import inflation
 from .answers import NOT_RUN, Answer
 from .rules import CLAIMS, Evidence, Part
 from dmr.verdict.tables import (
@@ -35,8 +37,8 @@ from dmr.verdict.tables import (
 )
 
 # %% auto #0
-__all__ = ['markdown_table', 'claim_box', 'verdict_table', 'pair_table', 'growth_table', 'comparison_table', 'final_table',
-           'recipe', 'advice']
+__all__ = ['markdown_table', 'claim_box', 'verdict_table', 'pair_table', 'growth_table', 'gain_share', 'kept_text', 'dose_table',
+           'comparison_table', 'final_table', 'recipe', 'advice']
 
 # %% ../../nbs/making/05_pages.ipynb #0a773a1d
 def markdown_table(
@@ -96,10 +98,9 @@ def _found(a: Answer, tables: Mapping[str, Table]) -> list[str]:
         return [f"- {place}{regime}: {a.word}{note}"]
     head = f"- {place}, {a.regime}, {label}: **{a.word}**, n = {a.verdict.n}"
     flat = lambda text: "; ".join(map(str.strip, text.splitlines()))
-    return [
-        head + note,
-        *(f"  - {k}: {flat(p.text)}" for k, p in a.verdict.parts.items()),
-    ]
+    parts = [f"{k}: {p.text}" for k, p in a.verdict.parts.items()]
+    also = [reason for reason in a.verdict.reasons if reason not in parts]
+    return [head + note, *(f"  - {flat(x)}" for x in (*also, *parts))]
 
 # %% ../../nbs/making/05_pages.ipynb #60fc9a60
 def claim_box(
@@ -131,6 +132,17 @@ def claim_box(
     ]
     return "\n\n".join(paragraphs) + "\n"
 
+# %% ../../nbs/making/05_pages.ipynb #053ca5f5
+#: What the numbers at a glance are -> the claims that have them.
+_RATIO = "Forgetting as a ratio to plain Adam's"
+_NATS = "Difference in forgetting, in nats"
+_MANY = "Claims of many numbers, which stand below"
+_KINDS: dict[str, tuple[str, ...]] = {
+    _RATIO: ("C1", "C3", "C10"),
+    _NATS: ("C2", "C4", "C5"),
+    _MANY: ("C6", "C7", "C8", "C9"),
+}
+
 
 def _at_a_glance(part: Part | None) -> str:
     "The numbers of a part, or a text that is short enough."
@@ -141,25 +153,35 @@ def _at_a_glance(part: Part | None) -> str:
     return part.text if len(part.text) < 90 else "–"
 
 
+def _glance(a: Answer, numbers: bool, tables: Mapping[str, Table]) -> list[str]:
+    "A claim's row."
+    c, parts = CLAIMS[a.claim], a.verdict.parts if a.verdict else {}
+    known = c.figures not in ("", "–")
+    told = c.statement + f"; source: {c.figures}" * known
+    two = [_at_a_glance(parts.get(k)) for k in ("nominal", "matched")]
+    cells = two if numbers else []
+    return [a.claim, f"**{a.word}**", told, *cells, _linked(a, tables)]
+
+
 def verdict_table(
     answers: Sequence[Answer],  # from `answer_claims`
     tables: Mapping[str, Table] | None = None,  # None: no links to tables
 ) -> str:  # markdown
-    "All claims at a glance; the deciding regimes only."
-    rows = []
-    for name, c in CLAIMS.items():
-        a = next((x for x in answers if x.claim == name and x.decides), None)
-        if a is None:
-            continue
-        parts = a.verdict.parts if a.verdict else {}
-        cells = [_at_a_glance(parts.get(k)) for k in ("nominal", "matched")]
-        known = c.figures not in ("", "–")
-        told = c.statement + f"; source: {c.figures}" * known
-        place = _linked(a, tables or {})
-        rows.append([name, f"**{a.word}**", told, *cells, place])
-    said = "statement; the source's figure"
-    head = ["claim", "verdict", said, "nominal", "matched", "study"]
-    return markdown_table(head, rows)
+    """All claims at a glance, the deciding regimes only: a table for ratios,
+    one for differences, and one for what has many numbers.
+    """
+    deciding = {a.claim: a for a in reversed(answers) if a.decides}
+    out = []
+    for kind, claims in _KINDS.items():
+        here = [deciding[c] for c in claims if c in deciding]
+        numbers = kind != _MANY
+        two = ["nominal", "matched"] * numbers
+        said = "statement; the source's figure"
+        head = ["claim", "verdict", said, *two, "study"]
+        rows = [_glance(a, numbers, tables or {}) for a in here]
+        if rows:
+            out.append(f"**{kind}**\n\n{markdown_table(head, rows)}")
+    return "\n\n".join(out)
 
 # %% ../../nbs/making/05_pages.ipynb #31ba2e54
 def _excess(e: Evidence, arm: str) -> Mapping[Any, float]:
@@ -219,6 +241,74 @@ def growth_table(
         ["arm − vanilla", "n", *stages],
         [row for _, row in sorted(rows.values(), key=lambda x: x[0])],
     )
+
+# %% ../../nbs/making/05_pages.ipynb #1c2d667f
+def gain_share(
+    found: Evidence,
+    arm: str,
+    whole: str,  # the arm whose gain is the whole
+) -> tuple[float, float]:
+    """The share of one arm's gain over plain Adam that another makes too: at
+    the nominal rate and at equal learning, mean over mean. NaN where fewer
+    than 80 % of the seeds are comparable.
+    """
+
+    def gain(a: str) -> tuple[float, float]:
+        vanilla = found.nominal("vanilla")
+        nominal = paired_difference(found.nominal(a), vanilla).estimate
+        m = found.matched(a)
+        at = mean_interval(m.difference).estimate if m.enough else math.nan
+        return nominal, at
+
+    one, all_ = gain(arm), gain(whole)
+    return one[0] / all_[0], one[1] / all_[1]
+
+# %% ../../nbs/making/05_pages.ipynb #b5dbe34a
+def kept_text(
+    table: Table,
+    arm: str,  # a replay arm
+    part: str | None = None,
+) -> str:
+    "What a replay arm keeps of a domain, and how much of its training that is."
+    r = next(r for a, rate, r in runs(table, part) if (a, rate) == (arm, 1.0))
+    p, stages = r["parameters"], json.loads(r["stage_values"])
+    windows, kept = stages["replay_windows"][0], stages["replay_bytes"][0]
+    trained = int(p["steps"]) * int(p["batch"])
+    return (
+        f"{100 * p['fraction']:g} % of a domain's text of"
+        f" {kept / p['fraction'] / 1e6:.1g} MB is {windows} windows, as many as"
+        f" {windows / trained:.0%} of the {trained:,} windows that the domain"
+        " is trained on"
+    )
+
+# %% ../../nbs/making/05_pages.ipynb #baef82fc
+def dose_table(
+    table: Table,  # of the study `tuning`
+    arm: str,
+) -> str:  # markdown
+    """Forgetting of an arm over vanilla's at the same rate and seed, by
+    strength and rank: smallest, mean and largest over rates and seeds.
+    """
+    at = lambda r: (r["parameters"]["lr"], r["seed"])
+    plain = {
+        at(r): r["forgetting"] for a, _, r in runs(table) if a == "vanilla"
+    }
+    groups: dict[tuple[float, int], list[Mapping[str, Any]]] = {}
+    for a, _, r in runs(table):
+        if a == arm and at(r) in plain:
+            key = (r["parameters"]["alpha"], r["parameters"]["rank"])
+            groups.setdefault(key, []).append(r)
+    rows = []
+    for (alpha, rank), mine in sorted(groups.items()):
+        ratios = [r["forgetting"] / plain[at(r)] for r in mine]
+        kappa = float(np.mean([r["overlap_mean"] for r in mine]))
+        law = (1 - alpha) * float(inflation(alpha, kappa))
+        spread = (min(ratios), float(np.mean(ratios)), max(ratios))
+        numbers = [f"{x:.2f}" for x in (*spread, kappa, law)]
+        rows.append([f"{alpha:g}", str(rank), str(len(mine)), *numbers])
+    ratio = ["smallest ratio", "mean", "largest"]
+    head = ["α", "rank", "runs", *ratio, "measured κ", "step left by the law"]
+    return markdown_table(head, rows)
 
 # %% ../../nbs/making/05_pages.ipynb #7aea4345
 def comparison_table(lines: Sequence[Line]) -> str:  # markdown

@@ -6,22 +6,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..methods.registry import FAMILIES
 from ..reporting.arms import Arm, draw_arm, draw_control, mean_point, read_arm
-from ..reporting.statistics import Curve, Matched, Point, match_control
+from dmr.reporting.statistics import (
+    Curve,
+    Matched,
+    Point,
+    Points,
+    match_control,
+)
 from ..routing.step import ROUTINGS
-from .tables import Table
+from .tables import Table, curves
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['cards', 'RoutedArm', 'routed_arms', 'setting_control', 'against_control', 'readable', 'finding', 'draw_planes']
+__all__ = ['cards', 'RoutedArm', 'routed_arms', 'setting_control', 'against_control', 'readable', 'finding', 'draw_planes',
+           'AtRate', 'at_equal_learning', 'part_finding', 'draw_parts_apart']
 
 # %% ../../nbs/making/07_planes.ipynb #f712d685
 def cards(
@@ -320,3 +327,105 @@ def draw_planes(
         "Forgetting against learning accuracy in nats per byte, means over"
         f" seeds. {finding(lines)}. {'; '.join(spots)}."
     )
+
+# %% ../../nbs/making/07_planes.ipynb #48eb8fca
+@dataclass(frozen=True)
+class AtRate:
+    "One arm at one rate, against plain training that learned as much."
+
+    arm: str
+    rate: float
+    points: Points  # seed -> point
+    difference: Mapping[Any, float]  # seed -> forgetting minus the control's
+    note: str  # where seeds are not comparable, '' if all are
+
+    @property
+    def mean(self) -> float:
+        "Of the differences; NaN where there is none."
+        known = list(self.difference.values())
+        return sum(known) / len(known) if known else math.nan
+
+
+def at_equal_learning(
+    table: Table,
+    part: str,  # of the study
+) -> list[AtRate]:  # by arm, then by rate
+    "Every arm of a part at each of its rates, as far as runs are there."
+    found = curves(table, part)
+    control, out = found.pop("vanilla", {}), []
+    for arm, at in found.items():
+        for rate, points in sorted(at.items()):
+            mine = {
+                r: {s: p for s, p in seeds.items() if s in points}
+                for r, seeds in control.items()
+            }
+            lr, few = rate * table.nominal[part], len(mine) < 2
+            m = None if few else match_control(points, mine)
+            note = "the control has fewer than two rates"
+            note = note if m is None else m.fell_out()
+            gaps = {} if m is None else m.difference
+            out.append(AtRate(arm, lr, points, gaps, note))
+    return out
+
+# %% ../../nbs/making/07_planes.ipynb #1ddaef10
+def part_finding(
+    lines: Iterable[AtRate],
+    margin: float = 0.01,  # nats that count as a difference
+) -> str:
+    "How many arms forget less than the control that learned as much."
+    known = [x for x in lines if not math.isnan(x.mean)]
+    below = sum(x.mean < -margin for x in known)
+    return f"{below} of {len(known)} settings forget less than a rate would"
+
+
+def _label_ends(ax: Any, ends: Mapping[str, tuple[Point, Any]]) -> None:
+    "Names at the right of the panel, none on another, tied to their curves."
+    low, high = ax.get_ylim()
+    step, at = (high - low) * 0.065, -math.inf
+    for name in sorted(ends, key=lambda n: ends[n][0].forgetting):
+        point, colour = ends[name]
+        at = max(at + step, point.forgetting)
+        ax.annotate(
+            name,
+            point,
+            (1.02, at),
+            textcoords=ax.get_yaxis_transform(),
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4},
+        )
+
+
+def draw_parts_apart(
+    table: Table,
+    titles: Mapping[str, str],  # part -> how its panel is called
+) -> tuple[Figure, str]:  # the figure, and its alternative text
+    "A panel for each part. Raises ValueError without a run."
+    from matplotlib.figure import Figure as NewFigure
+
+    there = {part: curves(table, part) for part in titles}
+    there = {part: found for part, found in there.items() if found}
+    if not there:
+        raise ValueError(f"no finished run of {table.study} in the table")
+    fig = NewFigure(figsize=(7.2, 4.1 * len(there)), layout="constrained")
+    axes, said = fig.subplots(len(there), squeeze=False).ravel(), []
+    for ax, (part, found) in zip(axes, there.items()):
+        lines = at_equal_learning(table, part)
+        title = f"{titles[part]}: {part_finding(lines)}"
+        control = found.pop("vanilla", {})
+        if control:
+            draw_control(ax, control, None)
+        ends, spots = {}, []
+        for arm, at in found.items():
+            style = table.arms[arm].fields.style
+            means = draw_arm(ax, at, style)
+            ends[arm] = (means[0], style["color"])
+            spots += [f"{arm} {y:.3f} at {x:.3f}" for x, y in means[:1]]
+        _label_ends(ax, ends)
+        ax.set_title(title)
+        ax.set_ylabel("forgetting (nats per byte)")
+        ax.set_xlabel("learning accuracy (nats per byte, lower is better)")
+        said.append(f"{title}. {'; '.join(spots)}.")
+    return fig, "Forgetting against learning accuracy. " + " ".join(said)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,9 @@ from dmr.reporting.statistics import (
 )
 
 # %% auto #0
-__all__ = ['CLAIMS', 'HOLDS', 'FAILS', 'UNDECIDED', 'UNTESTABLE', 'MET', 'CONTRARY', 'OPEN', 'Claim', 'Evidence', 'Part',
-           'Verdict', 'decide', 'verdict_c1', 'verdict_c3', 'verdict_c2', 'verdict_c4', 'verdict_c5', 'verdict_c6',
-           'join_cells', 'verdict_c7', 'verdict_c8', 'verdict_c10']
+__all__ = ['CLAIMS', 'HOLDS', 'FAILS', 'UNDECIDED', 'UNTESTABLE', 'MET', 'CONTRARY', 'OPEN', 'LEAST_RANGE', 'Claim', 'Evidence',
+           'Part', 'Verdict', 'decide', 'verdict_c1', 'verdict_c3', 'verdict_c2', 'verdict_c4', 'verdict_c5',
+           'verdict_c6', 'join_cells', 'sign_p', 'verdict_c7', 'verdict_c8', 'verdict_c10']
 
 # %% ../../nbs/making/01_rules.ipynb #8f70a4ef
 class Claim(NamedTuple):
@@ -88,8 +88,11 @@ CLAIMS: dict[str, Claim] = {
     "C7": Claim(
         "the same conflict in penalties and replay mixing",
         "–",
-        "forgetting(decoupled) − forgetting(shared) < 0, per family and form",
-        "an interval above 0 in some family or form",
+        "forgetting(decoupled) − forgetting(shared) < 0, per family and form;"
+        " where a run diverged, by the sign test, with +∞ for that run (this"
+        " clause was added after the runs)",
+        "an interval above 0 in some family or form, or a sign test that says"
+        " so where a run diverged",
     ),
     "C8": Claim(
         "and under LoRA on a large pretrained LM",
@@ -108,7 +111,9 @@ CLAIMS: dict[str, Claim] = {
         "silent on clean streams",
         "–",
         "at ρ=0 the ratio shared/vanilla < 0.90, and its slope over ρ > 0"
-        " where vanilla forgets beyond 5 s.e.",
+        " where vanilla forgets beyond 5 s.e.; not testable here if the"
+        " measured overlap moves by less than 0.1 over ρ (this clause was"
+        " added after the runs)",
         "an interval of shared/vanilla wholly above 0.90 at ρ = 0, or a slope"
         " wholly below 0",
     ),
@@ -128,6 +133,8 @@ class Evidence:
     control: Curve
     horizon: float  # H = steps per domain · (1 − β2)
     state: str = "kept"  # 'kept' or 'reset' at domain boundaries
+    # arm -> seeds of its runs that diverged: no point, forgetting +∞
+    diverged: Mapping[str, frozenset[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if 1.0 not in self.control:
@@ -148,12 +155,12 @@ class Evidence:
         "The arm of that name, or an error that lists the names."
         if name == "vanilla":
             return self.control[1.0]
-        if name not in self.arms:
+        if name not in {*self.arms, *self.diverged}:
             raise ValueError(
                 f"no arm {name!r} in the evidence; it has"
                 f" {', '.join(sorted(self.arms)) or 'none'}"
             )
-        return self.arms[name]
+        return self.arms.get(name, {})
 
     def nominal(self, name: str) -> dict[Any, float]:
         "seed -> forgetting at the nominal rate."
@@ -572,30 +579,82 @@ def join_cells(
     decides = all(v.decides for v in cells.values())
     return Verdict(claim, word, n, parts, reasons, decides)
 
+# %% ../../nbs/making/01_rules.ipynb #4825088f
+def sign_p(
+    below: int,  # seeds in which the first is smaller
+    above: int,  # seeds in which it is larger; ties count nowhere
+) -> float:
+    "Two-sided p-value of the sign test."
+    n, k = below + above, min(below, above)
+    ways = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * ways / 2**n)
+
+
+def _by_signs(
+    a: Mapping[Any, float],  # seed -> value, +∞ where the run diverged
+    b: Mapping[Any, float],  # seed -> value that is subtracted
+    what: str,
+    level: float = 0.05,
+) -> Part:
+    "Met if the sign test puts a below b, contrary if above."
+    seeds = a.keys() & b.keys()
+    below = sum(bool(a[s] < b[s]) for s in seeds)
+    above = sum(bool(a[s] > b[s]) for s in seeds)
+    p = sign_p(below, above)
+    outcome = OPEN if p >= level else MET if below > above else CONTRARY
+    text = (
+        f"{what}: above 0 in {above} of {len(seeds)} seeds, below in {below},"
+        f" a diverged run counting as +∞; sign test p={p:.3g}"
+    )
+    if sign_p(0, len(seeds)) >= level:
+        text += f", and {len(seeds)} seeds cannot give a p below {level:g}"
+    return Part(outcome, text)
+
+# %% ../../nbs/making/01_rules.ipynb #48936e3c
+def _diverged_parts(
+    e: Evidence, arms: Sequence[str], matched: Mapping[str, Matched]
+) -> tuple[dict[str, Part], int]:
+    "C7 by signs, and the number of seeds that count."
+
+    def ranked(arm: str, values: Mapping[Any, float]) -> dict[Any, float]:
+        finite = {s: v for s, v in values.items() if math.isfinite(v)}
+        lost = e.diverged.get(arm, frozenset())
+        return finite | dict.fromkeys(lost, math.inf)
+
+    a, b = arms
+    x, y = ranked(a, e.nominal(a)), ranked(b, e.nominal(b))
+    p, q = (ranked(arm, matched[arm].difference) for arm in arms)
+    parts = {
+        "nominal": _by_signs(x, y, f"{a} − {b}"),
+        "matched": _too_few(len(p.keys() & q.keys()), matched)
+        or _by_signs(p, q, f"excess of {a} − excess of {b}"),
+    }
+    return parts, len(x.keys() & y.keys())
+
 
 def verdict_c7(
     evidence: Evidence,  # one family in one form
     decoupled: str = "decoupled",
     shared: str = "shared",
 ) -> Verdict:
-    """C7, for one family and form: decoupled forgets less than shared. Join
-    several with `join_cells`.
+    """C7, for one family and form: decoupled forgets less than shared; by the
+    sign test where a run diverged. Join several with `join_cells`.
     """
-    arms = (decoupled, shared)
-    raw = differences(*(evidence.nominal(a) for a in arms))
-    matched = {a: evidence.matched(a) for a in arms}
+    e, arms = evidence, (decoupled, shared)
+    matched = {a: e.matched(a) for a in arms}
+    if any(e.diverged.get(a) for a in arms):
+        parts, n = _diverged_parts(e, arms, matched)
+        return decide("C7", parts, n, e.horizon, e.state)
+    raw = differences(*(e.nominal(a) for a in arms))
     lost = {s for m in matched.values() for s in m.reasons}
     excess = differences(*(m.difference for m in matched.values()))
+    what = f"excess of {decoupled} − excess of {shared}"
     parts = {
         "nominal": _sign(raw, f"{decoupled} − {shared}"),
         "matched": _too_few(len(excess), matched)
-        or _sign(
-            excess,
-            f"excess of {decoupled} − excess of {shared}",
-            missing=lost,
-        ),
+        or _sign(excess, what, missing=lost),
     }
-    return _decide("C7", parts, evidence, arms)
+    return _decide("C7", parts, e, arms)
 
 # %% ../../nbs/making/01_rules.ipynb #46cb77b0
 def verdict_c8(
@@ -611,6 +670,26 @@ def verdict_c8(
     return join_cells("C8", cells)
 
 # %% ../../nbs/making/01_rules.ipynb #777f5c7e
+#: The least range of the measured overlap over ρ that can test C10.
+LEAST_RANGE = 0.1
+
+
+def _unmoved(
+    signal: Mapping[float, float],  # ρ -> measured overlap
+) -> str:
+    "Why ρ does not move the overlap; '' if it does."
+    low, high = min(signal.values()), max(signal.values())
+    if not all(map(math.isfinite, signal.values())):
+        return "the overlap was not measured at every ρ"
+    if high - low >= LEAST_RANGE:
+        return ""
+    return (
+        f"the measured overlap lies between {low:.3f} and {high:.3f} at every"
+        f" ρ; its range, {high - low:.3f}, is below {LEAST_RANGE:g}, so ρ does"
+        " not move what the claim is about"
+    )
+
+
 def _forgets(e: Evidence) -> bool:
     "Does vanilla forget beyond 5 standard errors?"
     every = e.nominal("vanilla").values()
@@ -654,14 +733,16 @@ def _matched_slope(matched: Mapping[float, Matched]) -> Part:
 # %% ../../nbs/making/01_rules.ipynb #977b1237
 def verdict_c10(
     streams: Mapping[float, Evidence],  # overlap ρ -> evidence, ρ=0 among them
+    signal: Mapping[float, float],  # ρ -> overlap measured in the shared arm
     shared: str = "shared",
 ) -> Verdict:
     """C10: at ρ=0 shared/vanilla < 0.90, and the slope of shared/vanilla over ρ
-    is positive.
+    is positive; not testable where ρ does not move the overlap.
     """
-    if 0.0 not in streams:
+    if 0.0 not in streams or streams.keys() != signal.keys():
         raise ValueError(
-            f"streams has ρ = {sorted(streams)}; the claim needs ρ = 0"
+            f"streams has ρ = {sorted(streams)} and signal {sorted(signal)};"
+            " the claim needs ρ = 0, and the overlap at every ρ"
         )
     ratios: dict[float, dict[Any, float]] = {}
     matched: dict[float, Matched] = {}
@@ -686,4 +767,7 @@ def verdict_c10(
     n = min(e.seeds(shared, "vanilla") for e in streams.values())
     H = min(e.horizon for e in streams.values())
     verdict = decide("C10", parts, n, H, clean.state)
+    if why := _unmoved(signal):
+        reasons = (why, *verdict.reasons)
+        verdict = replace(verdict, verdict=UNTESTABLE, reasons=reasons)
     return replace(verdict, reasons=(*verdict.reasons, *notes))

@@ -33,8 +33,8 @@ from ..studies.table import Ledger, read_rows
 from .rules import Evidence
 
 # %% auto #0
-__all__ = ['TableArm', 'Table', 'runs', 'nominal_rows', 'part_value', 'read_table', 'Measured', 'measure', 'curves', 'evidence',
-           'Line', 'compare']
+__all__ = ['TableArm', 'Table', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured', 'measure',
+           'curves', 'evidence', 'Line', 'compare']
 
 # %% ../../nbs/making/02_tables.ipynb #78e4ff5e
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Table:
     planned: int = 0  # runs in the study file
     # finished runs of the plan, numbers as numbers
     rows: tuple[Mapping[str, Any], ...] = ()
-    # part, arm and parameters of the runs that ended in an error
+    # part, arm, seed, parameters and status of the runs without a number
     lost: tuple[Mapping[str, Any], ...] = ()
     left_out: int = 0  # finished rows of the plan by other versions of the code
     # part -> nominal rate
@@ -123,9 +123,11 @@ class Table:
 def runs(
     table: Table,
     part: str | None = None,  # None: all
+    # None: the finished ones
+    rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
     "The arm's name, the multiple of the nominal rate, and the row of each run."
-    for r in table.rows:
+    for r in table.rows if rows is None else rows:
         if part is None or r["part"] == part:
             lr = float(r["parameters"]["lr"])
             plain = read_arm(r["parameters"]).plain
@@ -136,6 +138,19 @@ def runs(
 def nominal_rows(table: Table, arm: str) -> list[Mapping[str, Any]]:
     "Runs of an arm at the nominal rate."
     return [r for name, rate, r in runs(table) if (name, rate) == (arm, 1.0)]
+
+
+def mean_overlap(
+    table: Table, arm: str, part: str | None = None
+) -> float:  # NaN where it was not measured
+    "The arm's overlap signal at the nominal rate, mean over run and seeds."
+    found = [
+        r.get("overlap_mean")
+        for name, rate, r in runs(table, part)
+        if (name, rate) == (arm, 1.0)
+    ]
+    known = [x for x in found if isinstance(x, float)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def part_value(
@@ -212,16 +227,20 @@ def read_table(
             kept[cell] = {**numbers, **about[cell], "run_id": r["run_id"]}
     ended = ("ok", "failed", "timeout", "out-of-memory")
     lost = {
-        r["cell"]
+        r["cell"]: r["status"]
         for r in rows
         if r.get("status") in ended and not r.get("forgetting")
-    } - set(kept)
+    }
     return Table(
         study,
         plan.title,
         len(cells),
         tuple(kept.values()),
-        tuple(about[cell] for cell in cells if cell in lost),
+        tuple(
+            {**about[cell], "status": lost[cell]}
+            for cell in cells
+            if cell in lost and cell not in kept
+        ),
         len(good) - len(kept),
         {part: rate for part, rate in rates.items() if rate},
         code,
@@ -282,6 +301,15 @@ def curves(
     return out
 
 
+def _diverged(table: Table, part: str | None) -> dict[str, frozenset[Any]]:
+    "arm -> seeds that diverged at the nominal rate."
+    seeds: dict[str, set[Any]] = {}
+    for arm, rate, r in runs(table, part, table.lost):
+        if rate == 1.0 and r["status"] in ("ok", "failed"):
+            seeds.setdefault(arm, set()).add(r["seed"])
+    return {arm: frozenset(found) for arm, found in seeds.items()}
+
+
 def evidence(
     table: Table,
     part: str | None = None,
@@ -300,6 +328,7 @@ def evidence(
         dict(sorted(control.items())),
         0.0 if p["optimizer"] == "sgd" else round(H, 9),
         p["state"],
+        _diverged(table, part),
     )
 
 # %% ../../nbs/making/02_tables.ipynb #4217c720

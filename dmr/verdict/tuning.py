@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ..studies.study import Project, find_project, read_study
+from ..studies.table import read_rows
+from ..studies.tuner import SCORE, Tuner, chosen
 from .tables import Table, read_table
 
 # %% auto #0
-__all__ = ['expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text']
+__all__ = ['expected_best', 'Choice', 'choose_settings', 'tuning_choices', 'tuning_text', 'replay_tuner']
 
 # %% ../../nbs/making/04_tuning.ipynb #5859cac7
 def expected_best(
@@ -179,3 +181,31 @@ def tuning_text(table: Table, choices: Sequence[Choice]) -> str:
     for c in choices:
         lines.append(f"{c.arm:30} " + " ".join(tried(c, k) for k in ks))
     return "\n".join(lines)
+
+# %% ../../nbs/making/04_tuning.ipynb #c3974cad
+def replay_tuner(
+    most: int = 60,  # runs in all; the grid has 212
+    seed: int = 0,  # of the sampler
+    project: Project | None = None,
+) -> dict[str, tuple[int, float]]:  # arm -> runs, nats above the grid's choice
+    """Let a sampler tune the arms of the study `tuning`, and answer it from
+    the table. An arm without a complete setting is infinitely far away.
+    """
+    project = project or find_project()
+    plan = read_study(project.studies / "tuning.yaml")
+    rows = read_rows(project.results / "tuning.csv")
+    known = {
+        r["cell"]: float(r[SCORE]) if r["status"] == "ok" else None
+        for r in rows
+    }
+    tuner = Tuner(plan, most, seed)
+    told: dict[str, float | None] = {}
+    while todo := tuner.ask(told):
+        told |= {c.hash: known[c.hash] for c in todo}
+    out = {}
+    for arm in dict.fromkeys(c.arm for c in plan.cells):
+        cells = [c for c in plan.cells if c.arm == arm]
+        grid, found = chosen(cells, known), chosen(cells, told)
+        above = found[1] - grid[1] if grid and found else math.inf
+        out[arm] = sum(c.hash in told for c in cells), above
+    return out

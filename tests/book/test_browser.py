@@ -225,6 +225,30 @@ def test_nothing_moves_when_fonts_come_late(browser, address, width):
     assert held and max(shifts.values()) <= 0.02, shifts
 
 
+def test_no_code_and_no_output_is_clipped(browser, address, pages):
+    clipped = """() => [...document.querySelectorAll('main pre')]
+      .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+      .map(e => e.textContent.slice(0, 60))"""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    found = {}
+    for name in pages:
+        page = visit(context, f"{address}/{name}", [])
+        found[name] = page.evaluate(clipped)
+        page.close()
+    context.close()
+    assert not {name: text for name, text in found.items() if text}
+
+
+def test_a_term_shows_its_meaning_to_the_keyboard(browser, address):
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = visit(context, f"{address}/why/cancellation.html", [])
+    card = page.locator(".term .card").first
+    assert not card.is_visible()
+    page.locator(".term a").first.focus()
+    assert card.is_visible() and len(card.inner_text()) > 20
+    context.close()
+
+
 def test_maths_is_typeset(pages):
     raw = [
         name

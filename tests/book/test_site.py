@@ -376,6 +376,7 @@ def test_small_book(project):
         "reference/damping.html",
         "contents.html",
         "gallery.html",
+        "glossary.html",
         "contributing.html",
         "changelog.html",
         "cite.html",
@@ -534,6 +535,34 @@ def test_small_book(project):
         'id="hero-curve"' in text["index.html"]
         and "window.heroTable" in (docs / "assets/hero-table.js").read_text()
     )
+
+
+def test_terms_search_and_reading_order_reach_the_site(project):
+    (project / "nbs/glossary.yml").write_text(
+        "- {name: step, means: What an optimizer does., page: routing/damping}"
+    )
+    assert site.build(project)[1] == []
+    docs = project / "_docs"
+    page = (docs / "routing/damping.html").read_text()
+    assert page.count('class="cite term"') == 0  # in the description only
+    file = project / "nbs/routing/10_damping.ipynb"
+    file.write_text(file.read_text().replace("use `damp`", "step by `damp`"))
+    site.build(project)
+    page = (docs / "routing/damping.html").read_text()
+    assert page.count('class="cite term"') == 1
+    assert 'href="../glossary.html#term-step"' in page
+    assert "What an optimizer does." in (docs / "glossary.html").read_text()
+    entries = json.loads((docs / "search.json").read_text())
+    parts = {e["href"].split("#")[0]: e["part"] for e in entries}
+    assert parts["index.html"] == 0 and parts["routing/damping.html"] == 2
+    assert parts["experiments/eight.html"] == 3
+    script = (docs / "site_libs/fuse/fuse.min.js").read_text()
+    assert script.startswith("window.searchSynonyms") and "class Fuse" in script
+    order = (docs / "llms.txt").read_text()
+    assert order.index("routing/damping") < order.index("experiments/eight")
+    copy = (docs / "routing/damping.llms.md").read_text()
+    assert '![A: "white" box](../figures/' in copy and "<figure" not in copy
+    assert "<footer" not in copy and "No execution of this page" in copy
 
 
 def test_figures_link_their_tables_and_what_made_them(project, monkeypatch):

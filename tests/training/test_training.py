@@ -14,14 +14,17 @@ from tiny import SENTENCES, repeated_sentences
 import dmr.training.loop as training
 from dmr.files import write_checkpoint
 from dmr.routing.modification import Dense, Modification
+from dmr.routing.moments import STEPPED, moments_of
 from dmr.text.load import Domain, Stream
 from dmr.training.config import (
     LIMITS,
     MODIFICATIONS,
     Config,
+    Muon32,
     build_optimizer,
     check_parameters,
     generator_for,
+    newton_schulz,
     seed_for,
 )
 from dmr.training.loop import (
@@ -64,6 +67,7 @@ PROJECTION = {
 }
 REPLAY = {"modification": "replay", "fraction": 0.05}
 MUON = {**PROJECTION, "optimizer": "muon", "lr": 0.01}
+MUONS = ("muon", "muon32")
 FISHER = {"consolidation": "fisher", "merge": {"weight": 0.7}}
 
 
@@ -304,6 +308,93 @@ def test_muon_and_its_adamw():
     assert [steps for steps, _ in own.steps] == [1.0, 13.0, 25.0]
 
 
+def by_hand(W, grads, lr=0.02, decay=0.1, momentum=0.95, nesterov=True):
+    "Muon as its authors write it, in float64, by singular values."
+    W, B = W.double(), torch.zeros_like(W, dtype=torch.float64)
+    for g in grads:
+        B = momentum * B + (1 - momentum) * g.double()
+        M = (1 - momentum) * g.double() + momentum * B if nesterov else B
+        u, s, v = torch.linalg.svd(M, full_matrices=False)
+        s = s / M.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        turned = (u * s) @ v * max(1, W.shape[0] / W.shape[1]) ** 0.5
+        W = (1 - lr * decay) * W - lr * turned
+    return W
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 16), (16, 40)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon32_is_muon_in_the_weights_own_precision(
+    shape, nesterov, monkeypatch
+):
+    """Against a float64 reference; bit for bit torch's own step where torch's
+    iteration is fed through the same one; and near torch's bfloat16.
+    """
+    torch.manual_seed(0)
+    start = torch.randn(shape) / 4
+    grads = [torch.randn(shape) for _ in range(20)]
+
+    def way(kind, dtype=torch.float32):
+        W = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = kind([W], lr=0.02, weight_decay=0.1, nesterov=nesterov)
+        for g in grads:
+            W.grad = g.to(dtype)
+            optimizer.step()
+        assert torch.equal(W.grad, grads[-1].to(dtype))
+        return W.detach(), optimizer.state_dict()
+
+    exact = by_hand(start, grads, nesterov=nesterov)
+    assert (way(Muon32, torch.float64)[0] - exact).abs().max() < 1e-12
+    assert (way(Muon32)[0] - exact).abs().max() < 1e-5
+    coarse = way(torch.optim.Muon)[0]
+    apart = (coarse - exact).norm() / (exact - start).norm()
+    assert 1e-4 < apart < 0.02, apart
+    name = "torch.optim._muon._zeropower_via_newtonschulz"
+    monkeypatch.setattr(name, newton_schulz)
+    assert same(way(torch.optim.Muon), way(Muon32))
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon32_takes_what_torchs_muon_takes(adjust, monkeypatch):
+    "Groups, scales of the rate, a tensor for the rate, a closure."
+    name = "torch.optim._muon._zeropower_via_newtonschulz"
+    monkeypatch.setattr(name, newton_schulz)
+
+    def way(kind):
+        torch.manual_seed(0)
+        W, V, idle = (
+            torch.nn.Parameter(torch.randn(s)) for s in ((9, 4), (4, 9), (2, 2))
+        )
+        groups = [
+            {"params": [W, idle], "ns_steps": 3, "momentum": 0.5},
+            {"params": [V], "lr": torch.tensor(0.01), "eps": 1e-3},
+        ]
+        optimizer = kind(groups, lr=0.1, adjust_lr_fn=adjust)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (W @ V).square().mean()
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(5)]
+        assert losses[-1] < losses[0]
+        return W, V, idle, losses, optimizer.state_dict()["state"]
+
+    assert same(way(torch.optim.Muon), way(Muon32))
+
+
+def test_a_run_with_muon32_is_one_with_muon_but_for_rounding():
+    "The same parts, rates and routings; a router reads its step likewise."
+    coarse, fast = (run(**{**MUON, "optimizer": o}) for o in MUONS)
+    a, b = losses(coarse, 2), losses(fast, 2)
+    assert a != b and a == pytest.approx(b, abs=0.05)
+    known = moments_of(Muon32([torch.nn.Parameter(torch.ones(2, 2))]))
+    assert known is STEPPED[torch.optim.Muon]
+    assert Config(optimizer="muon32").horizon is None
+
+
 def test_a_checkpoint_of_muon_holds_both_states(tmp_path):
     states = []
     for folder in (None, str(tmp_path)):
@@ -318,13 +409,15 @@ def test_a_checkpoint_of_muon_holds_both_states(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adam", "amsgrad", "radam", "adamax", "sgd", "muon", "lion"]
+    "optimizer",
+    ["adam", "amsgrad", "radam", "adamax", "sgd", "muon", "muon32", "lion"],
 )
 def test_every_optimizer_learns(optimizer):
-    lr = {"sgd": 0.3, "muon": 0.04, "lion": 2e-3}.get(optimizer, 5e-3)
+    own = {"sgd": 0.3, "muon": 0.04, "muon32": 0.04, "lion": 2e-3}
+    lr = own.get(optimizer, 5e-3)
     result = run(optimizer=optimizer, lr=lr, **PROJECTION, routing="shared")
     assert losses(result, 0)[0] < losses(result, -1)[0] - 0.5
-    without = optimizer in ("sgd", "muon", "lion")
+    without = optimizer in ("sgd", *MUONS, "lion")
     assert (result["stages"][0]["horizon"] is None) == without
 
 
@@ -487,7 +580,7 @@ def names_in(folder):
         REPLAY,
         {"second_batch": 0.5, "order": "shuffled"},
         {**MUON, **FISHER, "decay": "cosine"},
-        {**MUON, "state": "reset", "rest_lr": 1e-3},
+        {**MUON, "optimizer": "muon32", "state": "reset", "rest_lr": 1e-3},
         {**PROJECTION, **FISHER, "optimizer": "lion", "routing": "shared"},
     ],
     ids=[
@@ -498,7 +591,7 @@ def names_in(folder):
         "replay",
         "second batch",
         "muon, fisher",
-        "muon, reset",
+        "muon32, reset",
         "lion, fisher",
     ],
 )

@@ -23,9 +23,9 @@ from dmr.verdict.answers import (
     read_inflation,
 )
 from dmr.verdict.drawings import (
+    draw_age,
     draw_domains,
     draw_growth,
-    draw_heat,
     draw_plane,
 )
 from dmr.verdict.pages import advice, claim_box, verdict_table
@@ -83,31 +83,57 @@ def test_a_short_horizon_is_not_testable_and_three_seeds_decide_nothing():
             assert answer(claim, table).verdict.verdict == word
 
 
-def test_overlap_and_families():
+def overlapping(signal):
+    "A study of overlap whose measured signal is a function of ρ."
     rows, nominal = [], {}
     for rho, ratio in ((0.0, 0.7), (0.5, 0.85), (0.95, 1.0)):
         part = f"rho {rho:g}"
         t = simulated.table({SHARED: ratio}, seeds=5, part=part)
-        rows += t.rows
+        rows += [{**r, "overlap_mean": signal(rho)} for r in t.rows]
         nominal |= t.nominal
-    overlap = simulated.whole(rows, "overlap", nominal)
-    assert answer("C10", overlap).verdict.verdict == HOLDS
+    return simulated.whole(rows, "overlap", nominal)
+
+
+def test_overlap_and_families():
+    assert answer("C10", overlapping(lambda rho: rho)).word == HOLDS
     conflict = simulated.table(PAIRS, seeds=5, study="conflict")
     assert answer("C7", conflict).verdict.verdict == HOLDS
 
 
-def test_an_arm_of_which_every_run_failed_is_said_to_have_failed():
-    """Diverged runs are ended runs: the table is complete, the family stays
-    open, and the box says why.
-    """
+def test_c10_is_not_testable_where_rho_does_not_move_the_overlap():
+    table = overlapping(lambda rho: 0.5 + 0.02 * rho)
+    c10 = answer("C10", table)
+    assert c10.word == UNTESTABLE
+    box = claim_box("C10", [c10], {"overlap": table})
+    assert "  - the measured overlap lies between 0.500 and 0.519" in box
+    assert f"**{UNTESTABLE}**" in verdict_table([c10])
+    unknown = answer("C10", overlapping(lambda rho: ""))
+    assert unknown.word == UNTESTABLE
+
+
+@pytest.mark.parametrize(
+    ("status", "seeds", "word"),
+    [
+        ("failed", 5, "undecided at n = 5"),
+        ("failed", 6, FAILS),
+        ("ok", 6, FAILS),  # it ended, but without a number
+        ("timeout", 6, NOT_RUN),  # says nothing of the arm
+        ("out-of-memory", 6, NOT_RUN),
+    ],
+)
+def test_an_arm_of_which_every_run_diverged_has_failed(status, seeds, word):
+    "Diverged runs are ended runs: the table is complete, and they count."
     gone = "EWC additive decoupled"
-    whole = simulated.table(PAIRS, seeds=5, study="conflict")
+    whole = simulated.table(PAIRS, seeds=seeds, study="conflict")
     rows = tuple(r for r in whole.rows if r["arm"] != gone)
-    lost = tuple(r for r in whole.rows if r["arm"] == gone)
+    lost = tuple(
+        {**r, "status": status} for r in whole.rows if r["arm"] == gone
+    )
     table = replace(whole, rows=rows, lost=lost)
     c7 = answer("C7", table)
-    assert table.complete and c7.word == "undecided at n = 5"
-    assert f"{gone}: all 5 runs ended in an error" in str(c7.verdict)
+    assert table.complete and c7.word == word
+    if word != NOT_RUN:
+        assert f"above 0 in {seeds} of {seeds} seeds" in str(c7.verdict)
     lacking = replace(table, lost=())
     assert not lacking.complete and answer("C7", lacking).word == NOT_RUN
 
@@ -140,7 +166,7 @@ def test_nothing_there_is_not_yet_run():
     assert verdict_table(answers).count(NOT_RUN) == len(CLAIMS)
     empty = Table("eight", "", 430)
     assert "no runs yet" in advice(empty) and compare(empty) == []
-    for draw in (draw_plane, draw_heat, draw_growth, draw_domains):
+    for draw in (draw_plane, draw_age, draw_growth, draw_domains):
         assert draw(empty) is None
 
 
@@ -154,7 +180,7 @@ def test_a_short_table_never_fails_and_is_preliminary(kept):
         assert a.verdict is None or a.note.startswith("preliminary")
     box, glance = claim_box("C1", answers, tables), verdict_table(answers)
     assert f"{kept} of {full.planned} runs" in box + glance + advice(short)
-    for draw in (draw_plane, draw_heat, draw_growth, draw_domains):
+    for draw in (draw_plane, draw_age, draw_growth, draw_domains):
         draw(short)
 
 

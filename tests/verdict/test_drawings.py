@@ -1,14 +1,16 @@
 """Figures of tables with known answers."""
 
+import json
+
 import numpy as np
 import pytest
 import simulated
 
 from dmr.verdict.answers import ADAPTIVE, INTERPOLATION, SHARED
 from dmr.verdict.drawings import (
+    draw_age,
     draw_domains,
     draw_growth,
-    draw_heat,
     draw_parts,
     draw_plane,
 )
@@ -22,11 +24,20 @@ def test_the_figures_use_every_seed():
 
     arms = {SHARED: 1.0, ADAPTIVE: 0.5}
     table = simulated.change(simulated.table(arms, seeds=5), lose)
-    fig, alt = draw_heat(table)
-    # exp(2) and exp(3)
-    assert "vanilla (5 seeds): first domain 7.4, in the end 20.1" in alt
-    panel = fig.axes[0].images[0].get_array()
-    assert panel[-1, 0] == pytest.approx(np.exp(3.0))
+    fig, alt = draw_age(table)
+    rate = table.nominal[""]
+    rows = [r for r in table.rows if r["parameters"]["lr"] == rate]
+    plain = [
+        json.loads(r["loss_matrix"]) for r in rows if r["arm"] == "vanilla"
+    ]
+    plain = np.array(plain)
+    drawn = fig.axes[0].lines[0].get_ydata()
+    assert len(drawn) == plain.shape[1] // 2 + 1
+    for age, found in enumerate(drawn):
+        ends = plain.shape[1] - age
+        rise = [L[j + age, j] - L[j, j] for L in plain for j in range(ends)]
+        assert found == pytest.approx(np.mean(rise))
+    assert f"vanilla {drawn[-1]:.3f}" in alt and "(n=5, t)" in alt
     fig, alt = draw_growth(table)
     # bars for each arm
     assert len(fig.axes[0].containers) == 3 and "(n=5, t)" in alt

@@ -52,6 +52,23 @@ def test_every_box_says_what_would_refute_the_claim_and_links_its_table():
     assert verdict_table(answers, tables).count(link) == 5
 
 
+def test_at_a_glance_ratios_and_differences_stand_apart():
+    tables = {"eight": simulated.table(ARMS)}
+    ratios, nats, many = verdict_table(answer_claims(tables), tables).split(
+        "\n\n**"
+    )
+    claims = lambda text: [
+        line.split(" | ")[0].strip("| ")
+        for line in text.splitlines()
+        if line.startswith("| C")
+    ]
+    assert claims(ratios) == ["C1", "C3", "C10"] and "ratio" in ratios
+    assert claims(nats) == ["C2", "C4", "C5"] and nats.startswith("Diff")
+    assert claims(many) == ["C6", "C7", "C8", "C9"]
+    assert "| nominal | matched |" in ratios and "| nominal | matched |" in nats
+    assert "nominal" not in many
+
+
 def test_the_advice_names_what_the_seeds_do_not_tell_apart():
     clear = advice(simulated.table({**ARMS, ADAPTIVE: 0.5}))
     assert clear.startswith(f"**{ADAPTIVE}** lies best")

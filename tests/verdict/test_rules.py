@@ -2,6 +2,8 @@
 seeds before any arithmetic.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from simulated import control, evidence
@@ -208,10 +210,79 @@ def test_c7_to_c10():
         r: evidence({"shared": 0.8 - 0.3 * r}, seed=k)
         for k, r in enumerate((0.0, 0.5, 0.95))
     }
-    assert (
-        S.verdict_c10(rising).verdict == HOLDS
-        and S.verdict_c10(falling).verdict == FAILS
+    c10 = lambda streams, scale: S.verdict_c10(
+        streams, {r: 0.5 + scale * r for r in streams}
     )
+    assert c10(rising, 0.2).verdict == HOLDS
+    assert c10(falling, 0.2).verdict == FAILS
+    # a knob that moves nothing tests nothing, whatever came out
+    for streams in (rising, falling):
+        stuck = c10(streams, 0.1)
+        assert stuck.verdict == UNTESTABLE
+        assert "between 0.500 and 0.595 at every ρ" in stuck.reasons[0]
+    with pytest.raises(ValueError, match="the overlap at every ρ"):
+        S.verdict_c10(rising, {0.0: 0.1})
+    unknown = S.verdict_c10(rising, dict.fromkeys(rising, np.nan))
+    assert "not measured at every ρ" in unknown.reasons[0]
+    assert unknown.verdict == UNTESTABLE
+
+
+def diverging(lost, n=10, decoupled=0.7, shared=0.9, which="decoupled"):
+    "Evidence in which the first `lost` runs of an arm diverged."
+    e = evidence({"decoupled": decoupled, "shared": shared}, n=n)
+    alive = {s: p for s, p in e.arms[which].items() if s >= lost}
+    arms = {**e.arms, which: alive}
+    return replace(e, arms=arms, diverged={which: frozenset(range(lost))})
+
+
+@pytest.mark.parametrize(
+    "lost, n, which, verdict",
+    [
+        (0, 10, "decoupled", HOLDS),
+        (1, 10, "decoupled", HOLDS),  # 1 against 9: p = .021
+        (2, 10, "decoupled", UNDECIDED),  # 2 against 8: p = .11
+        (9, 10, "decoupled", FAILS),
+        (10, 10, "decoupled", FAILS),
+        (10, 10, "shared", HOLDS),
+        (6, 6, "decoupled", FAILS),
+        (5, 5, "decoupled", UNDECIDED),  # p = .0625, the least of five seeds
+        (3, 3, "decoupled", UNDECIDED),
+    ],
+)
+def test_a_diverged_run_is_a_failure_and_not_a_missing_one(
+    lost, n, which, verdict
+):
+    v = S.verdict_c7(diverging(lost, n, which=which))
+    assert (v.verdict, v.n) == (verdict, n)
+    assert ("diverged" in str(v)) == (lost > 0)
+    assert ("cannot give a p below" in str(v)) == (lost > 0 and n < 6)
+
+
+def test_runs_that_all_diverged_leave_an_arm_without_points():
+    e = diverging(10)
+    gone = Evidence({"shared": e.arms["shared"]}, e.control, 7.5)
+    with pytest.raises(ValueError, match="no arm 'decoupled'"):
+        S.verdict_c7(gone)
+    both = {a: frozenset(range(10)) for a in ("decoupled", "shared")}
+    tie = S.verdict_c7(replace(gone, arms={}, diverged=both))
+    assert tie.verdict == UNDECIDED and "p=1" in str(tie)
+
+
+def test_an_arm_that_learned_too_little_decides_nothing_by_signs():
+    e = diverging(10)
+    slow = {s: Point(2.8, p.forgetting) for s, p in e.arms["shared"].items()}
+    v = S.verdict_c7(replace(e, arms={**e.arms, "shared": slow}))
+    assert v.parts["nominal"].outcome == "contrary"
+    assert v.parts["matched"].outcome == "open"
+
+
+def test_the_sign_test_by_counting_every_way_that_signs_can_fall():
+    for n in range(1, 9):
+        ways = [bin(k).count("1") for k in range(2**n)]
+        for above in range(n + 1):
+            far = abs(2 * above - n)
+            odds = sum(abs(2 * k - n) >= far for k in ways) / 2**n
+            assert S.sign_p(n - above, above) == pytest.approx(odds)
 
 
 def test_c10_leaves_out_streams_on_which_vanilla_hardly_forgets():
@@ -227,7 +298,8 @@ def test_c10_leaves_out_streams_on_which_vanilla_hardly_forgets():
         }
         for r, at in streams[0.5].control.items()
     }
-    v = S.verdict_c10({**streams, 0.5: Evidence(streams[0.5].arms, quiet, 7.5)})
+    quiet_one = Evidence(streams[0.5].arms, quiet, 7.5)
+    v = S.verdict_c10({**streams, 0.5: quiet_one}, {r: r for r in streams})
     assert (
         v.verdict == HOLDS
         and "ρ=0.5: vanilla within 5 s.e. of 0; shared − vanilla" in str(v)

@@ -72,6 +72,7 @@ def test_tables_are_held_against_their_plans(project):
     )
     assert table.nominal == {"": cells[0].parameters["lr"] * 4}
     assert sum(table.failed.values()) == 2 and table.seconds == 60
+    assert [r["status"] for r in table.lost] == ["failed", "ok"]
 
 
 @pytest.mark.parametrize("study", STUDIES)
