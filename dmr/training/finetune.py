@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dmr.files import (
+    Busy,
     last_checkpoint,
     locked,
     read_object,
@@ -787,7 +788,8 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
     way_out = "pass another folder, output=... (-o on the command line)"
     if not folder.exists():
         return
-    inside = folder.is_dir() and [p for p in folder.iterdir()]
+    seen = lambda path: not path.name.startswith(".")  # a lock is nothing
+    inside = folder.is_dir() and [*filter(seen, folder.iterdir())]
     if not folder.is_dir() or (inside and not read_object(folder / REQUEST)):
         raise ValueError(f"{folder} holds something else; {way_out}")
     if inside:
@@ -866,7 +868,7 @@ def _train_all(
         return replace(Finetuned(**done), folder=str(folder))
     bench = Bench(r, read, arms[0].lora)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with _alone(folder):
         write_object(folder / REQUEST, identity)
         shown = _progress(bench, len(arms), progress)
         runs: list[dict[str, Any]] = []
@@ -880,8 +882,30 @@ def _train_all(
             result = _collected(r, head, runs, folder, keep_model)
             write_object(folder / RESULT, plain(asdict(result)))
             return result
-    shutil.rmtree(folder)
+    _clear(folder)
     raise ValueError(runs[0]["error"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    "Hold a folder's lock. ValueError where another process has it."
+    try:
+        with locked(folder):
+            yield
+    except Busy:
+        raise ValueError(
+            f"another process is training into {folder}; wait for it, or pass"
+            " another folder, output=... (-o on the command line)"
+        ) from None
+
+
+def _clear(folder: Path) -> None:
+    "Take away what failed trainings left."
+    shutil.rmtree(folder / "runs")
+    for name in (REQUEST, ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, or not ours
+        folder.rmdir()
 
 # %% ../../nbs/training/10_finetune.ipynb #19a185d8
 def _progress(bench: Bench, arms: int, enabled: bool) -> _Progress:

@@ -5,6 +5,7 @@ them; and the page they end with.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ pytest.importorskip("peft")
 
 from dmr.cli import main
 from dmr.reporting.finetuned import template
-from dmr.training.finetune import save_small_llama
+from dmr.training.finetune import Training, save_small_llama
 
 SMALL = "--steps 6 --rates 1e-3 3e-3 -p length 48 -p batch 2 -p windows 2"
 SMALL = f"{SMALL} -p keep_tokens 384 -p looks 2 -p device cpu".split()
@@ -95,6 +96,22 @@ def test_what_is_wrong_is_one_line(empty, capsys, monkeypatch):
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("dmr finetune: ") and said in err, err
     assert not [*empty.iterdir()]
+
+
+def test_an_interrupted_command_says_how_to_go_on(empty, capsys, monkeypatch):
+    monkeypatch.chdir(empty)
+    step = Training.train_step
+
+    def interrupted(self):
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", interrupted)
+    argv = ["finetune", "../tiny", "../new.txt", "-o", "out", *SMALL]
+    assert main(argv) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert [*Path("out/runs").glob("*/state.pt")]
 
 
 @pytest.mark.parametrize(

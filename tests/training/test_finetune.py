@@ -17,6 +17,7 @@ from conftest import flat
 
 import dmr
 import dmr.training.finetune as finetune_module
+from dmr.files import locked
 from dmr.routing.router import MomentRouter
 from dmr.training.finetune import (
     METHODS,
@@ -313,3 +314,19 @@ def test_the_best_of_several_rates_is_kept(made):
     assert torch.equal(
         weights_in(done.checkpoint), weights_in(alone.checkpoint)
     )
+
+
+def test_two_processes_do_not_share_a_folder(made):
+    (made / "out").mkdir()
+    with locked(made / "out"):
+        with pytest.raises(ValueError, match="another process is training"):
+            tuned(made)
+    assert [p.name for p in (made / "out").iterdir()] == [".lock"]
+    assert tuned(made).learned[0] > 0  # a lock that was left is nothing
+
+
+def test_a_folder_of_the_users_survives_a_failure(made):
+    (made / "out").mkdir()
+    with pytest.raises(ValueError, match="not finite"):
+        tuned(made, rates=1e30)
+    assert tuned(made).learned[0] > 0
