@@ -38,7 +38,7 @@ from dmr.verdict.tables import (
 
 # %% auto #0
 __all__ = ['markdown_table', 'claim_box', 'verdict_table', 'pair_table', 'growth_table', 'gain_share', 'kept_text', 'dose_table',
-           'comparison_table', 'final_table', 'recipe', 'advice']
+           'protected_left', 'comparison_table', 'final_table', 'recipe', 'advice']
 
 # %% ../../nbs/making/05_pages.ipynb #0a773a1d
 def markdown_table(
@@ -309,6 +309,24 @@ def dose_table(
     ratio = ["smallest ratio", "mean", "largest"]
     head = ["α", "rank", "runs", *ratio, "measured κ", "step left by the law"]
     return markdown_table(head, rows)
+
+# %% ../../nbs/making/05_pages.ipynb #5aaf933d
+def protected_left(
+    table: Table,
+    *arms: str,
+    weakest: str = "control: decoupled at adaptive's mean strength",
+) -> dict[str, float]:
+    """arm -> recorded norm of the protected part of its steps, as a share of
+    plain Adam's, which is taken from the weakest edit.
+    """
+
+    def recorded(arm: str, column: str) -> float:
+        found = [float(r[column]) for r in nominal_rows(table, arm)]
+        return float(np.mean(found))
+
+    inside = "protected_step_norm"
+    plain = recorded(weakest, inside) / (1 - recorded(weakest, "alpha_mean"))
+    return {arm: recorded(arm, inside) / plain for arm in arms}
 
 # %% ../../nbs/making/05_pages.ipynb #7aea4345
 def comparison_table(lines: Sequence[Line]) -> str:  # markdown
