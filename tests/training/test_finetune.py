@@ -82,7 +82,7 @@ def numbers(done):
 @pytest.mark.parametrize("method", [*METHODS])
 def test_interrupted_and_resumed_equals_undisturbed(method, made, monkeypatch):
     whole = tuned(made, "whole", method=method)
-    step = Training.train_step
+    step, handler = Training.train_step, signal.getsignal(signal.SIGINT)
 
     def interrupted(self):
         loss = step(self)
@@ -110,7 +110,7 @@ def test_interrupted_and_resumed_equals_undisturbed(method, made, monkeypatch):
         weights_in(parts.checkpoint), weights_in(whole.checkpoint)
     )
     assert not (arm / "state.pt").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_second_interruption_is_answered_at_once():
