@@ -805,6 +805,16 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
 REQUEST, RESULT, RUN = "request.json", "result.json", "run.json"
 
 
+def _unpacked(model: Any) -> None:
+    "Weights out of a .gguf are plain numbers now: forget how they were packed."
+    packing = getattr(model, "hf_quantizer", None)
+    if packing is not None and "GGUF" in type(packing).__name__.upper():
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+
+
 def save_model(
     model: Any,  # of transformers, or of peft
     tokenizer: Any,
@@ -814,6 +824,7 @@ def save_model(
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.config.use_cache = True  # of generation; off in training
+    _unpacked(model)
     try:
         model.save_pretrained(part)
     finally:

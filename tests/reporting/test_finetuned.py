@@ -157,6 +157,10 @@ def test_smollm2_in_under_ten_minutes(empty):
     wall = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
     assert wall < 600, wall
+    from transformers import AutoModelForCausalLM
+
+    # the weights came out of a .gguf, and go into an ordinary folder
+    AutoModelForCausalLM.from_pretrained(empty / "finetuned/model")
     result = json.loads((empty / "finetuned/result.json").read_text())
     change = result["runs"][0]["change"]["new"]["bits_per_byte"]
     error = result["runs"][0]["change"]["new"]["bits_per_byte_se"]

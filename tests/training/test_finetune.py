@@ -330,3 +330,14 @@ def test_a_folder_of_the_users_survives_a_failure(made):
     with pytest.raises(ValueError, match="not finite"):
         tuned(made, rates=1e30)
     assert tuned(made).learned[0] > 0
+
+
+@pytest.mark.slow
+def test_a_model_out_of_a_gguf_file_is_saved_as_a_folder(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = dmr.load_pretrained("smollm2-135m")
+    finetune_module.save_model(model, tokenizer, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(20)[None]
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
