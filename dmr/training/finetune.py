@@ -74,7 +74,7 @@ from .pretrained import encode, small_llama
 __all__ = ['METHODS', 'USUAL', 'USUAL_RATE', 'NUMBERS', 'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'usual_method',
            'usual_device', 'native_bfloat16', 'Request', 'make_request', 'read_sources', 'Material', 'prepare_texts',
            'row_order', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
-           'save_small_llama']
+           'save_small_llama', 'example_case']
 
 # %% ../../nbs/training/10_finetune.ipynb #1e908d01
 #: What `method` may be, and what it does.
@@ -1084,3 +1084,28 @@ def save_small_llama(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+# %% ../../nbs/training/10_finetune.ipynb #10fe0002
+def example_case(
+    folder: str | os.PathLike[str],  # an existing one, to write to
+) -> dict[str, Any]:  # arguments of `finetune` and `compare`
+    """A small model that has learned speeches, its old text, and the factbook
+    as a new one. Takes about half a minute.
+    """
+    work = Path(folder)
+    how: dict[str, Any] = {"length": 64, "batch": 16, "windows": 16}
+    how |= {"keep_tokens": 8192, "device": "cpu", "progress": False}
+    for name, text in general_texts().items():
+        (work / f"{name}.txt").write_text(text, encoding="utf-8")
+    old = work / "speeches.txt"
+    random = save_small_llama(work / "random", width=64)
+    how["output"] = work / "base"
+    base = finetune(random, old, rates=5e-3, steps=300, **how)
+    return {
+        **how,
+        "model": base.checkpoint,
+        "new": work / "factbook.txt",
+        "keep": old,
+        "steps": 100,
+        "output": work / "example",
+    }

@@ -185,7 +185,9 @@ def draw_scores(
             y -= 0.9
         for bar in found:
             _draw_bar(ax, y, bar)
-            said.append(f"{bar.words} {bar.saved.brief}")
+            few = bar.saved.exploratory  # then an interval says nothing
+            number = f"{bar.saved.estimate:.3f}" if few else bar.saved.brief
+            said.append(f"{bar.words} {number}")
             y -= 1
     low = min(bar.saved.low for bar in groups[0])
     ax.axvline(0, color="#5f6368", lw=1)
