@@ -144,24 +144,23 @@ def test_the_pages_are_templates_that_the_wheel_carries():
 
 
 @pytest.mark.slow
-def test_smollm2_in_under_ten_minutes(empty):
-    "Forty steps on a processor, the past written by the model itself."
+@pytest.mark.timeout(1500)
+def test_smollm2_from_end_to_end(empty):
+    """A few steps on a processor, the past written by the model itself: less
+    of everything than the defaults, which take some minutes.
+    """
     for path in (Path(__file__).parents[2] / "dmr/routing").glob("*.py"):
         (empty.parent / "code").mkdir(exist_ok=True)
         (empty.parent / "code" / path.name).write_text(path.read_text())
-    began = time.perf_counter()
     done = call(
         empty, "finetune", "smollm2-135m", "../code", "--keep", "self",
-        "-p", "device", "cpu",
+        "--steps", "8", "-p", "device", "cpu", "-p", "windows", "4",
+        "-p", "keep_tokens", "2048",
     )  # fmt: skip
-    wall = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
-    assert wall < 600, wall
     from transformers import AutoModelForCausalLM
 
     # the weights came out of a .gguf, and go into an ordinary folder
     AutoModelForCausalLM.from_pretrained(empty / "finetuned/model")
     result = json.loads((empty / "finetuned/result.json").read_text())
-    change = result["runs"][0]["change"]["new"]["bits_per_byte"]
-    error = result["runs"][0]["change"]["new"]["bits_per_byte_se"]
-    assert change < -2 * error
+    assert result["runs"][0]["change"]["new"]["bits_per_byte"] < 0
