@@ -147,6 +147,11 @@ NO_TITLE = {
     "making/11_diagrams.ipynb": "draw_valleys, draw_switches",
     "methods/11_consolidation.ipynb": "draw_valleys",
     "routing/08_router.ipynb": "draw_switches",
+    "guides/00_one_model.ipynb": "draw_curve, draw_way_back",
+    "reporting/07_finetuned.ipynb": "draw_curve and the others",
+    "experiments/finetune.ipynb": "a template, with any run's numbers",
+    "experiments/compare.ipynb": "a template, with any run's numbers",
+    "experiments/16_muon.ipynb": "draw_parts_apart",
 }
 _TITLE = re.compile(
     r"(?:title\s*=\s*|set_title\(\s*|suptitle\(\s*)((?:f?\"[^\"]*\"\s*)+)"
