@@ -63,9 +63,16 @@ class Book:
 def open_book(
     root: Path,  # the project
 ) -> Book:
-    "Read the chapters and the record of their executions."
+    """Read the chapters and the record of their executions, without what a page
+    looked for and did not find.
+    """
     chapters = read_book(root / "nbs")
-    return Book(chapters, read_executions(root, chapters))
+    found = lambda x: tuple(name for name in x.read if (root / name).exists())
+    executions = read_executions(root, chapters).items()
+    return Book(
+        chapters,
+        {name: (replace(x, read=found(x)), s) for name, (x, s) in executions},
+    )
 
 # %% ../../nbs/making/19_pages.ipynb #72e158b2
 def _chapter_links(

@@ -55,8 +55,13 @@ def _pages_without_notebook(
     "Write the pages that no notebook is: contents, gallery, reference, …"
     read = lambda name: (root / name).read_text(encoding="utf-8")
     body = lambda name: re.sub(r"^# .*\n", "", read(name), count=1)
-    about = "Every figure of the book; each links to the text around it."
-    gallery = front_matter("All figures", about, toc="false")
+    about = (
+        "Every figure of the story, the guides and the studies; each links to"
+        " the text around it."
+    )
+    gallery = front_matter("Figures", about, toc="false")
+    parts = ("", "Story", "Guides", "Reference", "Appendix")
+    pictures = [(c, p) for c, p in pictures if c.part in parts]
     seconds = {path: x.wall_s for path, (x, _) in book.executions.items()}
     reference = reference_pages(book.chapters, seconds, root)
     return {

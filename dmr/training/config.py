@@ -40,7 +40,7 @@ from ..methods.rivals import FisherVariant, KFACMerge, RegMean
 from ..routing.consolidation import Consolidation, Interpolate
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'Loss', 'MODIFICATIONS', 'CONSOLIDATIONS', 'LIMITS', 'seed_for', 'generator_for', 'Lion',
+__all__ = ['OPTIMIZERS', 'Loss', 'Build', 'MODIFICATIONS', 'CONSOLIDATIONS', 'LIMITS', 'seed_for', 'generator_for', 'Lion',
            'newton_schulz', 'Muon32', 'build_optimizer', 'rate_factor', 'next_byte_logit', 'for_language_model',
            'Config', 'drawn_byte_loss', 'build_consolidation', 'build_router', 'hidden_matrices', 'open_optimizers',
            'check_config', 'check_parameters']
@@ -308,11 +308,10 @@ def _writer(
 
 # %% ../../nbs/training/03_config.ipynb #89b60a3a
 Loss = Callable[[Tensor], Tensor]  # a batch of windows -> mean loss
+Build = Callable[["Config", nn.Module, Loss], Modification | None]
 
 #: Names of modifications -> what makes each from a run's parameters.
-MODIFICATIONS: dict[
-    str, Callable[[Config, nn.Module, Loss], Modification | None]
-] = {
+MODIFICATIONS: dict[str, Build] = {
     "none": lambda c, model, loss_fn: None,
     "projection": lambda c, model, loss_fn: Projection(
         **_learned(c), **(c.options or {})
@@ -333,7 +332,7 @@ def _learned(c: Config) -> dict[str, Any]:
     return {name: getattr(c, name) for name in names}
 
 # %% ../../nbs/training/03_config.ipynb #7179f4d4
-def _family(name: str) -> Callable[[Config, nn.Module, Loss], Modification]:
+def _family(name: str) -> Build:
     "How a run makes a method of the table."
 
     def build(c: Config, model: nn.Module, loss_fn: Loss) -> Modification:

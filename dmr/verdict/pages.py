@@ -404,15 +404,27 @@ def _edit(p: Mapping[str, Any]) -> str:
     return ""
 
 
+def _merge(p: Mapping[str, Any]) -> str | None:
+    "The merge as an argument, '' for none, or None without a short form."
+    kind = p.get("consolidation") or "none"
+    names = {"fisher": "FisherMerge", "interpolate": "Interpolate"}
+    if kind == "none":
+        return ""
+    if kind not in names or p.get("merges", 1) != 1:
+        return None
+    given = ", ".join(f"{k}={v!r}" for k, v in (p.get("merge") or {}).items())
+    return f"consolidation=dmr.{names[kind]}({given}),"
+
+
 def recipe(
     parameters: Mapping[str, Any],  # of a run by the template `continual_lm`
 ) -> str:  # code, or '' for a method that has no short form
     """The lines that give a loop of your own what an arm of a study did;
     `model` is yours, and `loss_fn(batch)` for replay.
     """
-    p, edit = parameters, _edit(parameters)
+    p, edit, merge = parameters, _edit(parameters), _merge(parameters)
     plain = p["modification"] == "none"
-    odd = p.get("second_batch") or p.get("joint")
+    odd = p.get("second_batch") or p.get("joint") or merge is None
     if not (edit or plain) or p.get("optimizer") != "adamw" or odd:
         return ""
     lines = [
@@ -420,8 +432,11 @@ def recipe(
         f"                              betas=({p['beta1']:g},"
         f" {p['beta2']:g}), weight_decay={p['weight_decay']:g})",
     ]
-    if plain:
+    if plain and not merge:
         lines.append("router = dmr.MomentRouter(model, optimizer)")
+    elif plain:
+        lines += ["router = dmr.MomentRouter(", "    model, optimizer,"]
+        lines += [f"    {merge}", ")"]
     else:
         strength = f"{p['alpha']:g}"
         if p["strength"] == "overlap":
@@ -430,12 +445,13 @@ def recipe(
             "router = dmr.MomentRouter(",
             f"    model, optimizer, {edit},",
             f"    routing={p['routing']!r}, strength={strength},",
+            *([f"    {merge}"] if merge else []),
             ")",
         ]
     if p["modification"] == "replay":
         lines.append(
-            "router.observe(batch, total)  # before each backward pass; total:"
-            " examples in the domain"
+            "# before each backward pass; total: examples in the domain\n"
+            "router.observe(batch, total)"
         )
     weight = p.get("interpolate")
     given = "" if weight is None else f"interpolate={weight:g}"
