@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,15 @@ def _in_short(cell: dict[str, Any]) -> bool:
     return cell["source"].lstrip().startswith("> **In short.**")
 
 
+def _far(cells: list[dict[str, Any]], picture: Picture) -> bool:
+    "Whether a section begins before the place of a figure."
+    at = json.dumps(f'id="{picture.label}"')[1:-1]
+    before = takewhile(lambda cell: at not in json.dumps(cell), cells)
+    return any(
+        re.search("^## ", "".join(cell["source"]), re.M) for cell in before
+    )
+
+
 def _lead(picture: Picture, chapter: Chapter) -> dict[str, Any]:
     "A page's first figure, to stand above its text."
     below = f'<a href="#{picture.label}">Drawn below</a>'
@@ -371,7 +381,7 @@ def prepare_chapter(
         cells += _code_block(cell, outputs, chapter)
     home = chapter.path == "index.ipynb"
     options = {"toc": "false", "page-navigation": "true"} if home else {}
-    if chapter.number and pictures:
+    if chapter.number and pictures and _far(cells, pictures[0]):
         at = 2 if len(cells) > 1 and _in_short(cells[1]) else 1
         cells.insert(at, _lead(pictures[0], chapter))
     page = f"{chapter.number}. " if chapter.number else ""

@@ -83,6 +83,13 @@ def test_the_lead_picture_stands_above_the_text(tmp_path, chapters):
     assert f"#{pictures[0].label}" in sources[3]
 
 
+def test_no_picture_is_shown_twice_in_a_row(tmp_path, chapters):
+    "A figure that comes before the first section leads the page as it is."
+    c = next(c for c in chapters if c.path == "why/16_verdict.ipynb")
+    made, pictures = pages.prepare_chapter(c, pages.Book(chapters), tmp_path)
+    assert json.dumps(made).count(pictures[0].file) == 1
+
+
 def test_the_story_names_no_page_by_an_old_number(story):
     for c in story:
         old = re.findall(r"(?i)\b(?:last|next) chapter|\bchapter \d", " ".join(
