@@ -5,19 +5,19 @@
 # %% ../../nbs/making/10_regimes.ipynb #c0b00003
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..reporting.statistics import holm, paired_p
 from .answers import DISPLACED, FIXED, REPLAY, SHARED
 from .merging import Finding, best_row, ends_below
-from .rules import Verdict, verdict_c1, verdict_c3, verdict_c4
+from .rules import Evidence, Verdict, verdict_c1, verdict_c4
 from .tables import Table, evidence, runs
 
 # %% auto #0
-__all__ = ['AUTHORS', 'FIRST_PAGE', 'strength_name', 'by_strength', 'joined', 'c1_by_strength', 'c3_by_part', 'c4_of_authors',
-           'first_page']
+__all__ = ['AUTHORS', 'AUTHORS_SMALL', 'FIRST_PAGE', 'strength_name', 'by_strength', 'joined', 'c1_by_strength', 'by_part',
+           'c4_of_authors', 'first_page']
 
 # %% ../../nbs/making/10_regimes.ipynb #c0b00006
 def strength_name(arm: str, alpha: float) -> str:
@@ -100,20 +100,23 @@ def c1_by_strength(
     return found
 
 
-def c3_by_part(
+def by_part(
     table: Table,
-    arm: str = FIXED,
+    rule: Callable[[Evidence, str], Verdict],  # verdict_c1 or verdict_c3
+    arm: str,
 ) -> dict[str, Verdict | None]:  # None: no runs yet
-    "C3 by its first rule, in each part of a study."
+    "One rule on one arm in each part of a study."
     found: dict[str, Verdict | None] = {}
     for part in table.nominal:
         e = evidence(table, part)
         there = e is not None and arm in e.arms
-        found[part] = verdict_c3(e, arm) if e is not None and there else None
+        found[part] = rule(e, arm) if e is not None and there else None
     return found
 
 # %% ../../nbs/making/10_regimes.ipynb #c0b00014
 AUTHORS = "the preprint's arm, rank 32"
+#: The same in proportion to the model's width: no rival of it.
+AUTHORS_SMALL = "the preprint's arm, rank 4"
 #: Strengths of `dose` that stand beside it: the preprint's and ours.
 _BESIDE = (0.5, 0.9)
 
@@ -135,7 +138,9 @@ def c4_of_authors(
     if e is None or arm not in e.arms:
         return None
     missing = [name for name in names if name not in e.arms]
-    verdict = verdict_c4(e, arm)
+    own = (AUTHORS, AUTHORS_SMALL)
+    rivals = [*(name for name in e.arms if name not in own), "vanilla"]
+    verdict = verdict_c4(e, arm, rivals)
     if missing:
         lost = f"not yet among the rivals: {', '.join(missing)}"
         verdict = replace(verdict, reasons=(*verdict.reasons, lost))

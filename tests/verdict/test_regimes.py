@@ -1,24 +1,32 @@
 "The first rules in other regimes, on tables made by hand."
 
+import csv
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import simulated
 
+from dmr.studies.study import find_project, read_study
 from dmr.verdict.answers import DISPLACED, FIXED, REPLAY, SHARED
 from dmr.verdict.regimes import (
     AUTHORS,
+    AUTHORS_SMALL,
     FIRST_PAGE,
+    by_part,
     by_strength,
     c1_by_strength,
-    c3_by_part,
     c4_of_authors,
     first_page,
     joined,
     strength_name,
 )
-from dmr.verdict.tables import Table, runs
+from dmr.verdict.rules import verdict_c1, verdict_c3
+from dmr.verdict.tables import Table, read_table, runs
 
+ROOT = Path(__file__).parents[2]
 STRENGTHS = (0.5, 0.9, 1.0)
 #: What shared projection forgets at each strength, in units of plain training.
 COLLAPSE = {0.5: 0.98, 0.9: 0.7}
@@ -101,19 +109,22 @@ def test_the_horizon_counts_for_adam_only():
     assert words() == "not testable here" and words(0) == "holds"
 
 
-def test_c3_is_asked_in_each_part():
+def test_a_rule_is_asked_in_each_part():
     worse = simulated.table({FIXED: 1.2}, part="beta2 0.95")
     better = simulated.table(
         {FIXED: 0.6}, part="beta2 0.99", steps=750, beta2=0.99
     )
     rates = {"beta2 0.95": 1e-3, "beta2 0.99": 1e-3, "empty": 1e-3}
     both = simulated.whole([*worse.rows, *better.rows], "memory", rates)
-    found = {k: v and v.verdict for k, v in c3_by_part(both).items()}
-    assert found == {
+    words = lambda rule: {  # noqa: E731
+        k: v and v.verdict for k, v in by_part(both, rule, FIXED).items()
+    }
+    assert words(verdict_c3) == {
         "beta2 0.95": "holds",
         "beta2 0.99": "does not hold",
         "empty": None,
     }
+    assert words(verdict_c1)["beta2 0.95"] == "does not hold"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,9 @@ def test_c3_is_asked_in_each_part():
     ],
 )
 def test_c4_of_the_preprints_arm(ratio, rival, verdict):
-    authors = simulated.table({AUTHORS: ratio, "its shared form": 0.9})
+    authors = simulated.table(
+        {AUTHORS: ratio, AUTHORS_SMALL: ratio - 0.2, "its shared form": 0.9}
+    )
     rows = [r for r in authors.rows if r["arm"] != "vanilla"]
     authors = simulated.whole(rows, "authors", {"": 1e-3})
     merging = plain()
@@ -221,3 +234,107 @@ def test_what_has_not_run_counts_in_the_correction():
     few = simulated.whole(rows, "larger", {"": 5e-4})
     (last,) = [f for f in first_page(few) if f.interval]
     assert last.interval.high < 0 and last.outcome == "fails"
+
+
+# -- the study files -----------------------------------------------------------
+
+
+def numbers(c):
+    "A made-up run: plain training learns and forgets more at a larger rate."
+    p, here = c.parameters, c.seed % 7 / 500
+    rate = p["lr"] / {"muon32": 1e-2, "lion": 1.6e-4}.get(p["optimizer"], 5e-4)
+    lost, learned = 0.5 * rate**0.5 + here, 2.2 - 0.2 * rate**0.5
+    if c.arm != "vanilla":
+        lost, learned = 0.3 + here + 0.1 * p["alpha"], 2.03
+    return simulated.row(lost, learned) | {
+        "cell": c.hash,
+        "run_id": f"{c.slug}-{c.hash}",
+        "code": "one",
+        "status": "ok",
+        "overlap_mean": 0.77,
+        "wall_s": 20,
+    }
+
+
+@pytest.fixture
+def finished(tmp_path):
+    "The real study files, with a made-up number for every run."
+    home = tmp_path / "nbs/experiments"
+    shutil.copytree(ROOT / "nbs/experiments/studies", home / "studies")
+    for template in (ROOT / "nbs/experiments").glob("[a-z]*.ipynb"):
+        shutil.copy(template, home)
+    project = find_project(tmp_path)
+    project.results.mkdir()
+    for study in (
+        "merging",
+        "dose",
+        "authors",
+        "muon",
+        "lion",
+        "memory",
+        "memory_long",
+        "larger",
+    ):
+        cells = read_study(project.studies / f"{study}.yaml").cells
+        rows = [numbers(c) for c in cells]
+        with open(project.results / f"{study}.csv", "w", newline="") as f:
+            out = csv.DictWriter(f, list(rows[0]))
+            out.writeheader()
+            out.writerows(rows)
+    return project
+
+
+def test_every_rule_finds_its_arms_in_the_study_files(finished):
+    of = lambda study: read_table(study, finished)  # noqa: E731
+    merging, dose = of("merging"), of("dose")
+    doses = c1_by_strength(
+        joined(dose, merging), (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    )
+    assert all(
+        v.n == 10 and v.parts["matched"].interval for v in doses.values()
+    )
+    for study, n in (("muon", 10), ("lion", 5)):
+        found = c1_by_strength(of(study), (0.5, 0.9, 1.0), 0)
+        assert {v.n for v in found.values()} == {n}
+        assert all(v.parts["matched"].interval for v in found.values())
+    parts = {"memory": 5, "memory_long": 3}
+    for study, n in parts.items():
+        for rule, arm in (
+            (verdict_c1, SHARED),
+            (verdict_c3, FIXED),
+            (verdict_c3, f"{FIXED}, clamped"),
+        ):
+            found = by_part(of(study), rule, arm)
+            assert len(found) == (2 if n == 5 else 1)
+            for v in found.values():
+                # the same horizon everywhere, reached
+                assert v.n == n and v.decides
+                assert v.parts["matched"].interval
+    for arm in (AUTHORS, AUTHORS_SMALL):
+        v = c4_of_authors(of("authors"), dose, merging, arm)
+        assert v.n == 10 and "not yet" not in str(v)
+    assert not [f for f in first_page(of("larger")) if f.outcome == "no runs"]
+
+
+def test_the_page_of_the_protocol_says_what_is_there(finished, monkeypatch):
+    "Its last section on finished runs, cell by cell."
+    import IPython.display
+
+    page = json.loads((ROOT / "nbs/experiments/17_evidence.ipynb").read_text())
+    said: list[str] = []
+    show = lambda x: said.append(x.data)  # noqa: E731
+    monkeypatch.setattr(IPython.display, "display", show)
+    monkeypatch.chdir(finished.root)
+    names = {}
+    exec(
+        "from IPython.display import Markdown, display\n"
+        "from dmr.verdict.pages import markdown_table\n"
+        "from dmr.verdict.tables import read_table\n",
+        names,
+    )
+    for cell in page["cells"]:
+        if cell["cell_type"] == "code" and cell["id"].startswith("c0b17"):
+            exec("".join(cell["source"]), names)
+    text = "\n".join(said)
+    assert "no runs yet" not in text and "180 of 180 runs" in text
+    assert len([x for x in said if x.startswith("| ")]) == 9
