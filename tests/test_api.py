@@ -18,7 +18,7 @@ SHOWN = {
     "boundary": "BoundaryProjection",
     "callbacks": "DomainCallback",
     "conformance": "CHECKS check",
-    "controls": "RandomBasis CurrentBasis",
+    "controls": "RandomBasis CurrentBasis LastTaskProjection",
     "families": "FAMILIES next_byte_logit for_language_model",
     "figures": "use_theme",
     "finetuning": "FinetuneConfig finetune_stream",

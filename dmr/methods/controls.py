@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .examples import check_count
 from .projection import Projection
-from ..routing.modification import Target
+from .subspace import Growth, Sketch
+from ..routing.modification import Target, share_of, square_norms
 
 # %% auto #0
-__all__ = ['random_directions', 'RandomBasis', 'leading_directions', 'CurrentBasis']
+__all__ = ['random_directions', 'RandomBasis', 'leading_directions', 'CurrentBasis', 'mean_energy_share', 'LastTaskProjection']
 
 # %% ../../nbs/methods/10_controls.ipynb #a7284a18
 class _Shadow(Projection):
@@ -161,3 +162,57 @@ class CurrentBasis(_Shadow):
 
     def _shown(self, U: Tensor, learned: Tensor) -> Tensor:
         return learned[:, :0]
+
+# %% ../../nbs/methods/10_controls.ipynb #c0a70002
+def mean_energy_share(
+    components: Mapping[str, Tensor],  # g U (out, r) by name, at least one
+    wholes: Tensor,  # ‖g‖² in the same order
+) -> Tensor:  # 0-dim, in [0, 1]
+    """The mean over tensors of each one's share of energy in its protected
+    subspace; a tensor without energy has the share 0.
+    """
+    parts = list(components.values())
+    inside = square_norms(parts, parts[0].dtype)
+    return share_of(inside, wholes).nan_to_num(1.0).clamp(0, 1).mean()
+
+# %% ../../nbs/methods/10_controls.ipynb #c0a70007
+class _Replacing(Projection):
+    "Bases grow from nothing; every tensor has the same say in the overlap."
+
+    def _grown(self, name: str, sketch: Sketch) -> Growth:
+        kept = self.bases[name], self.energies[name]
+        self.bases[name], self.energies[name] = kept[0][:, :0], kept[1][:0]
+        try:
+            return super()._grown(name, sketch)
+        finally:
+            self.bases[name], self.energies[name] = kept
+
+    def _signal(self, found: Mapping[str, Tensor], wholes: Tensor) -> Tensor:
+        return mean_energy_share(found, wholes)
+
+# %% ../../nbs/methods/10_controls.ipynb #c0a70006
+class LastTaskProjection(_Replacing):
+    """The preprint's projection: the leading directions of the last domain
+    only, weighted by σ/σ_max.
+
+    Source: arXiv:2604.22407 v1 and its code. Its strength is
+    OverlapAware(0.5, beta=0.98, initial=0.0, restart=True).
+    """
+
+    def __init__(
+        self,
+        rank: int | None = None,  # directions of a layer; None: 32
+        *,
+        importance: float | None = 0.0,  # SGP's a; 0: λ = σ/σ_max
+        **options: Any,  # as for Projection
+    ):
+        super().__init__(rank, importance=importance, **options)
+        if not self.grows or self._given or self.consolidate_every:
+            raise ValueError(
+                "LastTaskProjection takes its basis from the last domain; pass"
+                " rank=... or energy=..., and no bases or consolidate_every"
+            )
+        self.shards = False
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("Projection", type(self).__name__, 1)

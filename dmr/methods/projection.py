@@ -221,7 +221,10 @@ class _Editing(_Looking):
         if not found:
             return None
         found = _by_parameter(found, self.targets)
-        wholes = vectors.square_norms(list(found))
+        return self._signal(found, vectors.square_norms(list(found)))
+
+    def _signal(self, found: Mapping[str, Tensor], wholes: Tensor) -> Tensor:
+        "The overlap from x U and ‖x‖² of every protected parameter."
         return energy_share(found, wholes, self._groups)
 
     def _taken(self, name: str, x: Tensor) -> LowRank | None:

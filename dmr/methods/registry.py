@@ -12,7 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from .agem import AGEM
-from .controls import CurrentBasis, RandomBasis
+from dmr.methods.controls import (
+    CurrentBasis,
+    LastTaskProjection,
+    RandomBasis,
+)
 from .gpm import GPM, NSCL, SGP
 from .ogd import OGD
 from .penalty import EWC, SI
@@ -135,6 +139,12 @@ _ROWS = (
         "directions of the running domain", "as projection",
         "projection's, sketch as large as the cap",
         f"{_THIN}, now and then an eigendecomposition", _EIGEN,
+    ),
+    Family(
+        "last_task", "control", LastTaskProjection, (), "decoupled",
+        "arXiv:2604.22407 (v1), the basis of the last task",
+        "rank 32 of 768, λ = σ/σ_max, α_max = 0.5", "as projection",
+        _THIN, _EIGEN,
     ),
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}

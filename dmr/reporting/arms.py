@@ -92,7 +92,8 @@ def read_arm(
     frozen = get("freeze_after") is not None
     own = get("memory") is not None  # replay of what the model wrote
     other = get("second_batch") or get("joint") or frozen or scheduled or own
-    adaptive = modification != "none" and get("strength") == "overlap"
+    follows = get("strength") in ("overlap", "source")
+    adaptive = modification != "none" and follows
     averages = (weight, merge, bool(other))
     return Arm(routing, modification, adaptive, rate, *averages)
 

@@ -609,6 +609,7 @@ class _Domains(_Watching):
         if self.group is not None:
             self.modification.share()
         merged = merge()
+        self.strength.end_domain()
         self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
 

@@ -45,6 +45,9 @@ class Strength(Made):
 
     needs_overlap: bool = False  # does `update` read the overlap signal?
 
+    def end_domain(self) -> None:
+        "A domain has ended: called by the router's `consolidate()`."
+
     def update(self, overlap: Tensor | None) -> float | Tensor:
         """The strength for this step, given the overlap signal (0-dim, in [0,
         1]; None where nothing is protected yet).
@@ -131,12 +134,38 @@ def _check_decay(beta: float) -> float:
         )
     return float(beta)
 
+# %% ../../nbs/routing/02_strength.ipynb #c0a70022
+class _Restarting(_Averaging):
+    "A running average that may go back to its start when a domain ends."
+
+    restart: bool = False
+
+    def _start_at(self, initial: float | None, restart: bool) -> None:
+        "Check and keep both. Raises ValueError."
+        if initial is not None:
+            self.initial = check_fraction("initial", initial)
+        if restart and initial is None:
+            raise ValueError(
+                "restart=True needs a value to go back to; pass initial, for"
+                " example initial=0.0"
+            )
+        self.restart = restart
+
+    def _start(self) -> str:
+        "Both as arguments."
+        again = ", restart=True" if self.restart else ""
+        return f"initial={self.initial}{again}"
+
+    def end_domain(self) -> None:
+        if self.restart and self.average is not None:
+            self.average.fill_(self.initial or 0.0)
+
 # %% ../../nbs/routing/02_strength.ipynb #ccf0295f
-class OverlapAware(_Averaging):
+class OverlapAware(_Restarting):
     """Strength alpha_max * (1 - EMA of the overlap), in [0, alpha_max].
 
-    Source: arXiv:2604.22407 (schedule). Its code starts the average at 0 and
-    resets it at each task; here it starts at the first signal and runs on.
+    Source: arXiv:2604.22407 (schedule). Its code starts at 0 in each task
+    (initial=0.0, restart=True); here, at the first signal, and runs on.
     """
 
     def __init__(
@@ -145,11 +174,11 @@ class OverlapAware(_Averaging):
         beta: float = 0.98,  # smoothing of the overlap signal, in [0, 1)
         # first value of the average, in [0, 1]; None: the first signal
         initial: float | None = None,
+        restart: bool = False,  # at `initial`, at each boundary?
     ):
         self.alpha_max = check_fraction("alpha_max", alpha_max)
         self.beta = _check_decay(beta)
-        if initial is not None:
-            self.initial = check_fraction("initial", initial)
+        self._start_at(initial, restart)
 
     def update(self, overlap: Tensor | None) -> Tensor | float:
         if overlap is None:
@@ -160,4 +189,4 @@ class OverlapAware(_Averaging):
 
     def __repr__(self) -> str:
         numbers = f"alpha_max={self.alpha_max:g}, beta={self.beta:g}"
-        return f"OverlapAware({numbers}, initial={self.initial})"
+        return f"OverlapAware({numbers}, {self._start()})"

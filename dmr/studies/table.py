@@ -196,7 +196,8 @@ def arm_label(
             words.append(f"frozen after {get('freeze_after')}")
     else:
         fixed = "fixed " if routing == "decoupled" else ""
-        adaptive = "adaptive " if get("strength") == "overlap" else ""
+        follows = get("strength") in ("overlap", "source")
+        adaptive = "adaptive " if follows else ""
         uniform = _mapping(parameters, "options").get("uniform")
         name = "L2 to the start" if uniform else modification
         words = [f"{adaptive or fixed}{routing} {name}"]

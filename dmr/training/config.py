@@ -342,7 +342,7 @@ def _family(name: str) -> Build:
         learned = _learned(c)
         given = [key for key, value in learned.items() if value is not None]
         if FAMILIES[name].kind == "control":
-            common |= learned
+            common |= {key: learned[key] for key in given}
         elif given:
             raise ValueError(
                 f"{given[0]} is a parameter of 'projection';"
@@ -390,7 +390,7 @@ LIMITS: dict[str, str] = {
     "decay": f"{{{', '.join(_DECAYS)}}}",
     "state": "{kept, reset}",
     "routing": f"{{{', '.join(ROUTINGS)}}}",
-    "strength": "{fixed, overlap}",
+    "strength": "{fixed, overlap, source}",
     "alpha": "[0, 1]",
     "overlap_beta": "[0, 1)",
     "guard": f"{{{', '.join(g for g in GUARDS if g)}}}",
@@ -404,6 +404,7 @@ LIMITS: dict[str, str] = {
     "merges": "[1, inf)",
     "after_merge": "{kept, first, both}",
     "memory": "{self}",
+    "sampling": "{random, epoch}",
     "second_batch": "[0, 1)",
     "freeze_after": "[1, inf)",
     "seed": "[0, inf)",
@@ -500,7 +501,7 @@ class Config:
     state: str = "kept"  # of the optimizer at a boundary
     modification: str = "none"  # of the gradient; "none": the plain optimizer
     routing: str = "decoupled"  # which moment sees the modified gradient
-    strength: str = "fixed"  # or by the overlap
+    strength: str = "fixed"  # or by the overlap: ours, or as the source does
     alpha: float = 0.5  # strength, its maximum, or the weight of replay
     overlap_beta: float = 0.98  # smoothing of the overlap signal
     guard: str | None = None  # against the leak of decoupled routing
@@ -532,6 +533,7 @@ class Config:
     # what replay keeps; None: windows of each domain; self: what the model
     # writes itself
     memory: str | None = None
+    sampling: str = "random"  # of windows; epoch: each once, without overlap
 
     def __post_init__(self) -> None:
         kinds = {f.name: str(f.type) for f in fields(self)}
@@ -627,6 +629,8 @@ def build_router(
     strength: Strength = Fixed(c.alpha)
     if c.strength == "overlap":
         strength = OverlapAware(c.alpha, beta=c.overlap_beta)
+    elif c.strength == "source":
+        strength = OverlapAware(c.alpha, c.overlap_beta, 0.0, restart=True)
     try:
         return MomentRouter(
             model,
@@ -718,6 +722,7 @@ def check_config(config: Config) -> None:
         "consolidation": c.consolidation != "none",
         "second_batch": c.second_batch > 0,
         "freeze_after": c.freeze_after is not None,
+        "sampling": c.sampling != "random",
     }
     for name in clash:
         if c.joint and clash[name]:

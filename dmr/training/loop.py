@@ -36,9 +36,9 @@ from .metrics import loss_matrix, summarize
 from .model import ByteLM, build_model, next_byte_loss
 
 # %% auto #0
-__all__ = ['sample_starts', 'take_windows', 'even_starts', 'evaluation_windows', 'evaluating', 'held_out_losses', 'mean_error',
-           'Hook', 'SecondBatch', 'clear_moments', 'Merging', 'plain', 'SteppedRun', 'StreamRun', 'optimizer_states',
-           'load_optimizers', 'ContinualRun', 'train_stream']
+__all__ = ['sample_starts', 'take_windows', 'epoch_windows', 'epoch_starts', 'even_starts', 'evaluation_windows', 'evaluating',
+           'held_out_losses', 'mean_error', 'Hook', 'SecondBatch', 'clear_moments', 'Merging', 'plain', 'SteppedRun',
+           'StreamRun', 'optimizer_states', 'load_optimizers', 'ContinualRun', 'train_stream']
 
 # %% ../../nbs/training/04_loop.ipynb #b19d46b3
 def sample_starts(
@@ -64,6 +64,36 @@ def take_windows(
     return text[
         starts[:, None] + torch.arange(context + 1, device=starts.device)
     ]
+
+# %% ../../nbs/training/04_loop.ipynb #c0a70012
+def epoch_windows(
+    length: int,  # bytes of text
+    context: int,  # bytes that a window predicts
+    steps: int,  # batches
+    batch: int,  # windows per batch
+) -> int:  # windows that lie side by side in the text
+    "How many windows an epoch has. ValueError where the steps need more."
+    windows = (length - 1) // context
+    if steps * batch > windows:
+        raise ValueError(
+            f"steps={steps} of batch={batch} exceed one epoch: {length:,} bytes"
+            f" or tokens hold {windows:,} windows of context={context}; pass"
+            f" steps<={windows // batch}, or more text"
+        )
+    return windows
+
+
+def epoch_starts(
+    length: int,  # bytes of text
+    context: int,  # bytes read per window; one more is predicted
+    steps: int,  # batches
+    batch: int,  # windows per batch
+    generator: torch.Generator,
+) -> Tensor:  # (steps, batch), where each window starts
+    "Visit windows that lie side by side in random order, each at most once."
+    windows = epoch_windows(length, context, steps, batch)
+    order = torch.randperm(windows, generator=generator)
+    return (order[: steps * batch] * context).view(steps, batch)
 
 # %% ../../nbs/training/04_loop.ipynb #07308469
 def _joint_starts(
@@ -696,6 +726,25 @@ class SteppedRun(_Stepped):
             record |= hook.end_domain(self)
         return record
 
+# %% ../../nbs/training/04_loop.ipynb #c0a70014
+def _domain_starts(
+    config: Config,
+    name: str,  # of the domain
+    length: int,  # bytes or tokens of its text
+) -> Tensor:  # (steps, batch)
+    "Where the windows of a domain start."
+    c = config
+    generator = generator_for(c.seed, "batches", name)
+    draw = epoch_starts if c.sampling == "epoch" else sample_starts
+    return draw(length, c.context, c.steps, c.batch, generator)
+
+
+def _check_epochs(run: StreamRun) -> None:
+    "Raise ValueError where a domain has no text for all steps of an epoch."
+    c = run.config
+    for domain in run.stream if c.sampling == "epoch" else ():
+        epoch_windows(len(run.read(domain)), c.context, c.steps, c.batch)
+
 # %% ../../nbs/training/04_loop.ipynb #1877e039
 class StreamRun(SteppedRun):
     "A run in progress, for any model."
@@ -716,6 +765,7 @@ class StreamRun(SteppedRun):
         self.config, self.device = config, _find_device(config.device)
         self.stream = _prepare_stream(config, stream)
         self.open()
+        _check_epochs(self)
         self.equip()
         self.router = build_router(
             config, self.model, self.optimizers, self.loss, **self.routed()
@@ -755,8 +805,7 @@ class StreamRun(SteppedRun):
             lengths = [len(text) for text in texts]
             return torch.cat(texts), _joint_starts(lengths, *size, generator)
         text = self.read(self.domain)
-        generator = generator_for(c.seed, "batches", self.domain.name)
-        return text, sample_starts(len(text), *size, generator)
+        return text, _domain_starts(c, self.domain.name, len(text))
 
 # %% ../../nbs/training/04_loop.ipynb #0ae24ba7
 def optimizer_states(optimizers: Sequence[torch.optim.Optimizer]) -> Any:

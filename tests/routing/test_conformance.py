@@ -7,7 +7,7 @@ import torch
 
 import dmr
 from dmr.methods.agem import AGEM
-from dmr.methods.controls import CurrentBasis, RandomBasis
+from dmr.methods.controls import CurrentBasis, LastTaskProjection, RandomBasis
 from dmr.methods.gpm import GPM, NSCL, SGP
 from dmr.methods.ogd import OGD
 from dmr.methods.penalty import EWC, SI
@@ -44,6 +44,7 @@ MODIFICATIONS = {
     "si_scale": lambda p: SI(form="rescale", normalise="max"),
     "random": lambda p: RandomBasis(rank=2, every=1),
     "current": lambda p: CurrentBasis(rank=2, every=1, refresh=3),
+    "last_task": lambda p: LastTaskProjection(rank=2, every=1),
 }
 
 

@@ -9,7 +9,7 @@ from conftest import basis, regression, train
 from torch import nn
 
 import dmr
-from dmr.methods.controls import CurrentBasis, RandomBasis
+from dmr.methods.controls import CurrentBasis, LastTaskProjection, RandomBasis
 from dmr.methods.penalty import SI
 from dmr.routing.kept import read_kept, write_kept
 from dmr.routing.modification import Dense, Modification
@@ -38,6 +38,11 @@ MADE = {
     ),
     "random": lambda: (RandomBasis(2, every=2, seed=3), "displacement", 0.9),
     "current": lambda: (CurrentBasis(rank=2, refresh=4), "shared", 0.5),
+    "last task": lambda: (
+        LastTaskProjection(rank=2),
+        "decoupled",
+        dmr.OverlapAware(initial=0.0, restart=True),
+    ),
     "si": lambda: (SI(0.2), "decoupled"),
     "plain": lambda: (None,),
 }

@@ -250,6 +250,51 @@ def test_the_average_starts_with_the_first_basis_and_runs_on_over_boundaries():
     )
 
 
+def test_a_restart_goes_back_to_the_start_at_every_boundary():
+    """As the source does it: s̄ is 0 at the first step of each domain; what is
+    saved in the middle of one goes on there.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, bias=False).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    fresh = lambda: dmr.OverlapAware(0.8, 0.9, initial=0.0, restart=True)  # noqa: E731
+    strength = fresh()
+    router = dmr.MomentRouter(
+        model, optimizer, dmr.Projection(rank=1, every=1), strength=strength
+    )
+    step = 0
+
+    def train(n):
+        nonlocal step
+        seen = []
+        for _ in range(n):
+            step += 1
+            model.weight.grad = torch.randn(
+                4,
+                6,
+                generator=torch.Generator().manual_seed(step),
+                dtype=torch.float64,
+            )
+            optimizer.step()
+            seen.append((router.last.get("overlap"), router.last.get("alpha")))
+        return seen
+
+    train(3)
+    for n in (4, 3, 1):
+        router.consolidate()
+        signals, alphas = zip(*train(n))
+        expected = list(schedule(signals, 0.8, 0.9, initial=0.0))
+        assert alphas == pytest.approx(expected, rel=1e-12)
+    other = fresh()
+    other.load_state_dict(strength.state_dict())
+    assert run(other, [0.9, 0.1]) == run(strength, [0.9, 0.1])
+    for each in (strength, other):
+        each.end_domain()
+    assert run(other, [0.5]) == run(strength, [0.5]) == [0.8 * (1 - 0.05)]
+    with pytest.raises(ValueError, match="restart=True needs a value"):
+        dmr.OverlapAware(restart=True)
+
+
 def test_a_fixed_strength_asks_for_no_overlap():
     model, bases = two_layers()
     optimizer = torch.optim.Adam(model.parameters())

@@ -470,6 +470,47 @@ def test_joint_training_draws_from_all_domains():
     )
 
 
+def test_an_epoch_predicts_each_byte_once():
+    "Windows lie side by side, each comes once, in the seed's own order."
+    orders = []
+    for seed in (0, 1):
+        watch = Draws()
+        run([watch], sampling="epoch", steps=75, seed=seed)
+        for domain, starts in zip(STREAM, watch.starts, strict=True):
+            windows = (len(domain.train) - 1) // 16
+            each = starts.flatten()
+            assert starts.shape == (75, 4) and len(each.unique()) == 300
+            assert (each % 16 == 0).all() and each.max() < 16 * windows
+            assert not torch.equal(each.sort().values, each)
+        orders.append(watch.starts)
+    assert not torch.equal(orders[0][0], orders[1][0])
+    # the projection sees the same windows as the plain optimizer
+    watch = Draws()
+    run([watch], sampling="epoch", steps=75, seed=1, **PROJECTION)
+    assert same(watch.starts, orders[1])
+
+
+def test_an_epoch_that_is_too_short_is_refused_before_training():
+    least = min(len(d.train) for d in STREAM)
+    most = (least - 1) // 16 // 4
+    with pytest.raises(ValueError, match=f"pass steps<={most}, or more text"):
+        run([Cut(0, 0)], sampling="epoch", steps=most + 1)
+    with pytest.raises(KeyboardInterrupt):
+        run([Cut(0, 0)], sampling="epoch", steps=most)
+
+
+def test_the_source_strength_is_its_schedule():
+    c = Config(**BASE, modification="last_task", strength="source", seed=3)
+    router = ContinualRun(c, STREAM, progress=False).router
+    assert repr(router.strength) == (
+        "OverlapAware(alpha_max=0.5, beta=0.98, initial=0.0, restart=True)"
+    )
+    # the rank and the weights are the source's where none are given
+    assert repr(router.modification) == (
+        "LastTaskProjection(rank=32, importance=0)"
+    )
+
+
 def test_frozen_and_schedule():
     result = run(freeze_after=2, **PROJECTION)
     assert losses(result, 1) == losses(result, 2)
@@ -582,6 +623,8 @@ def names_in(folder):
         {**MUON, **FISHER, "decay": "cosine"},
         {**MUON, "optimizer": "muon32", "state": "reset", "rest_lr": 1e-3},
         {**PROJECTION, **FISHER, "optimizer": "lion", "routing": "shared"},
+        {"modification": "last_task", "rank": 3, "strength": "source"},
+        {**REPLAY, "sampling": "epoch"},
     ],
     ids=[
         "vanilla",
@@ -593,6 +636,8 @@ def names_in(folder):
         "muon, fisher",
         "muon32, reset",
         "lion, fisher",
+        "the source's arm",
+        "epoch, replay",
     ],
 )
 def test_resumed_bit_for_bit(arm, tmp_path):
@@ -718,6 +763,10 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         (
             {"joint": True, "second_batch": 0.5},
             "second_batch=0.5 has no meaning",
+        ),
+        (
+            {"joint": True, "sampling": "epoch"},
+            "sampling='epoch' has no meaning",
         ),
         (
             {"second_batch": 0.5, "modification": "replay"},
