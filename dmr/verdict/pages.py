@@ -415,7 +415,7 @@ def _merge(p: Mapping[str, Any]) -> str | None:
     given = ", ".join(f"{k}={v!r}" for k, v in (p.get("merge") or {}).items())
     return f"consolidation=dmr.{names[kind]}({given}),"
 
-
+# %% ../../nbs/making/05_pages.ipynb #65f68332
 def recipe(
     parameters: Mapping[str, Any],  # of a run by the template `continual_lm`
 ) -> str:  # code, or '' for a method that has no short form

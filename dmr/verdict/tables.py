@@ -326,7 +326,7 @@ def _diverged(table: Table, part: str | None) -> dict[str, frozenset[Any]]:
             seeds.setdefault(arm, set()).add(r["seed"])
     return {arm: frozenset(found) for arm, found in seeds.items()}
 
-
+# %% ../../nbs/making/02_tables.ipynb #0e4a3fd5
 def evidence(
     table: Table,
     part: str | None = None,
