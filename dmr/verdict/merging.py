@@ -25,7 +25,7 @@ from dmr.reporting.statistics import (
     paired_p,
     shared_seeds,
 )
-from .tables import Table
+from .tables import Table, put_once
 
 # %% auto #0
 __all__ = ['pick', 'points', 'finals', 'Finding', 'forgets_share', 'best_row', 'ends_below', 'gap_closed', 'closes',
@@ -47,12 +47,7 @@ def pick(
             given.get(k) != v for k, v in parameters.items()
         ):
             continue
-        if row["seed"] in found:
-            raise ValueError(
-                f"{arm!r} with {parameters} has two runs of seed"
-                f" {row['seed']} in {table.study}; name what differs"
-            )
-        found[row["seed"]] = row
+        put_once(found, row, row, table.study)
     return found
 
 
@@ -323,12 +318,7 @@ def _settings(table: Table, *arms: str) -> dict[str, dict[Any, float]]:
             weight = p.get("interpolate")
             said += f", weight {float(weight):g}" if weight else ""
             row = found.setdefault(said, {})
-            if r["seed"] in row:
-                raise ValueError(
-                    f"{r['arm']!r} at {said} has two runs of seed {r['seed']}"
-                    f" in {table.study}; name what differs, or remove one"
-                )
-            row[r["seed"]] = _number(r, "final_average")
+            put_once(row, r, _number(r, "final_average"), table.study)
     return found
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00023

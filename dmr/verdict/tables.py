@@ -35,7 +35,7 @@ from .rules import Evidence
 
 # %% auto #0
 __all__ = ['TableArm', 'Table', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured', 'measure',
-           'curves', 'has_diverged', 'evidence', 'Line', 'compare']
+           'put_once', 'curves', 'has_diverged', 'evidence', 'Line', 'compare']
 
 # %% ../../nbs/making/02_tables.ipynb #78e4ff5e
 @dataclass(frozen=True)
@@ -285,6 +285,22 @@ def measure(
     )
 
 # %% ../../nbs/making/02_tables.ipynb #10ead61b
+def put_once(
+    seeds: dict[Any, Any],  # seed -> value; changed
+    row: Mapping[str, Any],  # a run, with its arm, seed and parameters
+    value: Any,
+    study: str,  # its name
+) -> None:
+    "Enter a run by its seed. Raises ValueError where the seed has one."
+    if row["seed"] in seeds:
+        raise ValueError(
+            f"{row['arm']!r} at lr {float(row['parameters']['lr']):g} has two"
+            f" runs of seed {row['seed']} in {study}; read one part or setting"
+            " at a time, or remove one"
+        )
+    seeds[row["seed"]] = value
+
+
 def curves(
     table: Table,
     part: str | None = None,  # None: all rows
@@ -292,13 +308,16 @@ def curves(
     without: Iterable[str] = (),
     # arm -> multiple of the nominal rate -> seed -> point; vanilla among them
 ) -> dict[str, dict[float, dict[Any, Point]]]:
-    "Every arm of a study (or of one part) at every rate."
+    """Every arm of a study (or of one part) at every rate. Raises ValueError
+    for an arm with two runs of a seed at a rate.
+    """
     out: dict[str, dict[float, dict[Any, Point]]] = {}
     skipped = tuple(without)
     for arm, rate, r in runs(table, part):
         m = measure(r, stage, skipped)
         point = Point(m.learning_accuracy, m.forgetting)
-        out.setdefault(arm, {}).setdefault(rate, {})[r["seed"]] = point
+        seeds = out.setdefault(arm, {}).setdefault(rate, {})
+        put_once(seeds, r, point, table.study)
     return out
 
 
