@@ -12,6 +12,7 @@ import pytest
 
 from dmr.verdict.answers import read_answers
 from dmr.verdict.rules import FAILS, HOLDS, UNTESTABLE
+from dmr.verdict.stories import harm
 from dmr.verdict.tables import read_table
 
 ROOT = Path(__file__).parents[2]
@@ -46,15 +47,14 @@ def kept(arm, held_back):
     "Cases of the stories in which an arm kept to both margins, and all cases."
     told = pd.read_csv(ROOT / "results/stories.csv")
     back = told.story.isin(["recurrent", "half", "schedule"])
-    told = told[back == held_back]
-    if "error" in told:
-        assert not told[(told.arm == arm) & told.error.notna()].size
-    mean = told.groupby(["story", "lr", "arm"])[["before", "old", "new"]].mean()
-    plain = mean.xs("plain", level="arm")
-    mine = mean.xs(arm, level="arm")
-    worse = mine.old - plain.old <= 0.02
-    share = (mine.before - mine.new) / (plain.before - plain.new)
-    return int((worse & (share >= 0.75)).sum()), len(mine)
+    mean = (
+        told[back == held_back]
+        .groupby(["story", "lr", "arm"])[["before", "old", "new"]]
+        .mean()
+    )
+    plain, mine = (mean.xs(a, level="arm") for a in ("plain", arm))
+    cases = [harm(plain.loc[k], mine.loc[k])["kept"] for k in mine.index]
+    return sum(cases), len(cases)
 
 
 def test_what_is_said_of_the_stories():
