@@ -245,21 +245,22 @@ def sentences(eight):
         out[pattern] = tuple(100 * x for x in shares[::-1])
     for family in ("EWC additive", "SI additive"):
         runs = rows_of("conflict")
+        # another error than of a value that is not finite: a missing run
         lost = {
             r["seed"]
             for r in runs
-            if r["arm"] == f"{family} decoupled" and not r["forgetting"]
+            if r["arm"] == f"{family} decoupled"
+            and not r["forgetting"]
+            and ("NaN" in r["error"] or "not finite" in r["error"])
         }
-        alive = {
-            r["seed"]
-            for r in runs
-            if r["arm"] == f"{family} shared" and r["forgetting"]
-        }
+        ended = {(r["arm"], r["seed"]) for r in runs if r["forgetting"]}
+        alive = {s for arm, s in ended if arm == f"{family} shared"}
+        known = {s for arm, s in ended if arm == f"{family} decoupled"} | lost
         n = len(lost & alive)
         odds = min(1, 2 * 0.5**n)  # of so many signs that all agree
         name = f"nominal: {family} decoupled − {family} shared"
         pattern = rf"{name}: above 0 in (\d+) of (\d+) seeds.*?p=(\d\.\d+)"
-        out[pattern] = (n, len({r["seed"] for r in runs}), odds)
+        out[pattern] = (n, len(known & alive), odds)
     kept = [
         json.loads(r["stage_values"])
         for r in rows_of("eight")

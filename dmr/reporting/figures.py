@@ -5,6 +5,8 @@
 # %% ../../nbs/reporting/03_figures.ipynb #f1a00a34
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..extras import need
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['PALETTE', 'MARKERS', 'THEME', 'mix', 'arm_style', 'figure_png', 'png_size', 'use_theme', 'show']
+__all__ = ['PALETTE', 'MARKERS', 'THEME', 'mix', 'arm_style', 'figure_png', 'png_size', 'use_theme', 'show', 'spread']
 
 # %% ../../nbs/reporting/03_figures.ipynb #80d04c03
 #: The colour of each routing, everywhere in the book. `none` and `vanilla` are
@@ -268,3 +270,29 @@ def show(
         raw=True,
     )
     plt.close(fig)
+
+# %% ../../nbs/reporting/03_figures.ipynb #5b1ead02
+def spread(
+    positions: Sequence[float],
+    gap: float,  # at least, in the same unit
+) -> list[float]:
+    """New positions in the same order, at least `gap` apart and moved as little
+    as can be, in the sum of squares; one that is not finite stays as it is.
+    Raises ValueError for a gap below 0.
+    """
+    if not gap >= 0:
+        raise ValueError(f"gap={gap} must be at least 0")
+    known = [i for i, y in enumerate(positions) if math.isfinite(y)]
+    order = sorted(known, key=lambda i: positions[i])
+    blocks: list[tuple[float, int]] = []  # sum of y − k·gap, and how many
+    for k, i in enumerate(order):
+        total, many = positions[i] - k * gap, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / many:
+            more, n = blocks.pop()
+            total, many = total + more, many + n
+        blocks.append((total, many))
+    means = [total / many for total, many in blocks for _ in range(many)]
+    out = [*positions]
+    for k, i in enumerate(order):
+        out[i] = means[k] + k * gap
+    return out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..extras import need
 from ..files import read_json, write_atomic, write_json
-from .figures import PALETTE
+from .figures import PALETTE, spread
 from ..studies.identity import package_folder
 from ..studies.run import kernel_manager
 from ..training.finetune import Finetuned
@@ -146,17 +146,6 @@ def _label_end(
     )
 
 
-def _spread(
-    heights: Sequence[float],
-    apart: float,  # at least, in the same unit
-) -> list[float]:
-    "Heights of labels, in the same order, that do not overlap."
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    out, last = [*heights], -float("inf")
-    for i in order:
-        out[i] = last = max(heights[i], last + apart)
-    return out
-
 # %% ../../nbs/reporting/07_finetuned.ipynb #f773f0c6
 def draw_curve(
     done: Finetuned,
@@ -179,7 +168,7 @@ def draw_curve(
             **_colour(done, name),
         )  # fmt: skip
     low, high = ax.get_ylim()
-    ends = _spread([y[-1] for y in curves.values()], 0.06 * (high - low))
+    ends = spread([y[-1] for y in curves.values()], 0.06 * (high - low))
     for name, at in zip(curves, ends):
         colour = _colour(done, name)["color"]
         _label_end(ax, steps[-1], at, name, colour)
@@ -229,7 +218,7 @@ def draw_way_back(
                 marker="*", ms=12, color=_colour(done, name)["color"],
             )  # fmt: skip
     low, high = ax.get_ylim()
-    heights = _spread([y for _, y in ends], 0.06 * (high - low))
+    heights = spread([y for _, y in ends], 0.06 * (high - low))
     for name, (x, _), at in zip(others, ends, heights):
         _label_end(ax, x, at, name, _colour(done, name)["color"])
     half, whole = (way_back(done, others[0], run)[k] for k in (5, 10))
@@ -361,7 +350,7 @@ def draw_plane(
     label = f"★ {chosen['method']}, rate {chosen['rate']:g}"
     labels.append((x, y, label, PALETTE["merge"]))
     low, high = ax.get_ylim()
-    heights = _spread([at for _, at, *_ in labels], 0.055 * (high - low))
+    heights = spread([at for _, at, *_ in labels], 0.055 * (high - low))
     for (at, _, said, colour), height in zip(labels, heights):
         _label_end(ax, at, height, said, colour)
     ax.set(

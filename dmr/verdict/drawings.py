@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..reporting.arms import draw_arm, draw_control
-from ..reporting.figures import PALETTE
+from ..reporting.figures import PALETTE, spread
 from dmr.reporting.statistics import (
     EXPLORATORY,
     Curve,
@@ -152,11 +152,10 @@ def _label_ends(
 ) -> None:
     "Name curves where they end, (height, colour), at least `gap` apart."
     low, high = ax.get_ylim()
-    step, last = gap * (high - low), -math.inf
-    for name, (y, colour) in sorted(ends.items(), key=lambda e: e[1][0]):
-        last = max(y, last + step)
+    heights = spread([y for y, _ in ends.values()], gap * (high - low))
+    for (name, (y, colour)), height in zip(ends.items(), heights):
         ax.annotate(
-            name.removesuffix(" projection"), (x, y), (x * 1.03, last),
+            name.removesuffix(" projection"), (x, y), (x * 1.03, height),
             color=colour, fontsize=10, va="center", annotation_clip=False,
         )  # fmt: skip
 

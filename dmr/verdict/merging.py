@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from dmr.reporting.statistics import (
     paired_p,
     shared_seeds,
 )
-from .tables import Table
+from .tables import Table, put_once
 
 # %% auto #0
 __all__ = ['pick', 'points', 'finals', 'Finding', 'forgets_share', 'best_row', 'ends_below', 'gap_closed', 'closes',
@@ -36,41 +36,42 @@ def pick(
     table: Table,
     arm: str,  # its name in the study file
     **parameters: Any,  # such as lr=2e-3, interpolate=0.5
-) -> dict[Any, Mapping[str, Any]]:  # seed -> finished run
-    """The runs of one arm at one setting. Raises ValueError where the setting
-    leaves two runs of a seed.
+) -> dict[Any, Mapping[str, Any]]:  # seed -> run; a failed one: no numbers
+    """The runs of one arm at one setting, with those that failed. Raises
+    ValueError where the setting leaves two runs of a seed.
     """
     found: dict[Any, Mapping[str, Any]] = {}
-    for row in table.rows:
+    for row in (*table.rows, *table.lost):
         given = row["parameters"]
         if row["arm"] != arm or any(
             given.get(k) != v for k, v in parameters.items()
         ):
             continue
-        if row["seed"] in found:
-            raise ValueError(
-                f"{arm!r} with {parameters} has two runs of seed"
-                f" {row['seed']} in {table.study}; name what differs"
-            )
-        found[row["seed"]] = row
+        put_once(found, row, row, table.study)
     return found
+
+
+def _number(row: Mapping[str, Any], column: str) -> float:
+    "A number of a run; NaN where it failed."
+    value = row.get(column)
+    return math.nan if value in (None, "") else float(value)
 
 
 def points(
     rows: Mapping[Any, Mapping[str, Any]],  # seed -> run
 ) -> dict[Any, Point]:
-    "Learning accuracy and forgetting of each seed."
+    "Learning accuracy and forgetting of each seed; NaN where a run failed."
+    columns = ("learning_accuracy", "forgetting")
     return {
-        s: Point(float(r["learning_accuracy"]), float(r["forgetting"]))
-        for s, r in rows.items()
+        s: Point(*(_number(r, c) for c in columns)) for s, r in rows.items()
     }
 
 
 def finals(
     rows: Mapping[Any, Mapping[str, Any]],  # seed -> run
 ) -> dict[Any, float]:
-    "Final average loss of each seed, in nats per byte."
-    return {s: float(r["final_average"]) for s, r in rows.items()}
+    "Final average of each seed, nats per byte; NaN where a run failed."
+    return {s: _number(r, "final_average") for s, r in rows.items()}
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00009
 @dataclass(frozen=True)
@@ -78,96 +79,161 @@ class Finding:
     "What a rule found."
 
     rule: str
-    outcome: str  # holds, fails, not comparable, too few seeds, no runs
+    # holds, fails, not comparable, too few seeds, not complete, no runs
+    outcome: str
     interval: Interval | None = None
-    note: str = ""  # why it is not comparable, or what stands beside it
+    note: str = ""  # with what it was compared, and what stands beside it
+    # what speaks against it: seeds that do not count, runs that failed,
+    # rivals that have not run
+    gaps: str = ""
 
     def __str__(self) -> str:
-        said = [self.outcome]
-        said += [str(self.interval)] if self.interval else []
-        said += [self.note] if self.note else []
-        return f"{self.rule}: {'; '.join(said)}"
+        interval = str(self.interval) if self.interval else ""
+        said = [self.outcome, interval, self.gaps, self.note]
+        return f"{self.rule}: {'; '.join(s for s in said if s)}"
 
 
-def _judged(rule: str, interval: Interval, holds: bool, note: str) -> Finding:
+def _counted(
+    seeds: Iterable[Any],  # all that were seen in the study
+    # who -> seed -> value; NaN where its run failed
+    sides: Mapping[str, Mapping[Any, float]],
+) -> tuple[bool, str]:
+    "Have four seeds in five a number on every side, and what is lacking?"
+    known = {
+        who: {s for s, x in at.items() if math.isfinite(x)}
+        for who, at in sides.items()
+    }
+    every = set(seeds).union(*sides.values())
+    both = set.intersection(*known.values())
+    said = [f"{len(both)} of {len(every)} seeds count"] * (both != every)
+    for who, at in sides.items():
+        lost = len(at) - len(known[who])
+        said += [f"failed runs of {who}: {lost}"] * bool(lost)
+    return enough_seeds(len(both), len(every)), ", ".join(said)
+
+
+def _judged(
+    rule: str, interval: Interval, holds: bool, note: str, gaps: str = ""
+) -> Finding:
     outcome = "holds" if holds else "fails"
     if interval.exploratory:
         outcome = "too few seeds"
-    return Finding(rule, outcome, interval, note)
+    return Finding(rule, outcome, interval, note, gaps)
 
-
+# %% ../../nbs/making/09_merging.ipynb #ebf2ac5f
 def forgets_share(
-    arm: Points,
+    arm: Points,  # NaN where its run failed
     rival: Curve,  # weight or rate -> seed -> point, rising in learning
     share: float = 0.5,  # of the rival's forgetting, in (0, 1]
     rule: str = "half of the rival's forgetting at equal learning",
+    seeds: Iterable[Any] = (),  # all that were seen in the study
 ) -> Finding:
     """Is the arm's forgetting below a share of the rival's that learned as
     much? The interval is that of F − share · F_rival, in nats.
     """
     if not arm:
         return Finding(rule, "no runs")
-    matched = match_control(arm, rival)
+    unknown = dict.fromkeys(seeds, Point(math.nan, math.nan))
+    matched = match_control({**unknown, **arm}, rival)
+    lost = sum(not math.isfinite(p.forgetting) for p in arm.values())
+    gaps = [matched.fell_out()] if matched.reasons else []
+    gaps += [f"failed runs of the arm: {lost}"] * bool(lost)
+    apart = ", ".join(gaps)
     here = {s: arm[s].forgetting for s in matched.difference}
     theirs = {s: here[s] - d for s, d in matched.difference.items()}
-    if len(theirs) < 2 or not enough_seeds(len(theirs), len(arm)):
-        return Finding(rule, "not comparable", None, matched.fell_out())
+    if len(theirs) < 2 or not matched.enough:
+        return Finding(rule, "not comparable", gaps=apart)
     values = np.array(list(theirs.values()))
     error = values.std(ddof=1) / math.sqrt(len(values))
     note = f"the rival forgets {values.mean():.3f}"
     if values.mean() <= 5 * error:
         note += f" ± {error:.3f}: nothing to halve"
-        return Finding(rule, "not comparable", None, note)
+        return Finding(rule, "not comparable", None, note, apart)
     d = mean_interval({s: here[s] - share * f for s, f in theirs.items()})
     note += f", the arm {np.mean(list(here.values())):.3f}"
-    return _judged(rule, d, d.high < 0, note)
+    return _judged(rule, d, d.high < 0, note, apart)
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00013
-#: Setting -> seed -> final average, of one rival.
+#: Setting -> seed -> final average, of one rival; NaN where a run failed.
 _Rows = Mapping[Any, Mapping[Any, float]]
 
 
 def best_row(
     rows: _Rows,
-) -> Any:  # the setting with the lowest mean; None: no runs
-    "The setting that ends lowest, by the mean over its seeds."
-    known = {k: np.mean(list(v.values())) for k, v in rows.items() if v}
-    return min(known, key=lambda k: known[k]) if known else None
-
-
-def ends_below(
-    arm: Mapping[Any, float],  # seed -> final average
-    rivals: Mapping[str, _Rows],  # name -> setting -> seed -> final average
-    margin: float = 0.0,  # nats that the arm may end above
-) -> list[Finding]:
-    """Does the arm end below each rival's best row, or at most `margin` above?
-    Paired over seeds; Holm over the rivals.
+) -> Any:  # the setting with the lowest mean; None: no finished run
+    """The setting that ends lowest, by the mean over its seeds, of those with
+    the most seeds.
     """
-    found, chosen = [], {}
+    known = {
+        k: [x for x in at.values() if math.isfinite(x)]
+        for k, at in rows.items()
+    }
+    most = max(map(len, known.values()), default=0)
+    means = {k: np.mean(x) for k, x in known.items() if x and len(x) == most}
+    return min(means, key=lambda k: means[k]) if means else None
+
+
+def _untested(
+    arm: Mapping[Any, float], rivals: Mapping[str, _Rows], seeds: Iterable[Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    "Rival -> why it cannot be compared; rival -> its gaps."
+    every = tuple(seeds)
+    untested, gaps = {}, {}
     for name, rows in rivals.items():
         key = best_row(rows)
-        if key is not None and shared_seeds(arm, rows[key]):
-            chosen[name] = key, {s: x + margin for s, x in rows[key].items()}
-    p = holm(
-        {name: paired_p(arm, there) for name, (_, there) in chosen.items()}
-    )
-    where = f"at most {margin:g} above" if margin else "below"
-    for name in rivals:
-        rule = f"ends {where} {name}"
-        if name not in chosen:
-            found.append(Finding(rule, "no runs"))
+        if key is None:
+            lost = sum(map(len, rows.values()))
+            untested[name] = "no runs"
+            gaps[name] = f"failed runs of {name}: {lost}" * bool(lost)
             continue
-        key, there = chosen[name]
-        shifted = paired_difference(arm, there)
-        raw = paired_difference(arm, rivals[name][key])
-        holds = shifted.high < 0 and p[name] < 0.05
-        note = f"against {key}; Holm's p {p[name]:.2g}"
-        found.append(_judged(rule, raw, holds, note))
+        sides = {"the arm": arm, name: rows[key]}
+        enough, gaps[name] = _counted(every, sides)
+        if not enough:
+            untested[name] = "too few seeds"
+    return untested, gaps
+
+# %% ../../nbs/making/09_merging.ipynb #a4c56258
+def ends_below(
+    arm: Mapping[Any, float],  # seed -> final average; NaN: failed
+    rivals: Mapping[str, _Rows],  # name -> setting -> seed -> final average
+    margin: float = 0.0,  # nats that the arm may end above
+    seeds: Iterable[Any] = (),  # all that were seen in the study
+) -> list[Finding]:
+    """Does the arm end below each rival's best row, or at most `margin` above?
+    Paired over seeds; Holm over the rivals, those that have not run included.
+    """
+    where = f"at most {margin:g} above" if margin else "below"
+    rules = {name: f"ends {where} {name}" for name in rivals}
+    if not arm:
+        return [Finding(rule, "no runs") for rule in rules.values()]
+    untested, gaps = _untested(arm, rivals, seeds)
+    best = {name: best_row(rows) for name, rows in rivals.items()}
+    there = {
+        name: {s: x + margin for s, x in rivals[name][key].items()}
+        for name, key in best.items()
+        if name not in untested
+    }
+    raw = {name: paired_p(arm, there[name]) for name in there}
+    p = holm({**dict.fromkeys(untested, 1.0), **raw})
+    open_ = ", ".join(f"{k} has {why}" for k, why in untested.items())
+    found = []
+    for name, rule in rules.items():
+        if name in untested:
+            found.append(Finding(rule, untested[name], gaps=gaps[name]))
+            continue
+        low = paired_difference(arm, there[name]).high < 0
+        d = paired_difference(arm, rivals[name][best[name]])
+        note = f"against {best[name]}; Holm's p {p[name]:.2g}"
+        one = _judged(rule, d, low and p[name] < 0.05, note, gaps[name])
+        if low and open_ and not d.exploratory:
+            said = ", ".join(filter(None, (open_, gaps[name])))
+            one = replace(one, outcome="not complete", gaps=said)
+        found.append(one)
     return found
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00016
 def gap_closed(
-    arm: Mapping[Any, float],  # seed -> final average
+    arm: Mapping[Any, float],  # seed -> final average; NaN: failed
     plain: Mapping[Any, float],
     goal: Mapping[Any, float],
     level: float = 0.95,
@@ -177,7 +243,8 @@ def gap_closed(
     """
     from scipy.stats import t as student
 
-    seeds = [s for s in shared_seeds(arm, plain) if s in goal]
+    shared = shared_seeds(arm, plain)
+    seeds = [s for s in shared if math.isfinite(goal.get(s, math.nan))]
     n = len(seeds)
     if n < 2:
         return None
@@ -204,17 +271,22 @@ def closes(
     goal: _Rows,
     share: float,  # of the gap, such as 0.85
     name: str,  # of the goal
+    seeds: Iterable[Any] = (),  # all that were seen in the study
 ) -> Finding:
     "Does the arm close at least this share of the gap from plain to the goal?"
     rule = f"closes {share:.0%} of the gap from plain to {name}"
     start, end = best_row(plain), best_row(goal)
     if not arm or start is None or end is None:
         return Finding(rule, "no runs")
+    sides = {"the arm": arm, "plain": plain[start], name: goal[end]}
+    enough, gaps = _counted(seeds, sides)
     ratio = gap_closed(arm, plain[start], goal[end])
-    if ratio is None:
-        return Finding(rule, "not comparable", None, "no clear gap")
     note = f"from {start} to {end}"
-    return _judged(rule, ratio, ratio.low >= share, note)
+    if not enough:
+        return Finding(rule, "too few seeds", ratio, note, gaps)
+    if ratio is None:
+        return Finding(rule, "not comparable", None, "no clear gap", gaps)
+    return _judged(rule, ratio, ratio.low >= share, note, gaps)
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00020
 #: What a rule calls a rival -> arms of the study file that belong to it.
@@ -227,19 +299,26 @@ _REPLAY: Mapping[str, tuple[str, ...]] = {
     "replay at equal evaluations": ("replay 0.5 % shared, equal evaluations",),
     "replay at its best, twice the gradients": ("replay 0.5 % shared",),
 }
+#: What a share of the gap is asked of.
+_GOALS: Mapping[str, tuple[str, ...]] = {
+    "replay": ("replay 0.5 % shared",),
+    "joint training": ("joint training",),
+}
 
 
 def _settings(table: Table, *arms: str) -> dict[str, dict[Any, float]]:
-    "Every setting of these arms, in words -> seed -> final average."
+    """Every setting of these arms, in words -> seed -> final average, NaN where
+    the run failed. Raises ValueError for two runs of a setting and seed.
+    """
     found: dict[str, dict[Any, float]] = {}
-    for r in table.rows:
+    for r in (*table.rows, *table.lost):
         if r["arm"] in arms:
             p = r["parameters"]
             said = f"lr {float(p['lr']):g}"
             weight = p.get("interpolate")
             said += f", weight {float(weight):g}" if weight else ""
             row = found.setdefault(said, {})
-            row[r["seed"]] = float(r["final_average"])
+            put_once(row, r, _number(r, "final_average"), table.study)
     return found
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00023
@@ -251,7 +330,7 @@ def interpolation_curve(
     weights = sorted(
         {
             float(r["parameters"]["interpolate"])
-            for r in table.rows
+            for r in (*table.rows, *table.lost)
             if r["arm"] == "interpolation"
         }
     )
@@ -266,29 +345,32 @@ def interpolation_curve(
 def judge_merge(
     table: Table,
     arm: str,  # its name in the study file
+    share: Mapping[str, float],  # 'replay', 'joint training' -> share to close
     lr: float = 2e-3,  # the arm's rate
-    share: Mapping[str, float] | None = None,  # goal -> share to close
 ) -> list[Finding]:
-    """Every rule on one arm of the study of merges."""
+    """Every rule on one arm of the study of merges. Raises ValueError for a
+    goal without an arm, and for two runs of a setting and seed.
+    """
+    if unknown := share.keys() - _GOALS.keys():
+        raise ValueError(
+            f"share has {sorted(unknown)}; a gap is known to"
+            f" {' and to '.join(_GOALS)}"
+        )
+    seen = {r["seed"] for r in (*table.rows, *table.lost)}
     rows = pick(table, arm, lr=lr)
     mine, curve = finals(rows), interpolation_curve(table, lr)
     found = [
-        forgets_share(points(rows), curve)
+        forgets_share(points(rows), curve, seeds=seen)
         if len(curve) > 1
         else Finding("half of the rival's forgetting", "no runs")
     ]
     rivals = {k: _settings(table, *arms) for k, arms in _RIVALS.items()}
-    found += ends_below(mine, rivals)
+    found += ends_below(mine, rivals, seeds=seen)
     plain = _settings(table, "vanilla")
-    goals = {
-        "replay": ("replay 0.5 % shared",),
-        "joint training": ("joint training",),
-    }
-    for goal, least in (
-        share or {"replay": 0.85, "joint training": 0.75}
-    ).items():
-        there = _settings(table, *goals[goal])
-        found.append(closes(mine, plain, there, least, goal))
+    for goal, least in share.items():
+        there = _settings(table, *_GOALS[goal])
+        found.append(closes(mine, plain, there, least, goal, seen))
     for name, arms in _REPLAY.items():
-        found += ends_below(mine, {name: _settings(table, *arms)}, 0.02)
+        there = _settings(table, *arms)
+        found += ends_below(mine, {name: there}, 0.02, seen)
     return found

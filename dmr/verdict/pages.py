@@ -33,12 +33,13 @@ from dmr.verdict.tables import (
     compare,
     evidence,
     nominal_rows,
+    put_once,
     runs,
 )
 
 # %% auto #0
 __all__ = ['markdown_table', 'claim_box', 'verdict_table', 'pair_table', 'growth_table', 'gain_share', 'kept_text', 'dose_table',
-           'protected_left', 'comparison_table', 'final_table', 'recipe', 'advice']
+           'recorded_left', 'comparison_table', 'final_table', 'recipe', 'advice']
 
 # %% ../../nbs/making/05_pages.ipynb #0a773a1d
 def markdown_table(
@@ -311,7 +312,7 @@ def dose_table(
     return markdown_table(head, rows)
 
 # %% ../../nbs/making/05_pages.ipynb #5aaf933d
-def protected_left(
+def recorded_left(
     table: Table,
     *arms: str,
     weakest: str = "control: decoupled at adaptive's mean strength",
@@ -368,13 +369,14 @@ def final_table(
     """Final average (nats per byte, the mean loss over all domains at the end)
     of every arm: at the nominal rate, its difference to vanilla's there seed
     by seed with a 95 % t interval, and the lowest mean over the rates that
-    the arm ran at. Lowest first.
+    the arm ran at. Lowest first. Raises ValueError for an arm with two runs of
+    a seed at a rate.
     """
     at: dict[str, dict[float, dict[Any, float]]] = {}
     for arm, _, r in runs(table, part):
         rates = at.setdefault(arm, {})
         seeds = rates.setdefault(float(r["parameters"]["lr"]), {})
-        seeds[r["seed"]] = float(r["final_average"])
+        put_once(seeds, r, float(r["final_average"]), table.study)
     rate = table.nominal.get(part or "", math.nan)
     base = at.get("vanilla", {}).get(rate)
     if base is None:
@@ -415,7 +417,7 @@ def _merge(p: Mapping[str, Any]) -> str | None:
     given = ", ".join(f"{k}={v!r}" for k, v in (p.get("merge") or {}).items())
     return f"consolidation=dmr.{names[kind]}({given}),"
 
-# %% ../../nbs/making/05_pages.ipynb #a77dc386
+# %% ../../nbs/making/05_pages.ipynb #65f68332
 def recipe(
     parameters: Mapping[str, Any],  # of a run by the template `continual_lm`
 ) -> str:  # code, or '' for a method that has no short form

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..methods.registry import FAMILIES
 from ..reporting.arms import Arm, draw_arm, draw_control, mean_point, read_arm
+from ..reporting.figures import spread
 from dmr.reporting.statistics import (
     Curve,
     Matched,
@@ -398,14 +399,13 @@ def part_finding(
 def _label_ends(ax: Any, ends: Mapping[str, tuple[Point, Any]]) -> None:
     "Names at the right of the panel, none on another, tied to their curves."
     low, high = ax.get_ylim()
-    step, at = (high - low) * 0.065, -math.inf
-    for name in sorted(ends, key=lambda n: ends[n][0].forgetting):
-        point, colour = ends[name]
-        at = max(at + step, point.forgetting)
+    at = [point.forgetting for point, _ in ends.values()]
+    heights = spread(at, (high - low) * 0.065)
+    for (name, (point, colour)), height in zip(ends.items(), heights):
         ax.annotate(
             name,
             point,
-            (1.02, at),
+            (1.02, height),
             textcoords=ax.get_yaxis_transform(),
             color=colour,
             fontsize=8,

@@ -606,6 +606,8 @@ def _by_signs(
         f"{what}: above 0 in {above} of {len(seeds)} seeds, below in {below},"
         f" a diverged run counting as +∞; sign test p={p:.3g}"
     )
+    lost = len(a.keys() | b.keys()) - len(seeds)
+    text += f" ({lost} missing)" * bool(lost)
     if sign_p(0, len(seeds)) >= level:
         text += f", and {len(seeds)} seeds cannot give a p below {level:g}"
     return Part(outcome, text)

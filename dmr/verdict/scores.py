@@ -21,7 +21,7 @@ from dmr.verdict.answers import (
     REPLAY,
     SHARED,
 )
-from .tables import Table, TableArm, compare
+from .tables import Table, TableArm, compare, put_once
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,14 +36,15 @@ def by_setting(
     arm: str,  # its name in the study
 ) -> list[dict[Any, float]]:  # seed -> final average, one dict for a setting
     """The final averages of an arm in nats per byte, for each setting that it
-    ran at. Raises ValueError for an arm without a finished run.
+    ran at. Raises ValueError for an arm without a finished run, and for two
+    runs of a setting and seed.
     """
     found: dict[str, dict[Any, float]] = {}
     for row in table.rows:
         if row["arm"] == arm:
             given = {k: v for k, v in row["parameters"].items() if k != "seed"}
             setting = found.setdefault(json.dumps(given, sort_keys=True), {})
-            setting[row["seed"]] = float(row["final_average"])
+            put_once(setting, row, float(row["final_average"]), table.study)
     if not found:
         raise ValueError(f"no finished run of {arm!r} in {table.study!r}")
     return list(found.values())

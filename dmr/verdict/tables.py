@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from .rules import Evidence
 
 # %% auto #0
 __all__ = ['TableArm', 'Table', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured', 'measure',
-           'curves', 'evidence', 'Line', 'compare']
+           'put_once', 'curves', 'has_diverged', 'evidence', 'Line', 'compare']
 
 # %% ../../nbs/making/02_tables.ipynb #78e4ff5e
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Table:
     planned: int = 0  # runs in the study file
     # finished runs of the plan, numbers as numbers
     rows: tuple[Mapping[str, Any], ...] = ()
-    # part, arm, seed, parameters and status of the runs without a number
+    # part, arm, seed, parameters, status and error of runs without a number
     lost: tuple[Mapping[str, Any], ...] = ()
     left_out: int = 0  # finished rows of the plan by other versions of the code
     # part -> nominal rate
@@ -227,7 +228,7 @@ def read_table(
             kept[cell] = {**numbers, **about[cell], "run_id": r["run_id"]}
     ended = ("ok", "failed", "timeout", "out-of-memory")
     lost = {
-        r["cell"]: r["status"]
+        r["cell"]: {k: r.get(k) or "" for k in ("status", "error")}
         for r in rows
         if r.get("status") in ended and not r.get("forgetting")
     }
@@ -237,7 +238,7 @@ def read_table(
         len(cells),
         tuple(kept.values()),
         tuple(
-            {**about[cell], "status": lost[cell]}
+            {**about[cell], **lost[cell]}
             for cell in cells
             if cell in lost and cell not in kept
         ),
@@ -284,6 +285,22 @@ def measure(
     )
 
 # %% ../../nbs/making/02_tables.ipynb #10ead61b
+def put_once(
+    seeds: dict[Any, Any],  # seed -> value; changed
+    row: Mapping[str, Any],  # a run, with its arm, seed and parameters
+    value: Any,
+    study: str,  # its name
+) -> None:
+    "Enter a run by its seed. Raises ValueError where the seed has one."
+    if row["seed"] in seeds:
+        raise ValueError(
+            f"{row['arm']!r} at lr {float(row['parameters']['lr']):g} has two"
+            f" runs of seed {row['seed']} in {study}; read one part or setting"
+            " at a time, or remove one"
+        )
+    seeds[row["seed"]] = value
+
+
 def curves(
     table: Table,
     part: str | None = None,  # None: all rows
@@ -291,25 +308,44 @@ def curves(
     without: Iterable[str] = (),
     # arm -> multiple of the nominal rate -> seed -> point; vanilla among them
 ) -> dict[str, dict[float, dict[Any, Point]]]:
-    "Every arm of a study (or of one part) at every rate."
+    """Every arm of a study (or of one part) at every rate. Raises ValueError
+    for an arm with two runs of a seed at a rate.
+    """
     out: dict[str, dict[float, dict[Any, Point]]] = {}
     skipped = tuple(without)
     for arm, rate, r in runs(table, part):
         m = measure(r, stage, skipped)
         point = Point(m.learning_accuracy, m.forgetting)
-        out.setdefault(arm, {}).setdefault(rate, {})[r["seed"]] = point
+        seeds = out.setdefault(arm, {}).setdefault(rate, {})
+        put_once(seeds, r, point, table.study)
     return out
+
+
+#: How an error says that a value was not finite.
+_NOT_FINITE = re.compile(
+    r"\b(nan|inf|infinite|infinity|(not|non)[- ]?finite|diverged)\b", re.I
+)
+
+
+def has_diverged(
+    run: Mapping[str, Any],  # of `Table.lost`, with its status and error
+) -> bool:
+    "Did it end without a number, or in an error that names such a value?"
+    said = str(run.get("error") or "")
+    return run["status"] == "ok" or (
+        run["status"] == "failed" and bool(_NOT_FINITE.search(said))
+    )
 
 
 def _diverged(table: Table, part: str | None) -> dict[str, frozenset[Any]]:
     "arm -> seeds that diverged at the nominal rate."
     seeds: dict[str, set[Any]] = {}
     for arm, rate, r in runs(table, part, table.lost):
-        if rate == 1.0 and r["status"] in ("ok", "failed"):
+        if rate == 1.0 and has_diverged(r):
             seeds.setdefault(arm, set()).add(r["seed"])
     return {arm: frozenset(found) for arm, found in seeds.items()}
 
-
+# %% ../../nbs/making/02_tables.ipynb #0e4a3fd5
 def evidence(
     table: Table,
     part: str | None = None,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
@@ -179,3 +180,67 @@ def test_import_pulls_no_plotting():
         ).stdout.strip()
         == "[]"
     )
+
+
+def nearest_rising(z):
+    "Of all rising sequences the nearest to z, by the max-min formula."
+    mean = lambda a, b: sum(z[a : b + 1]) / (b + 1 - a)
+    n = range(len(z))
+    return [max(min(mean(a, b) for b in n[k:]) for a in n[: k + 1]) for k in n]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_move_apart_as_little_as_can_be(seed):
+    "Against the formula in float64: order kept, no overlap, nearest."
+    rng = np.random.default_rng(seed)
+    y = list(
+        rng.normal(size=int(rng.integers(1, 12))) * rng.choice([0.1, 1, 9])
+    )
+    gap = float(rng.choice([0.0, 0.3, 1.0]))
+    new = figures.spread(y, gap)
+    order = np.argsort(y, kind="stable")
+    x = np.array(new)[order]
+    assert (np.diff(x) >= gap - 1e-12).all()
+    z = [y[i] - k * gap for k, i in enumerate(order)]
+    assert x == pytest.approx(
+        [v + k * gap for k, v in enumerate(nearest_rising(z))], abs=1e-12
+    )
+    assert np.mean(new) == pytest.approx(np.mean(y), abs=1e-12)  # centred
+
+
+def test_names_with_room_stay_and_equal_ones_keep_their_order():
+    assert figures.spread([3.0, 0.0, 1.5], 1.5) == [3.0, 0.0, 1.5]
+    assert figures.spread([1.0, 1.0, 1.0], 0.5) == [0.5, 1.0, 1.5]
+    assert figures.spread([], 1.0) == []
+    nan = figures.spread([1.0, float("nan"), 1.0], 1.0)
+    assert nan[0] == 0.5 and np.isnan(nan[1]) and nan[2] == 1.5
+    for gap in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"gap={gap}"):
+            figures.spread([1.0], gap)
+
+
+def test_every_drawing_moves_its_names_by_it():
+    "Two curves that end at one height: a name above it, and one below."
+    plt = pytest.importorskip("matplotlib.pyplot")
+    from dmr.reporting.statistics import Point
+    from dmr.verdict import drawings, planes
+
+    def heights(label):
+        fig, ax = plt.subplots()
+        ax.set_ylim(0, 4)
+        label(ax)
+        plt.close(fig)
+        return sorted(t.xyann[1] for t in ax.texts)
+
+    one = heights(
+        lambda ax: drawings._label_ends(
+            ax, 1.0, {"a": (2.0, "k"), "b": (2.0, "k")}
+        )
+    )
+    other = heights(
+        lambda ax: planes._label_ends(
+            ax, {n: (Point(1.0, 2.0), "k") for n in "ab"}
+        )
+    )
+    for low, high in (one, other):
+        assert high - low > 0.2 and low + high == pytest.approx(4.0)

@@ -42,6 +42,7 @@ FAMILIES = (
     "SI rescaling",
     "replay 0.5 %",
 )
+NAN = "ValueError: the gradient of 'w' has NaN or infinite values"
 PAIRS = {
     f"{family} {routing}": ratio
     for family in FAMILIES
@@ -112,22 +113,30 @@ def test_c10_is_not_testable_where_rho_does_not_move_the_overlap():
 
 
 @pytest.mark.parametrize(
-    ("status", "seeds", "word"),
+    ("status", "error", "seeds", "word"),
     [
-        ("failed", 5, "undecided at n = 5"),
-        ("failed", 6, FAILS),
-        ("ok", 6, FAILS),  # it ended, but without a number
-        ("timeout", 6, NOT_RUN),  # says nothing of the arm
-        ("out-of-memory", 6, NOT_RUN),
+        ("failed", NAN, 5, "undecided at n = 5"),
+        ("failed", NAN, 6, FAILS),
+        ("failed", "ValueError: the path integral is not finite", 6, FAILS),
+        ("failed", "FloatingPointError: diverged", 6, FAILS),
+        ("ok", "", 6, FAILS),  # it ended, but without a number
+        ("failed", "TypeError: '>' not supported", 6, NOT_RUN),
+        ("failed", "KeyError: 'finance'", 6, NOT_RUN),  # neither nan nor inf
+        ("timeout", "", 6, NOT_RUN),  # says nothing of the arm
+        ("out-of-memory", NAN, 6, NOT_RUN),
     ],
 )
-def test_an_arm_of_which_every_run_diverged_has_failed(status, seeds, word):
+def test_an_arm_of_which_every_run_diverged_has_failed(
+    status, error, seeds, word
+):
     "Diverged runs are ended runs: the table is complete, and they count."
     gone = "EWC additive decoupled"
     whole = simulated.table(PAIRS, seeds=seeds, study="conflict")
     rows = tuple(r for r in whole.rows if r["arm"] != gone)
     lost = tuple(
-        {**r, "status": status} for r in whole.rows if r["arm"] == gone
+        {**r, "status": status, "error": error}
+        for r in whole.rows
+        if r["arm"] == gone
     )
     table = replace(whole, rows=rows, lost=lost)
     c7 = answer("C7", table)
@@ -136,6 +145,23 @@ def test_an_arm_of_which_every_run_diverged_has_failed(status, seeds, word):
         assert f"above 0 in {seeds} of {seeds} seeds" in str(c7.verdict)
     lacking = replace(table, lost=())
     assert not lacking.complete and answer("C7", lacking).word == NOT_RUN
+
+
+def test_a_run_that_broke_for_another_reason_is_missing_beside_diverged_ones():
+    gone = "EWC additive decoupled"
+    whole = simulated.table(PAIRS, seeds=7, study="conflict")
+    lost = tuple(
+        {**r, "status": "failed", "error": "TypeError" if r["seed"] else NAN}
+        for r in whole.rows
+        if r["arm"] == gone and r["seed"] < 2
+    )
+    rows = tuple(
+        r for r in whole.rows if r["arm"] != gone or r["seed"] not in (0, 1)
+    )
+    c7 = answer("C7", replace(whole, rows=rows, lost=lost)).verdict
+    text = str(c7.parts["penalty, EWC additive"])
+    assert "above 0 in 1 of 6 seeds, below in 5" in text
+    assert "(1 missing)" in text and c7.n == 6
 
 
 def test_c8_is_drawn_without_arms_of_two_seeds():

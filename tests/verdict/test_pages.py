@@ -28,6 +28,7 @@ from dmr.verdict.pages import (
     growth_table,
     pair_table,
     recipe,
+    recorded_left,
     verdict_table,
 )
 from dmr.verdict.rules import CLAIMS
@@ -234,3 +235,36 @@ def test_the_comparison_names_n_once_and_puts_controls_last():
     short = compare(simulated.whole(rows, nominal=table.nominal))
     # what the column cannot say stays in the cell
     assert "1 missing" in comparison_table(short)
+
+
+def test_the_recorded_share_is_of_plain_adams_step():
+    """The weakest edit, at strength 0.2, leaves 0.8 of plain Adam's protected
+    norm; another arm's is held against that.
+    """
+
+    def row(arm, seed, norm, alpha):
+        given = {"lr": 1e-3, "modification": "projection"}
+        return {
+            "arm": arm,
+            "seed": seed,
+            "part": "",
+            "parameters": given,
+            "protected_step_norm": norm,
+            "alpha_mean": alpha,
+        }
+
+    rows = [row("weak", s, 8.0 + (-1) ** s, 0.2) for s in range(4)]
+    rows += [row("strong", s, 3.0, 0.9) for s in range(4)]
+    table = Table("made up", rows=tuple(rows), nominal={"": 1e-3})
+    left = recorded_left(table, "strong", "weak", weakest="weak")
+    assert left == pytest.approx({"strong": 0.3, "weak": 0.8})
+
+
+def test_a_run_that_stands_twice_is_named():
+    whole = simulated.table(ARMS)
+    extra = next(r for r in whole.rows if r["arm"] == FIXED)
+    twice = replace(whole, rows=(*whole.rows, extra))
+    said = rf"'{FIXED}' at lr .* two runs of seed {extra['seed']} in eight"
+    for read in (final_table, evidence, compare):
+        with pytest.raises(ValueError, match=said):
+            read(twice)

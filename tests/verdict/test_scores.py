@@ -49,6 +49,9 @@ def test_settings_differ_in_anything_but_the_seed(table):
     assert at_best(table, "vanilla", [0, 1]) == {0: 2.0, 1: 3.0}
     with pytest.raises(ValueError, match="'other' in 'made up'"):
         by_setting(table, "other")
+    twice = Table("made up", rows=(*table.rows, table.rows[-1]))
+    with pytest.raises(ValueError, match="'arm' at lr 0.002 has two runs"):
+        by_setting(twice, "arm")
 
 
 def test_only_seeds_count_that_every_setting_has(table):

@@ -58,7 +58,13 @@ def test_tables_are_held_against_their_plans(project):
     rows += [
         dict(row, run_id="old", cell=cells[3].hash, code="old"),
         dict(row, run_id="stranger", cell="not planned", **new),
-        dict(run_id="bad", cell=cells[4].hash, status="failed", **new),
+        dict(
+            run_id="bad",
+            cell=cells[4].hash,
+            status="failed",
+            error="ValueError: NaN",
+            **new,
+        ),
         dict(run_id="not a number", cell=cells[5].hash, status="ok", **new),
         dict(run_id="later", cell=cells[6].hash, status="missing", **new),
     ]
@@ -73,6 +79,7 @@ def test_tables_are_held_against_their_plans(project):
     assert table.nominal == {"": cells[0].parameters["lr"] * 4}
     assert sum(table.failed.values()) == 2 and table.seconds == 60
     assert [r["status"] for r in table.lost] == ["failed", "ok"]
+    assert [r["error"] for r in table.lost] == ["ValueError: NaN", ""]
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -1,0 +1,109 @@
+"""What the story and the home page say of the evidence, against the tables
+that it is read from.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dmr.verdict.answers import read_answers
+from dmr.verdict.rules import FAILS, HOLDS, UNTESTABLE
+from dmr.verdict.stories import harm
+from dmr.verdict.tables import read_table
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+def text(page):
+    "A page's prose and code, without its outputs, in one line."
+    cells = json.loads((ROOT / "nbs" / page).read_text())["cells"]
+    return " ".join(" ".join("".join(c["source"]) for c in cells).split())
+
+
+def test_every_page_that_counts_the_claims_counts_them_right():
+    words = Counter(
+        a.word.split(" at ")[0] for a in read_answers()[1] if a.decides
+    )
+    assert sum(words.values()) == 10
+    n = {k: NUMBERS[words[k]] for k in (HOLDS, FAILS, "undecided", UNTESTABLE)}
+    pattern = re.compile(
+        rf"{n[HOLDS]} holds(\]\([^)]*\)| here)?, {n[FAILS]} do not,"
+        rf" {n['undecided']} is undecided,( and)? {n[UNTESTABLE]}( is)? not"
+        " testable"
+    )
+    pages = ("index.ipynb", "why/15_results.ipynb", "why/16_verdict.ipynb")
+    for page in pages:
+        assert pattern.search(text(page)), page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert pattern.search(readme)
+
+
+def kept(arm, held_back):
+    "Cases of the stories in which an arm kept to both margins, and all cases."
+    told = pd.read_csv(ROOT / "results/stories.csv")
+    back = told.story.isin(["recurrent", "half", "schedule"])
+    mean = (
+        told[back == held_back]
+        .groupby(["story", "lr", "arm"])[["before", "old", "new"]]
+        .mean()
+    )
+    plain, mine = (mean.xs(a, level="arm") for a in ("plain", arm))
+    cases = [harm(plain.loc[k], mine.loc[k])["kept"] for k in mine.index]
+    return sum(cases), len(cases)
+
+
+def test_what_is_said_of_the_stories():
+    merge, step = "merge 0.8, keep 0.5", "projection, displacement 0.5"
+    assert kept(merge, False) == (30, 30) and kept(merge, True) == (8, 9)
+    for page in ("why/12_repair.ipynb", "why/16_verdict.ipynb"):
+        assert "eight of nine cases" in text(page)
+    (a, n), (b, m) = kept(step, False), kept(step, True)
+    said = f"{a + b} of {n + m} cases"
+    for page in ("why/11_two_lines.ipynb", "routing/08_router.ipynb"):
+        assert said in text(page), page
+
+
+def test_studies_without_rows_have_no_runs_yet():
+    if not read_table("merging_long").rows:
+        for page in ("index", "why/16_verdict", "why/12_repair"):
+            said = text(f"{page}.ipynb")
+            assert "has no runs yet" in said and "is running" not in said
+
+
+def test_a_long_stream_gets_the_settings_that_were_explored():
+    said = text("why/16_verdict.ipynb")
+    assert "consolidation=dmr.FisherMerge(0.7, keep=1.0)" in said
+    assert 'routing="displacement", strength=0.9' in said
+    table = read_table("explore_merging")
+    arm = "displacement projection + Fisher merge 0.7, 450 steps"
+    p = next(r["parameters"] for r in table.rows if r["arm"] == arm)
+    assert (p["routing"], p["alpha"], p["rank"]) == ("displacement", 0.9, 6)
+    assert p["merge"] == {"weight": 0.7}
+    ends = {}
+    for r in table.rows:
+        if r["arm"].endswith(", 450 steps") and "replay" not in r["arm"]:
+            ends.setdefault(r["arm"], []).append(r["final_average"])
+    assert min(ends, key=lambda a: sum(ends[a]) / len(ends[a])) == arm
+
+
+def test_adapters_are_asked_about_first():
+    said = text("why/16_verdict.ipynb")
+    place = [said.index(x) for x in ('("pre", "ask"', '("ask", "text"')]
+    assert place == sorted(place) and '("text", "pre"' not in said
+    lora = read_table("lora")
+    finals = lambda arm, lr: [
+        r["final_average"]
+        for r in lora.rows
+        if r["arm"] == arm and r["parameters"]["lr"] == lr
+    ]
+    slow, shared = finals("vanilla", 2.5e-4), finals("shared projection", 1e-3)
+    for values, number in ((slow, "0.988"), (shared, "0.984")):
+        assert sum(values) / len(values) == pytest.approx(
+            float(number), abs=6e-4
+        )
+        assert number in said
