@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..routing.consolidation import Anchored, Trained, check_weight
-from ..routing.modification import accumulator
+from ..routing.modification import accumulator, user_level
 from ..routing.moments import Moments
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
@@ -311,7 +311,7 @@ def _check_memory(beta2: float, steps: int) -> None:
             f"beta2={beta2} remembers {1 / (1 - beta2):.0f} steps, and this"
             f" domain had {steps}: its second moment stands for the domain's"
             " end only; choose curvature='gradients', or a larger beta2",
-            stacklevel=10,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #3a944ea6
@@ -441,7 +441,7 @@ class _Moving(_Past):
                 "nothing is known of what this model knew before its first"
                 " domain, so this boundary merges nothing; call"
                 " router.protect(batches, loss_fn) before training",
-                stacklevel=6,
+                stacklevel=user_level(),
             )
         return {}
 

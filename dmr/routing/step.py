@@ -34,6 +34,7 @@ from dmr.routing.modification import (
     square_norm,
     square_norms,
     stacks,
+    user_level,
 )
 from dmr.routing.moments import (
     REFUSED,
@@ -874,7 +875,7 @@ def check_differences(
             f"dmr does not know how {optimizer} applies its weight_decay:"
             " displacement edits the whole change of the weights, decay"
             " included; pass weight_decay=0 to be exact",
-            stacklevel=4,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/routing/05_step.ipynb #743420d3
