@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..routing.consolidation import Anchored, Trained, check_weight
+from dmr.routing.consolidation import (
+    Anchored,
+    Trained,
+    check_weight,
+    check_weights,
+)
 from ..routing.modification import accumulator, user_level
 from ..routing.moments import Moments
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
@@ -496,6 +501,9 @@ class _Recording(_Moving):
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.recorder.learn(grads)
 
+    def check(self) -> None:
+        check_weights(self.trained, self.before, self.recorder.sums)
+
     def _measured(self) -> dict[str, Tensor]:
         scale = per_sample(self.samples, self.reduction)
         found = self.recorder.fisher().items()
@@ -547,6 +555,7 @@ class FisherMerge(_Shown):
 
     @torch.no_grad()
     def pull(self) -> dict:
+        self.check()
         return self._move(self._found()) if self.past else {}
 
     def learn_more(self, grads: Mapping[str, Tensor]) -> None:
@@ -558,3 +567,15 @@ class FisherMerge(_Shown):
         report = self._move(new) if self.past else self._begin()
         _take_in(self, new)
         return report
+
+    def idle(self) -> dict:
+        "Nothing was seen, so nothing can be weighed: keep the weights."
+        warnings.warn(
+            "the router saw no step since the last boundary, so nothing is"
+            " merged: if another optimizer trains the model, attach the router"
+            " to that one",
+            stacklevel=user_level(),
+        )
+        if self.past:
+            self.anchor()
+        return {}

@@ -25,6 +25,7 @@ from dmr.routing.consolidation import (
     Trained,
     check_only_copy,
     check_weight,
+    check_weights,
 )
 from dmr.routing.inflation import (
     Inflation,
@@ -564,16 +565,19 @@ class _Watching(_Stepping):
 def _merging(
     consolidation: Consolidation,
     interpolate: float | None,  # λ of this boundary, or None
+    idle: bool,  # was no step seen since the last one?
 ) -> Callable[[], dict]:
     "What merges the weights at this boundary; raises where nothing can."
     if check_weight("interpolate", interpolate) is None:
-        return consolidation.merge
+        consolidation.check()
+        return consolidation.idle if idle else consolidation.merge
     if not isinstance(consolidation, Interpolate):
         raise ValueError(
             f"interpolate={interpolate:g} asks for a second merge after"
             f" {consolidation!r}; leave interpolate out"
         )
     check_only_copy(consolidation.trained)
+    check_weights(consolidation.trained, consolidation.before)
     return lambda: consolidation.merge(interpolate)
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218
@@ -602,7 +606,8 @@ class _Domains(_Watching):
         """End of a domain: protect what it used, and merge the parameters with
         those of the last boundary if there is a consolidation.
         """
-        merge = _merging(self.consolidation, interpolate)
+        idle = self.steps == self.boundary
+        merge = _merging(self.consolidation, interpolate, idle)
         if self._flight is not None and self._flight.taken:
             self._discard()  # not all optimizers were stepped
         report = self.modification.consolidate()
