@@ -106,6 +106,7 @@ def merge(
     for name in dict.fromkeys([*fisher_old, *fisher_new]):
         f_old, f_new = fisher_old.get(name), fisher_new.get(name)
         _check_curvatures(name, new.get(name), f_old, f_new)
+        _check_both(name, old[name], new[name])
     out = {}
     for name, tensor in new.items():
         if not tensor.is_floating_point():
@@ -136,6 +137,16 @@ def _check_merge(weight: float, damping: float) -> None:
     if check_weight("weight", weight) is None:
         raise ValueError("weight=None merges nothing; pass a number in (0, 1]")
     check_fraction("damping", damping, high=float("inf"))
+
+
+def _check_both(name: str, old: Tensor, new: Tensor) -> None:
+    "Raise ValueError for weights that are not finite."
+    for which, x in (("old", old), ("new", new)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{name!r} has NaN or infinite values in the {which}"
+                " checkpoint; nothing was merged. Take an earlier one"
+            )
 
 
 def _check_state_dicts(old: Mapping, new: Mapping) -> None:

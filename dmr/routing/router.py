@@ -1080,6 +1080,21 @@ def _check_every(track_step: int) -> int:
         )
     return int(track_step)
 
+# %% ../../nbs/routing/08_router.ipynb #7e02c4d1
+def _check_own(trained: Trained) -> None:
+    "Raise ValueError for an optimizer that steps nothing of the model."
+    model, known = type(trained.model).__name__, trained.names
+    for optimizer in trained.optimizers:
+        stepped = [p for g in optimizer.param_groups for p in g["params"]]
+        if not any(p in known for p in stepped):
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name} steps no parameter of this {model}, so nothing could"
+                f" be routed; make it after the model: {name}("
+                "model.parameters()). A copy of the model has parameters of"
+                " its own"
+            )
+
 # %% ../../nbs/routing/08_router.ipynb #20b98de3
 def _check_free(
     router: _Hooked,  # not yet attached
@@ -1124,6 +1139,20 @@ def _check_division(
                 f"{name!r} is in none of the optimizers [{said}]; give it to"
                 f" one of them, or leave it out with exclude={name!r}"
             )
+
+# %% ../../nbs/routing/08_router.ipynb #b41f7a93
+def _warn_left_out(trained: Trained) -> None:
+    "Warn of what Muon cannot step and nobody else does."
+    names = _class_names(trained.optimizers)
+    held, model = trained.parameters(), trained.names.items()
+    left = [n for p, n in model if p.requires_grad and n not in held]
+    if "Muon" in names and left:
+        warnings.warn(
+            f"{len(left)} parameters, such as {left[0]!r}, are trained by none"
+            f" of the given optimizers [{', '.join(names)}]: Muon steps"
+            " matrices only; pass [muon, adamw], with the others in adamw",
+            stacklevel=user_level(),
+        )
 
 # %% ../../nbs/routing/08_router.ipynb #4e581719
 def _meet(
@@ -1211,6 +1240,7 @@ class MomentRouter(_Reloaded):
         self.track_inflation = track_inflation
         self.consolidation = _as_consolidation(consolidation)
         self.group = replicas(model, process_group)
+        _check_own(self)
         _check_free(self, self.modification)
         self.strangers = len(_strangers(self.optimizers, self.names))
         if self.strangers:
@@ -1222,6 +1252,7 @@ class MomentRouter(_Reloaded):
         targets = find_targets(self.model, include, exclude)
         if len(self.optimizers) > 1:
             _check_division(self, targets)
+        _warn_left_out(self)
         self.consolidation.attach(self)
         self.modification.group = self.group
         _meet(self.modification, self.model, targets)

@@ -145,9 +145,7 @@ def test_what_needs_no_gradient_merges_without_a_step():
     after = weights(model)
     router.consolidate()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            p.detach(), (before[name] + after[name]) / 2
-        )
+        torch.testing.assert_close(p.detach(), (before[name] + after[name]) / 2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -208,3 +206,85 @@ def test_frozen_weights_have_nothing_to_merge(merge):
     assert not optimizer._optimizer_step_pre_hooks
     model[2].bias.requires_grad_(True)
     dmr.MomentRouter(model, optimizer, consolidation=merge())
+
+
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_checkpoints_with_a_nan_are_not_merged(which):
+    ones = {"w": torch.ones(3), "mask": torch.tensor([0.0, -torch.inf])}
+    sides = {"old": ones, "new": copy.deepcopy(ones)}
+    sides[which]["w"][1] = float("nan")
+    fisher = {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match=f"'w' has NaN.*the {which} check"):
+        dmr.merge(*sides.values(), fisher, fisher)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, twin = network(), network()
+    optimizer = adamw(twin)
+    words = r"AdamW steps no parameter of this Sequential.*AdamW\(model\.par"
+    with pytest.raises(ValueError, match=words):
+        dmr.MomentRouter(model, optimizer, dmr.Projection(rank=1))
+    assert not optimizer._optimizer_step_pre_hooks
+    pair = [adamw(model), optimizer]
+    with pytest.raises(ValueError, match=words):
+        dmr.MomentRouter(model, pair)
+    dmr.MomentRouter(twin, optimizer)
+
+
+@pytest.mark.parametrize("merge", [None, dmr.FisherMerge])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, 0.1),
+        lambda p: torch.optim.RMSprop(p),
+    ],
+)
+@pytest.mark.parametrize("routing", ["decoupled", "denominator"])
+def test_a_routing_without_a_modification_says_that_it_does_nothing(
+    routing, make, merge
+):
+    ends = []
+    for given in (routing, None):
+        model = network()
+        optimizer = make(model.parameters())
+        own = None if merge is None else merge()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            router = dmr.MomentRouter(
+                model, optimizer, None, given, consolidation=own
+            )
+        words = f"routing={routing!r} does nothing here"
+        assert sum(words in str(w.message) for w in said) == (given is routing)
+        for seed in range(2):
+            train(model, optimizer, seed)
+            router.consolidate()
+        ends.append(weights(model))
+    assert same(*ends)
+    with pytest.raises(ValueError, match="choose '"):
+        dmr.MomentRouter(
+            model, make(model.parameters()), dmr.Projection(rank=1), routing
+        )
+
+
+def test_muon_alone_says_what_it_leaves_untrained():
+    model = network()
+    named = dict(model.named_parameters())
+    matrices = [p for p in named.values() if p.ndim == 2]
+    rest = [p for p in named.values() if p.ndim != 2]
+    muon = lambda: torch.optim.Muon(matrices)
+    words = r"2 parameters, such as '0.bias', are trained by none.*\[muon, ada"
+    with pytest.warns(UserWarning, match=words) as said:
+        dmr.MomentRouter(model, muon(), consolidation=dmr.FisherMerge())
+    assert said[0].filename == __file__
+    few = torch.optim.AdamW(rest[:1])
+    with pytest.warns(UserWarning, match="1 parameters, such as '2.bias'"):
+        dmr.MomentRouter(model, [muon(), few], dmr.Projection(rank=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair = [muon(), torch.optim.AdamW(rest)]
+        dmr.MomentRouter(model, pair, dmr.Projection(rank=1))
+        dmr.MomentRouter(model, torch.optim.AdamW(matrices))  # meant so
+        for p in rest:
+            p.requires_grad_(False)
+        dmr.MomentRouter(model, muon(), dmr.Projection(rank=1))
