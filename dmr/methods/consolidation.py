@@ -389,6 +389,7 @@ class _Settings(Anchored):
         self.weight, self.damping, self.keep = weight, damping, keep
         self.curvature, self.odds, self.storage = curvature, odds, storage
         self.samples, self.reduction = samples, reduction
+        _check_storage(storage)
         self.past: dict[str, Tensor] = {}  # F_p by name
 
 # %% ../../nbs/methods/11_consolidation.ipynb #d596db46
@@ -404,6 +405,29 @@ def _check_past(
     check_fraction("keep", keep)
     if odds and weight == 1:
         raise ValueError("odds=True needs weight < 1: at 1 nothing is merged")
+
+
+def _check_storage(storage: str | torch.device | torch.dtype | None) -> None:
+    "Raise ValueError for what can hold no weights; warn of a small range."
+    if isinstance(storage, str):
+        try:
+            torch.device(storage)
+        except RuntimeError:
+            raise ValueError(
+                f"storage={storage!r} is no device; pass one, such as 'cpu', or"
+                " a type, such as torch.bfloat16"
+            ) from None
+    if isinstance(storage, torch.dtype) and not storage.is_floating_point:
+        raise ValueError(
+            f"storage={storage} would round the weights away; pass"
+            " torch.bfloat16, or None"
+        )
+    if storage is torch.float16:
+        warnings.warn(
+            "storage=torch.float16 takes squared gradients below 3e-8 for zero;"
+            " pass torch.bfloat16",
+            stacklevel=user_level(),
+        )
 
 
 def _check_whole(curvature: str, trained: Trained) -> None:
@@ -555,7 +579,23 @@ class _Shown(_Recording):
         self.examples = None
 
 # %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
-class FisherMerge(_Shown):
+class _Keeping(_Shown):
+    "Leaves the weights where nothing was seen."
+
+    def _keep(self, unseen: str) -> dict:
+        warnings.warn(
+            f"the router saw no {unseen} since the last boundary, so nothing is"
+            " merged: if another optimizer trains the model, attach the router"
+            " to that one",
+            stacklevel=user_level(),
+        )
+        if self.past:
+            self.anchor()
+            self.recorder.clear()
+        return {}
+
+
+class FisherMerge(_Keeping):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.
     """
@@ -575,18 +615,11 @@ class FisherMerge(_Shown):
     @torch.no_grad()
     def merge(self) -> dict:
         new = self._found()
+        if self.past and not new:
+            return self._keep("gradient")
         report = self._move(new) if self.past else self._begin()
         _take_in(self, new)
         return report
 
     def idle(self) -> dict:
-        "Nothing was seen, so nothing can be weighed: keep the weights."
-        warnings.warn(
-            "the router saw no step since the last boundary, so nothing is"
-            " merged: if another optimizer trains the model, attach the router"
-            " to that one",
-            stacklevel=user_level(),
-        )
-        if self.past:
-            self.anchor()
-        return {}
+        return self._keep("step")

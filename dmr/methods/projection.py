@@ -467,7 +467,8 @@ class _Bounded(_Growing):
         if not self.fed:
             raise ValueError(
                 "consolidate() came before any optimizer step of this domain,"
-                " so there is nothing to protect yet; train first"
+                " so there is nothing to protect yet; train first, with the"
+                " optimizer that the router is attached to"
             )
         if self._groups or self.group is not None:
             for name, state in self._gather().items():

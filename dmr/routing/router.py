@@ -580,6 +580,35 @@ def _merging(
     check_weights(consolidation.trained, consolidation.before)
     return lambda: consolidation.merge(interpolate)
 
+# %% ../../nbs/routing/08_router.ipynb #3ea86d0f
+def _warn_unseen(
+    modification: Modification,
+    consolidation: Consolidation,  # it may say so itself
+) -> None:
+    "Warn of a later domain without a step, where nobody else does."
+    told = type(consolidation).idle is not Consolidation.idle
+    if not told and not isinstance(modification, Nothing):
+        warnings.warn(
+            "the router saw no step since the last boundary, so"
+            f" {type(modification).__name__} edited none: if another optimizer"
+            " trains the model, attach the router to that one",
+            stacklevel=user_level(),
+        )
+
+
+def _warn_replaced(router: _Hooked) -> None:
+    "Warn of parameters that the optimizer steps and the model has no more."
+    here = {*router.model.parameters()}
+    gone = [n for n, p in router.parameters().items() if p not in here]
+    if gone and not router.groups:  # sharded ones may change places
+        warnings.warn(
+            f"{len(gone)} parameters that the optimizer steps, such as"
+            f" {gone[0]!r}, were replaced in the model after the router was"
+            " made, so their training is lost on it; make optimizer and router"
+            " again",
+            stacklevel=user_level(),
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #f041c218
 class _Domains(_Watching):
     "A routed optimizer whose training is divided into domains."
@@ -613,6 +642,9 @@ class _Domains(_Watching):
         report = self.modification.consolidate()
         if self.group is not None:
             self.modification.share()
+        if idle and self.domains:
+            _warn_unseen(self.modification, self.consolidation)
+        _warn_replaced(self)
         merged = merge()
         self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
@@ -671,13 +703,14 @@ class _Shown(_Domains):
     def _showing(self) -> Iterator[None]:
         "Everything that is shown inside counts, or nothing does."
         before = copy.deepcopy(self.modification.state_dict())
-        merge = self.consolidation.state_dict()
+        merge, domains = self.consolidation.state_dict(), self.domains
         self.modification.shown = True
         try:
             yield
         except BaseException:
             self.modification.load_state_dict(before)
             self.consolidation.load_state_dict(merge)
+            self.domains = domains
             raise
         finally:
             self.modification.shown = False
@@ -687,6 +720,12 @@ class _Shown(_Domains):
         parameters, group = self.parameters(), self.group
         with torch.enable_grad():
             grads = _raw_gradients(loss_fn(batch), parameters, group)
+        if not grads:
+            raise ValueError(
+                "the loss that loss_fn returns reaches no parameter that the"
+                " optimizer steps, so nothing can be learned from it; run the"
+                " model that the router was made for"
+            )
         seen = as_vectors({name: g.detach() for name, g in grads.items()})
         with torch.no_grad():
             check_finite(seen, {}, self.groups)
@@ -718,17 +757,18 @@ class _Protecting(_Shown):
         and for sharded weights; then nothing was learned.
         """
         self._check_whole("protect")
-        with self._showing(), _undisturbed(self.model):
-            count = 0
-            for batch in _counted(batches, progress):
-                self._show(batch, loss_fn)
-                count += 1
-            if not count:
-                raise ValueError(
-                    "protect() got no batch, so nothing is known yet"
-                )
-            report = self._close_past(self.modification.consolidate)
-        self.consolidation.take_in()
+        with self._showing():
+            with _undisturbed(self.model):
+                count = 0
+                for batch in _counted(batches, progress):
+                    self._show(batch, loss_fn)
+                    count += 1
+                if not count:
+                    raise ValueError(
+                        "protect() got no batch, so nothing is known yet"
+                    )
+                report = self._close_past(self.modification.consolidate)
+            self.consolidation.take_in()
         return report
 
     def protect_weights(
@@ -1096,8 +1136,13 @@ def _check_own(trained: Trained) -> None:
             )
 
 # %% ../../nbs/routing/08_router.ipynb #20b98de3
+def _share_weights(one: Trained, other: Trained) -> bool:
+    "Is there a parameter that both step?"
+    return bool({*one.parameters().values()} & {*other.parameters().values()})
+
+
 def _check_free(
-    router: _Hooked,  # not yet attached
+    router: _Reloaded,  # not yet attached
     modification: Modification,
 ) -> None:
     "Raise ValueError if optimizer or modification are taken, or do not fit."
@@ -1111,6 +1156,12 @@ def _check_free(
         raise ValueError(
             f"this {name} serves another router; make one for each, or call"
             " close() on that router"
+        )
+    other: Any = vars(router.consolidation).get("trained")
+    if getattr(other, "_handles", None) and not _share_weights(other, router):
+        raise ValueError(
+            f"this {type(router.consolidation).__name__} serves a router of"
+            " other weights; make one for each, or call close() on that router"
         )
     if router.groups and not modification.shards:
         raise ValueError(

@@ -288,3 +288,114 @@ def test_muon_alone_says_what_it_leaves_untrained():
         for p in rest:
             p.requires_grad_(False)
         dmr.MomentRouter(model, muon(), dmr.Projection(rank=1))
+
+
+def test_a_domain_without_a_gradient_merges_nothing():
+    model, optimizer, router = merging()
+    train(model, optimizer)
+    router.consolidate()
+    other = adamw(model)
+    for x in batches(1):
+        loss_on(model)(x).backward()
+        other.step()
+        other.zero_grad()
+        optimizer.step()  # too late: it finds no gradient
+    trained = weights(model)
+    with pytest.warns(UserWarning, match="the router saw no gradient since"):
+        assert router.consolidate() == {}
+    assert same(weights(model), trained)
+    assert same(router.consolidation.before, trained)
+    assert router.consolidation.recorder.count == 0
+
+
+def test_a_method_that_edited_no_step_of_a_domain_says_so():
+    model = network()
+    optimizer = adamw(model)
+    method = dmr.Projection(bases={"0.weight": torch.eye(6)[:, :2]})
+    router = dmr.MomentRouter(model, optimizer, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.consolidate()  # an open past, before any training
+        train(model, optimizer)
+        router.consolidate()
+    train(model, adamw(model), seed=1)
+    with pytest.warns(UserWarning, match="so Projection edited none") as said:
+        router.consolidate()
+    assert len(said) == 1 and said[0].filename == __file__
+    grown = dmr.MomentRouter(
+        model, adamw(model), dmr.Projection(rank=1, every=1)
+    )
+    with pytest.raises(ValueError, match="that the router is attached to"):
+        grown.consolidate()
+
+
+def test_a_parameter_that_was_exchanged_is_spoken_of():
+    model, optimizer, router = merging()
+    train(model, optimizer)
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    with pytest.warns(UserWarning, match="1 parameters.*'2.weight'.*replaced"):
+        router.consolidate()
+
+
+def test_a_merge_serves_one_set_of_weights():
+    model, optimizer, router = merging()
+    train(model, optimizer)
+    router.consolidate()
+    merge, other = router.consolidation, network()
+    with pytest.raises(ValueError, match="this FisherMerge serves a router of"):
+        dmr.MomentRouter(other, adamw(other), consolidation=merge)
+    assert merge.trained is router
+    new = adamw(model)  # of the same weights: it goes along
+    router = dmr.MomentRouter(model, new, consolidation=merge)
+    train(model, new, seed=1)
+    assert router.consolidate()["consolidation"]["share"] < 1
+    router.close()
+    dmr.MomentRouter(other, adamw(other), consolidation=merge)
+
+
+@pytest.mark.parametrize("merge", [None, dmr.FisherMerge])
+def test_a_past_that_another_model_was_shown_is_none(merge):
+    model, other = network(), network()
+    own = None if merge is None else merge()
+    router = dmr.MomentRouter(model, adamw(model), consolidation=own)
+    with pytest.raises(ValueError, match="reaches no parameter that the opt"):
+        router.protect(batches(), loss_on(other))
+    assert router.domains == 0
+
+
+def test_a_past_whose_curvature_overflows_is_forgotten_whole():
+    model = network()
+    method = dmr.Projection(rank=1, every=1)
+    merge = dmr.FisherMerge(samples=1e37)
+    router = dmr.MomentRouter(model, adamw(model), method, consolidation=merge)
+    huge = lambda x: 1e4 * loss_on(model)(x)  # its squares times 1e37
+    with pytest.raises(ValueError, match="nothing was merged"):
+        router.protect(batches(), huge)
+    assert router.domains == 0 and not merge.past and not merge.before
+    assert all(not U.shape[1] for U in method.bases.values())
+
+
+def test_an_empty_include_is_not_all():
+    model = network()
+    for empty in ([], ()):
+        with pytest.raises(ValueError, match="names no weight; pass None"):
+            dmr.MomentRouter(
+                model, adamw(model), dmr.Projection(rank=1), include=empty
+            )
+
+
+@pytest.mark.parametrize(
+    "storage, words",
+    [
+        (torch.int8, "would round the weights away"),
+        ("bfloat16", "is no device; pass one, such as 'cpu'"),
+    ],
+)
+def test_a_storage_that_holds_no_weights_is_refused(storage, words):
+    with pytest.raises(ValueError, match=words):
+        dmr.FisherMerge(storage=storage)
+
+
+def test_half_precision_storage_is_spoken_of():
+    with pytest.warns(UserWarning, match="takes squared gradients below"):
+        dmr.FisherMerge(storage=torch.float16)
