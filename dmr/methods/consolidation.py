@@ -406,7 +406,7 @@ def _check_past(
     if odds and weight == 1:
         raise ValueError("odds=True needs weight < 1: at 1 nothing is merged")
 
-
+# %% ../../nbs/methods/11_consolidation.ipynb #8cc3e2f4
 def _check_storage(storage: str | torch.device | torch.dtype | None) -> None:
     "Raise ValueError for what can hold no weights; warn of a small range."
     if isinstance(storage, str):
@@ -429,7 +429,7 @@ def _check_storage(storage: str | torch.device | torch.dtype | None) -> None:
             stacklevel=user_level(),
         )
 
-
+# %% ../../nbs/methods/11_consolidation.ipynb #9dd4f305
 def _check_whole(curvature: str, trained: Trained) -> None:
     "Raise ValueError for row and column means of weights that are sharded."
     sharded = [hasattr(p, "placements") for p in trained.parameters().values()]
@@ -594,7 +594,7 @@ class _Keeping(_Shown):
             self.recorder.clear()
         return {}
 
-
+# %% ../../nbs/methods/11_consolidation.ipynb #ade50416
 class FisherMerge(_Keeping):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.

@@ -169,7 +169,7 @@ def check_trained(trained: Trained) -> None:
             " unfreeze before you make the router"
         )
 
-
+# %% ../../nbs/routing/07_consolidation.ipynb #6aa1c0d2
 def check_weights(
     trained: Trained,
     *kept: Mapping[str, Tensor],  # what a merge starts from, by name
@@ -195,8 +195,8 @@ def check_weights(
         )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
-class Anchored(Consolidation):
-    "Keeps one copy of the trained weights, from the last boundary."
+class _Anchored(Consolidation):
+    "Takes a copy of the trained weights."
 
     weight: float | None = None  # λ of every boundary, where there is one
 
@@ -217,6 +217,10 @@ class Anchored(Consolidation):
     def anchor(self) -> None:
         parameters = self.trained.parameters().items()
         self.before = {name: p.detach().clone() for name, p in parameters}
+
+# %% ../../nbs/routing/07_consolidation.ipynb #7bb2d1e3
+class Anchored(_Anchored):
+    "Keeps one copy of the trained weights, from the last boundary."
 
     def state_dict(self) -> dict:
         whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x

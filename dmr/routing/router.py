@@ -1136,13 +1136,24 @@ def _check_own(trained: Trained) -> None:
             )
 
 # %% ../../nbs/routing/08_router.ipynb #20b98de3
-def _share_weights(one: Trained, other: Trained) -> bool:
-    "Is there a parameter that both step?"
-    return bool({*one.parameters().values()} & {*other.parameters().values()})
+def _check_merge(
+    trained: Trained,  # a router that is not yet attached
+    consolidation: Consolidation,
+) -> None:
+    "Raise ValueError if it merges other weights at the same time."
+    other: Any = vars(consolidation).get("trained")
+    if not getattr(other, "_handles", None):
+        return
+    own = {*trained.parameters().values()}
+    if not own & {*other.parameters().values()}:
+        raise ValueError(
+            f"this {type(consolidation).__name__} serves a router of other"
+            " weights; make one for each, or call close() on that router"
+        )
 
-
+# %% ../../nbs/routing/08_router.ipynb #bef61527
 def _check_free(
-    router: _Reloaded,  # not yet attached
+    router: _Hooked,  # not yet attached
     modification: Modification,
 ) -> None:
     "Raise ValueError if optimizer or modification are taken, or do not fit."
@@ -1156,12 +1167,6 @@ def _check_free(
         raise ValueError(
             f"this {name} serves another router; make one for each, or call"
             " close() on that router"
-        )
-    other: Any = vars(router.consolidation).get("trained")
-    if getattr(other, "_handles", None) and not _share_weights(other, router):
-        raise ValueError(
-            f"this {type(router.consolidation).__name__} serves a router of"
-            " other weights; make one for each, or call close() on that router"
         )
     if router.groups and not modification.shards:
         raise ValueError(
@@ -1293,6 +1298,7 @@ class MomentRouter(_Reloaded):
         self.group = replicas(model, process_group)
         _check_own(self)
         _check_free(self, self.modification)
+        _check_merge(self, self.consolidation)
         self.strangers = len(_strangers(self.optimizers, self.names))
         if self.strangers:
             message = (
