@@ -578,24 +578,23 @@ class _Shown(_Recording):
         super().load_state_dict(state)
         self.examples = None
 
-# %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
-class _Keeping(_Shown):
-    "Leaves the weights where nothing was seen."
+# %% ../../nbs/methods/11_consolidation.ipynb #ade50416
+class _Waiting(_Shown):
+    "Leaves the weights where no step was seen."
 
-    def _keep(self, unseen: str) -> dict:
+    def idle(self) -> dict:
         warnings.warn(
-            f"the router saw no {unseen} since the last boundary, so nothing is"
+            "the router saw no step since the last boundary, so nothing is"
             " merged: if another optimizer trains the model, attach the router"
             " to that one",
             stacklevel=user_level(),
         )
         if self.past:
             self.anchor()
-            self.recorder.clear()
         return {}
 
-# %% ../../nbs/methods/11_consolidation.ipynb #ade50416
-class FisherMerge(_Keeping):
+# %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
+class FisherMerge(_Waiting):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.
     """
@@ -615,11 +614,6 @@ class FisherMerge(_Keeping):
     @torch.no_grad()
     def merge(self) -> dict:
         new = self._found()
-        if self.past and not new:
-            return self._keep("gradient")
         report = self._move(new) if self.past else self._begin()
         _take_in(self, new)
         return report
-
-    def idle(self) -> dict:
-        return self._keep("step")

@@ -290,24 +290,6 @@ def test_muon_alone_says_what_it_leaves_untrained():
         dmr.MomentRouter(model, muon(), dmr.Projection(rank=1))
 
 
-def test_a_domain_without_a_gradient_merges_nothing():
-    model, optimizer, router = merging()
-    train(model, optimizer)
-    router.consolidate()
-    other = adamw(model)
-    for x in batches(1):
-        loss_on(model)(x).backward()
-        other.step()
-        other.zero_grad()
-        optimizer.step()  # too late: it finds no gradient
-    trained = weights(model)
-    with pytest.warns(UserWarning, match="the router saw no gradient since"):
-        assert router.consolidate() == {}
-    assert same(weights(model), trained)
-    assert same(router.consolidation.before, trained)
-    assert router.consolidation.recorder.count == 0
-
-
 def test_a_method_that_edited_no_step_of_a_domain_says_so():
     model = network()
     optimizer = adamw(model)
