@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..routing.consolidation import Anchored, Trained, check_weight
-from ..routing.modification import accumulator
+from dmr.routing.consolidation import (
+    Anchored,
+    Trained,
+    check_weight,
+    check_weights,
+)
+from ..routing.modification import accumulator, user_level
 from ..routing.moments import Moments
 from ..routing.sharding import local, placed_like, shard_groups, sum_over
 from ..routing.strength import check_fraction
@@ -101,6 +106,7 @@ def merge(
     for name in dict.fromkeys([*fisher_old, *fisher_new]):
         f_old, f_new = fisher_old.get(name), fisher_new.get(name)
         _check_curvatures(name, new.get(name), f_old, f_new)
+        _check_both(name, old[name], new[name])
     out = {}
     for name, tensor in new.items():
         if not tensor.is_floating_point():
@@ -131,6 +137,16 @@ def _check_merge(weight: float, damping: float) -> None:
     if check_weight("weight", weight) is None:
         raise ValueError("weight=None merges nothing; pass a number in (0, 1]")
     check_fraction("damping", damping, high=float("inf"))
+
+
+def _check_both(name: str, old: Tensor, new: Tensor) -> None:
+    "Raise ValueError for weights that are not finite."
+    for which, x in (("old", old), ("new", new)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{name!r} has NaN or infinite values in the {which}"
+                " checkpoint; nothing was merged. Take an earlier one"
+            )
 
 
 def _check_state_dicts(old: Mapping, new: Mapping) -> None:
@@ -311,7 +327,7 @@ def _check_memory(beta2: float, steps: int) -> None:
             f"beta2={beta2} remembers {1 / (1 - beta2):.0f} steps, and this"
             f" domain had {steps}: its second moment stands for the domain's"
             " end only; choose curvature='gradients', or a larger beta2",
-            stacklevel=10,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/methods/11_consolidation.ipynb #3a944ea6
@@ -373,6 +389,7 @@ class _Settings(Anchored):
         self.weight, self.damping, self.keep = weight, damping, keep
         self.curvature, self.odds, self.storage = curvature, odds, storage
         self.samples, self.reduction = samples, reduction
+        _check_storage(storage)
         self.past: dict[str, Tensor] = {}  # F_p by name
 
 # %% ../../nbs/methods/11_consolidation.ipynb #d596db46
@@ -389,7 +406,30 @@ def _check_past(
     if odds and weight == 1:
         raise ValueError("odds=True needs weight < 1: at 1 nothing is merged")
 
+# %% ../../nbs/methods/11_consolidation.ipynb #8cc3e2f4
+def _check_storage(storage: str | torch.device | torch.dtype | None) -> None:
+    "Raise ValueError for what can hold no weights; warn of a small range."
+    if isinstance(storage, str):
+        try:
+            torch.device(storage)
+        except RuntimeError:
+            raise ValueError(
+                f"storage={storage!r} is no device; pass one, such as 'cpu', or"
+                " a type, such as torch.bfloat16"
+            ) from None
+    if isinstance(storage, torch.dtype) and not storage.is_floating_point:
+        raise ValueError(
+            f"storage={storage} would round the weights away; pass"
+            " torch.bfloat16, or None"
+        )
+    if storage is torch.float16:
+        warnings.warn(
+            "storage=torch.float16 takes squared gradients below 3e-8 for zero;"
+            " pass torch.bfloat16",
+            stacklevel=user_level(),
+        )
 
+# %% ../../nbs/methods/11_consolidation.ipynb #9dd4f305
 def _check_whole(curvature: str, trained: Trained) -> None:
     "Raise ValueError for row and column means of weights that are sharded."
     sharded = [hasattr(p, "placements") for p in trained.parameters().values()]
@@ -441,7 +481,7 @@ class _Moving(_Past):
                 "nothing is known of what this model knew before its first"
                 " domain, so this boundary merges nothing; call"
                 " router.protect(batches, loss_fn) before training",
-                stacklevel=6,
+                stacklevel=user_level(),
             )
         return {}
 
@@ -496,6 +536,9 @@ class _Recording(_Moving):
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.recorder.learn(grads)
 
+    def check(self) -> None:
+        check_weights(self.trained, self.before, self.recorder.sums)
+
     def _measured(self) -> dict[str, Tensor]:
         scale = per_sample(self.samples, self.reduction)
         found = self.recorder.fisher().items()
@@ -535,8 +578,23 @@ class _Shown(_Recording):
         super().load_state_dict(state)
         self.examples = None
 
+# %% ../../nbs/methods/11_consolidation.ipynb #ade50416
+class _Waiting(_Shown):
+    "Leaves the weights where no step was seen."
+
+    def idle(self) -> dict:
+        warnings.warn(
+            "the router saw no step since the last boundary, so nothing is"
+            " merged: if another optimizer trains the model, attach the router"
+            " to that one",
+            stacklevel=user_level(),
+        )
+        if self.past:
+            self.anchor()
+        return {}
+
 # %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
-class FisherMerge(_Shown):
+class FisherMerge(_Waiting):
     """Average old and new weights at a boundary, each by its curvature. Source
     of the rule: arXiv:1703.08475.
     """
@@ -547,6 +605,7 @@ class FisherMerge(_Shown):
 
     @torch.no_grad()
     def pull(self) -> dict:
+        self.check()
         return self._move(self._found()) if self.past else {}
 
     def learn_more(self, grads: Mapping[str, Tensor]) -> None:

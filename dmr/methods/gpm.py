@@ -22,7 +22,7 @@ from dmr.methods.examples import (
 from .inputs import InputMoment, capture_inputs, catchable
 from .projection import Projection, importances
 from .subspace import Growth, grow
-from ..routing.modification import Dense, Edit, Target
+from ..routing.modification import Dense, Edit, Target, user_level
 from ..routing.strength import check_fraction
 
 # %% auto #0
@@ -48,7 +48,7 @@ def input_moments(
             f"no input reached {missed} when loss_fn ran the model: nothing"
             " new of them is protected; exclude them if so meant"
         )
-        warnings.warn(message, stacklevel=5)
+        warnings.warn(message, stacklevel=user_level())
     return {name: m for name, m in moments.items() if m.rows}
 
 # %% ../../nbs/methods/05_gpm.ipynb #2dfe0ee3

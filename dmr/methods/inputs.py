@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .subspace import square_root
-from ..routing.modification import Target
+from ..routing.modification import Target, user_level
 
 # %% auto #0
 __all__ = ['input_rows', 'InputMoment', 'watched', 'first_input', 'capture_inputs', 'catchable']
@@ -148,6 +148,6 @@ def catchable(
             " because their module calls no layer with them; they are not"
             " protected. Protect them by source='gradients', or write"
             " attention with nn.Linear",
-            stacklevel=5,
+            stacklevel=user_level(),
         )
     return {name: t for name, t in targets.items() if name not in missed}

@@ -25,6 +25,7 @@ from dmr.routing.modification import (
     share_of,
     square_norms,
     stacks,
+    user_level,
 )
 from dmr.routing.sharding import (
     data_groups,
@@ -419,7 +420,7 @@ class _Sizing(_Gathering):
             f"the basis of {name!r} spans all of"
             f" fan_in={self.targets[name].fan_in}: at full strength this layer"
             " cannot learn; lower rank or max_rank",
-            stacklevel=5,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/methods/02_projection.ipynb #15ec99ca
@@ -469,7 +470,8 @@ class _Bounded(_Growing):
         if not self.fed:
             raise ValueError(
                 "consolidate() came before any optimizer step of this domain,"
-                " so there is nothing to protect yet; train first"
+                " so there is nothing to protect yet; train first, with the"
+                " optimizer that the router is attached to"
             )
         if self._groups or self.group is not None:
             for name, state in self._gather().items():
@@ -594,7 +596,7 @@ def _check_rank(
         warnings.warn(
             "nothing to protect: the model has no linear or convolutional"
             " weight that include/exclude leave in",
-            stacklevel=5,
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/methods/02_projection.ipynb #b759bf7c

@@ -63,6 +63,9 @@ class _Sampling(Anchored):
         check_count("examples", examples, 200)
         self.loss_fn, self.sample = loss_fn, DomainSample(examples, seed)
 
+    def idle(self) -> dict:  # examples tell of a domain without a step, too
+        return super().idle() if self.sample is None else self.merge()
+
 # %% ../../nbs/methods/13_rivals.ipynb #1e8f814e
 class _Looking(_Sampling):
     "The sample's part in the contract."

@@ -13,11 +13,18 @@ from torch.optim import Optimizer
 
 from .modification import Learner, Made
 from .moments import Moments, as_optimizers, moments_of
-from .sharding import placed_like, unwrapped
+from dmr.routing.sharding import (
+    local,
+    placed_like,
+    shard_groups,
+    sum_over,
+    unwrapped,
+)
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'check_trained', 'check_weights',
+           'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
 def check_order(model: object, optimizer: object) -> None:
@@ -116,9 +123,16 @@ class Consolidation(Made, _Taught):
         "Inside a domain: change the weights, and leave the past as it is."
         raise TypeError(f"{type(self).__name__} has no pull method")
 
+    def check(self) -> None:
+        "At a boundary, before anything changes: ValueError if it cannot merge."
+
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."
         raise TypeError(f"{type(self).__name__} has no merge method")
+
+    def idle(self) -> dict:
+        "In place of `merge`, where no step was seen since the last boundary."
+        return self.merge()
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
 def check_weight(
@@ -144,9 +158,45 @@ def check_only_copy(trained: Trained) -> None:
             " copy"
         )
 
+# %% ../../nbs/routing/07_consolidation.ipynb #5c1d90ab
+def check_trained(trained: Trained) -> None:
+    "Raise ValueError where all weights that are stepped are frozen."
+    weights = trained.parameters()
+    if not any(p.requires_grad for p in weights.values()):
+        raise ValueError(
+            f"all {len(weights)} parameters that the optimizer steps are"
+            " frozen (requires_grad=False), so there is nothing to merge;"
+            " unfreeze before you make the router"
+        )
+
+# %% ../../nbs/routing/07_consolidation.ipynb #6aa1c0d2
+def check_weights(
+    trained: Trained,
+    *kept: Mapping[str, Tensor],  # what a merge starts from, by name
+) -> None:
+    "Raise ValueError, in all processes, for a weight that is not finite."
+    weights = trained.parameters()
+    if not weights:
+        return
+    named = [pair for x in (weights, *kept) for pair in x.items()]
+    fine = lambda x: bool(local(x).isfinite().all())
+    bad = next((name for name, x in named if not fine(x)), None)
+    device = local(next(iter(weights.values()))).device
+    flag = torch.tensor(float(bad is not None), device=device)
+    groups = [shard_groups(name, p) for name, p in weights.items()]
+    for over in dict.fromkeys(groups):
+        sum_over(flag, over)
+    if flag:
+        where = "another process's rows" if bad is None else repr(bad)
+        raise ValueError(
+            f"{where} has NaN or infinite values, in its weights or in what is"
+            " kept of them, so nothing was merged and nothing protected; go"
+            " on from a checkpoint with finite weights"
+        )
+
 # %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
-class Anchored(Consolidation):
-    "Keeps one copy of the trained weights, from the last boundary."
+class _Anchored(Consolidation):
+    "Takes a copy of the trained weights."
 
     weight: float | None = None  # λ of every boundary, where there is one
 
@@ -157,11 +207,20 @@ class Anchored(Consolidation):
         super().attach(trained)
         if self.weight is not None:
             check_only_copy(trained)
+            check_trained(trained)
+
+    def check(self) -> None:
+        if self.weight is not None:
+            check_weights(self.trained, self.before)
 
     @torch.no_grad()
     def anchor(self) -> None:
         parameters = self.trained.parameters().items()
         self.before = {name: p.detach().clone() for name, p in parameters}
+
+# %% ../../nbs/routing/07_consolidation.ipynb #7bb2d1e3
+class Anchored(_Anchored):
+    "Keeps one copy of the trained weights, from the last boundary."
 
     def state_dict(self) -> dict:
         whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x

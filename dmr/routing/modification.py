@@ -405,6 +405,15 @@ def _check_found(
             " convolutional layer, so it has no input side; leave it out"
         )
 
+
+def _check_asked(include: list[str] | str | None) -> None:
+    "Raise ValueError for an empty list, which would look like none at all."
+    if include is not None and not include:
+        raise ValueError(
+            f"include={include!r} names no weight; pass None for all that are"
+            " found, or make the router without a modification for none"
+        )
+
 # %% ../../nbs/routing/01_modification.ipynb #872be396
 def find_targets(
     model: nn.Module,  # searched for weights of linear maps
@@ -417,9 +426,11 @@ def find_targets(
     Found are linear, convolutional, recurrent and packed-attention weights,
     and each expert's of a mixture; an embedding table, or a head tied to one,
     only if named exactly. Raises ValueError if a name in `include` or
-    `exclude` matches no parameter, or one in `include` has no input side.
+    `exclude` matches no parameter, or one in `include` has no input side, and
+    for an empty `include`.
     """
     _check_shaped(model)
+    _check_asked(include)
     names = {id(p): n for n, p in model.named_parameters()}
     order = {name: i for i, name in enumerate(names.values())}
     wanted = [include] if isinstance(include, str) else list(include or [])

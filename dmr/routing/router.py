@@ -25,6 +25,7 @@ from dmr.routing.consolidation import (
     Trained,
     check_only_copy,
     check_weight,
+    check_weights,
 )
 from dmr.routing.inflation import (
     Inflation,
@@ -564,17 +565,49 @@ class _Watching(_Stepping):
 def _merging(
     consolidation: Consolidation,
     interpolate: float | None,  # λ of this boundary, or None
+    idle: bool,  # was no step seen since the last one?
 ) -> Callable[[], dict]:
     "What merges the weights at this boundary; raises where nothing can."
     if check_weight("interpolate", interpolate) is None:
-        return consolidation.merge
+        consolidation.check()
+        return consolidation.idle if idle else consolidation.merge
     if not isinstance(consolidation, Interpolate):
         raise ValueError(
             f"interpolate={interpolate:g} asks for a second merge after"
             f" {consolidation!r}; leave interpolate out"
         )
     check_only_copy(consolidation.trained)
+    check_weights(consolidation.trained, consolidation.before)
     return lambda: consolidation.merge(interpolate)
+
+# %% ../../nbs/routing/08_router.ipynb #3ea86d0f
+def _warn_unseen(
+    modification: Modification,
+    consolidation: Consolidation,  # it may say so itself
+) -> None:
+    "Warn of a later domain without a step, where nobody else does."
+    told = type(consolidation).idle is not Consolidation.idle
+    if not told and not isinstance(modification, Nothing):
+        warnings.warn(
+            "the router saw no step since the last boundary, so"
+            f" {type(modification).__name__} edited none: if another optimizer"
+            " trains the model, attach the router to that one",
+            stacklevel=user_level(),
+        )
+
+
+def _warn_replaced(router: _Hooked) -> None:
+    "Warn of parameters that the optimizer steps and the model has no more."
+    here = {*router.model.parameters()}
+    gone = [n for n, p in router.parameters().items() if p not in here]
+    if gone and not router.groups:  # sharded ones may change places
+        warnings.warn(
+            f"{len(gone)} parameters that the optimizer steps, such as"
+            f" {gone[0]!r}, were replaced in the model after the router was"
+            " made, so their training is lost on it; make optimizer and router"
+            " again",
+            stacklevel=user_level(),
+        )
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218
 class _Domains(_Watching):
@@ -602,12 +635,16 @@ class _Domains(_Watching):
         """End of a domain: protect what it used, and merge the parameters with
         those of the last boundary if there is a consolidation.
         """
-        merge = _merging(self.consolidation, interpolate)
+        idle = self.steps == self.boundary
+        merge = _merging(self.consolidation, interpolate, idle)
         if self._flight is not None and self._flight.taken:
             self._discard()  # not all optimizers were stepped
         report = self.modification.consolidate()
         if self.group is not None:
             self.modification.share()
+        if idle and self.domains:
+            _warn_unseen(self.modification, self.consolidation)
+        _warn_replaced(self)
         merged = merge()
         self.strength.end_domain()
         self.domains, self.boundary = self.domains + 1, self.steps
@@ -667,13 +704,14 @@ class _Shown(_Domains):
     def _showing(self) -> Iterator[None]:
         "Everything that is shown inside counts, or nothing does."
         before = copy.deepcopy(self.modification.state_dict())
-        merge = self.consolidation.state_dict()
+        merge, domains = self.consolidation.state_dict(), self.domains
         self.modification.shown = True
         try:
             yield
         except BaseException:
             self.modification.load_state_dict(before)
             self.consolidation.load_state_dict(merge)
+            self.domains = domains
             raise
         finally:
             self.modification.shown = False
@@ -683,6 +721,12 @@ class _Shown(_Domains):
         parameters, group = self.parameters(), self.group
         with torch.enable_grad():
             grads = _raw_gradients(loss_fn(batch), parameters, group)
+        if not grads:
+            raise ValueError(
+                "the loss that loss_fn returns reaches no parameter that the"
+                " optimizer steps, so nothing can be learned from it; run the"
+                " model that the router was made for"
+            )
         seen = as_vectors({name: g.detach() for name, g in grads.items()})
         with torch.no_grad():
             check_finite(seen, {}, self.groups)
@@ -714,17 +758,18 @@ class _Protecting(_Shown):
         and for sharded weights; then nothing was learned.
         """
         self._check_whole("protect")
-        with self._showing(), _undisturbed(self.model):
-            count = 0
-            for batch in _counted(batches, progress):
-                self._show(batch, loss_fn)
-                count += 1
-            if not count:
-                raise ValueError(
-                    "protect() got no batch, so nothing is known yet"
-                )
-            report = self._close_past(self.modification.consolidate)
-        self.consolidation.take_in()
+        with self._showing():
+            with _undisturbed(self.model):
+                count = 0
+                for batch in _counted(batches, progress):
+                    self._show(batch, loss_fn)
+                    count += 1
+                if not count:
+                    raise ValueError(
+                        "protect() got no batch, so nothing is known yet"
+                    )
+                report = self._close_past(self.modification.consolidate)
+            self.consolidation.take_in()
         return report
 
     def protect_weights(
@@ -1076,7 +1121,38 @@ def _check_every(track_step: int) -> int:
         )
     return int(track_step)
 
+# %% ../../nbs/routing/08_router.ipynb #7e02c4d1
+def _check_own(trained: Trained) -> None:
+    "Raise ValueError for an optimizer that steps nothing of the model."
+    model, known = type(trained.model).__name__, trained.names
+    for optimizer in trained.optimizers:
+        stepped = [p for g in optimizer.param_groups for p in g["params"]]
+        if not any(p in known for p in stepped):
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name} steps no parameter of this {model}, so nothing could"
+                f" be routed; make it after the model: {name}("
+                "model.parameters()). A copy of the model has parameters of"
+                " its own"
+            )
+
 # %% ../../nbs/routing/08_router.ipynb #20b98de3
+def _check_merge(
+    trained: Trained,  # a router that is not yet attached
+    consolidation: Consolidation,
+) -> None:
+    "Raise ValueError if it merges other weights at the same time."
+    other: Any = vars(consolidation).get("trained")
+    if not getattr(other, "_handles", None):
+        return
+    own = {*trained.parameters().values()}
+    if not own & {*other.parameters().values()}:
+        raise ValueError(
+            f"this {type(consolidation).__name__} serves a router of other"
+            " weights; make one for each, or call close() on that router"
+        )
+
+# %% ../../nbs/routing/08_router.ipynb #bef61527
 def _check_free(
     router: _Hooked,  # not yet attached
     modification: Modification,
@@ -1120,6 +1196,20 @@ def _check_division(
                 f"{name!r} is in none of the optimizers [{said}]; give it to"
                 f" one of them, or leave it out with exclude={name!r}"
             )
+
+# %% ../../nbs/routing/08_router.ipynb #b41f7a93
+def _warn_left_out(trained: Trained) -> None:
+    "Warn of what Muon cannot step and nobody else does."
+    names = _class_names(trained.optimizers)
+    held, model = trained.parameters(), trained.names.items()
+    left = [n for p, n in model if p.requires_grad and n not in held]
+    if "Muon" in names and left:
+        warnings.warn(
+            f"{len(left)} parameters, such as {left[0]!r}, are trained by none"
+            f" of the given optimizers [{', '.join(names)}]: Muon steps"
+            " matrices only; pass [muon, adamw], with the others in adamw",
+            stacklevel=user_level(),
+        )
 
 # %% ../../nbs/routing/08_router.ipynb #4e581719
 def _meet(
@@ -1207,7 +1297,9 @@ class MomentRouter(_Reloaded):
         self.track_inflation = track_inflation
         self.consolidation = _as_consolidation(consolidation)
         self.group = replicas(model, process_group)
+        _check_own(self)
         _check_free(self, self.modification)
+        _check_merge(self, self.consolidation)
         self.strangers = len(_strangers(self.optimizers, self.names))
         if self.strangers:
             message = (
@@ -1218,6 +1310,7 @@ class MomentRouter(_Reloaded):
         targets = find_targets(self.model, include, exclude)
         if len(self.optimizers) > 1:
             _check_division(self, targets)
+        _warn_left_out(self)
         self.consolidation.attach(self)
         self.modification.group = self.group
         _meet(self.modification, self.model, targets)

@@ -34,6 +34,7 @@ from dmr.routing.modification import (
     square_norm,
     square_norms,
     stacks,
+    user_level,
 )
 from dmr.routing.moments import (
     REFUSED,
@@ -874,7 +875,18 @@ def check_differences(
             f"dmr does not know how {optimizer} applies its weight_decay:"
             " displacement edits the whole change of the weights, decay"
             " included; pass weight_decay=0 to be exact",
-            stacklevel=4,
+            stacklevel=user_level(),
+        )
+
+# %% ../../nbs/routing/05_step.ipynb #0d9a6c52
+def _warn_idle(optimizer: str, moments: Moments, routing: str) -> None:
+    "Warn of a routing that is harmless because nothing is edited."
+    if moments.second is None and routing in ("decoupled", "denominator"):
+        warnings.warn(
+            f"routing={routing!r} does nothing here: no modification edits the"
+            f" gradients, and {optimizer} has no second moment that dmr knows,"
+            " so a modification would be refused; leave routing out",
+            stacklevel=user_level(),
         )
 
 # %% ../../nbs/routing/05_step.ipynb #743420d3
@@ -886,6 +898,7 @@ def check_meaning(
 ) -> None:
     "Raise ValueError or TypeError for a routing that means nothing here."
     if isinstance(modification, Nothing):
+        _warn_idle(optimizer, moments, routing)
         return  # the plain optimizer, with diagnostics
     if isinstance(moments, Differences):
         check_differences(optimizer, moments, routing)

@@ -1,6 +1,7 @@
 """Rivals of the merge: float64 references, states, and what is refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -328,6 +329,31 @@ def test_the_factors_are_those_of_the_definition():
     diagonal = torch.outer(B.diagonal(), A.diagonal())
     fisher = fisher_diagonal(dict(net.named_parameters()), loss, [(x, y)])
     torch.testing.assert_close(diagonal, fisher["3.weight"])
+
+
+def test_kfac_knows_a_domain_by_its_examples_where_no_step_was_seen():
+    "So it merges what another optimizer trained, as the others do not."
+    net = network()
+    loss = loss_of(net)
+    router = routed(net, KFACMerge(0.6, 1e-3, loss_fn=loss, examples=500))
+    first, second = list(domains())[:2]
+    learn(router, first, loss, steps=4)
+    router.consolidate()
+    start = weights(net)
+    router.observe(second)
+    other = torch.optim.AdamW(net.parameters(), lr=0.02)
+    for _ in range(4):
+        other.zero_grad()
+        loss(second).backward()
+        other.step()
+    ends = weights(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.consolidate()
+    merged = net[0].weight.detach()
+    way = ends["0.weight"] - start["0.weight"]
+    share = ((merged - start["0.weight"]) * way).sum() / way.square().sum()
+    assert 0.1 < share < 0.9
 
 
 def test_kfac_merges_layers_by_factors_and_the_rest_by_the_diagonal():

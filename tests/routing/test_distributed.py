@@ -121,6 +121,7 @@ def test_accelerate_goes_where_one_process_goes_and_resumes_in_another_number(
 CASES = """
 import sys
 import time
+from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -323,6 +324,40 @@ def merging_and_its_state():
                 assert x.shape == dict(model.named_parameters())[name].shape
     for a, b in zip(results[False], results[True]):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    optimizer.step()  # the last ones are sharded
+    if rank == world - 1:
+        local(model[0].weight).data[0, 0] = float("nan")
+    mine = "'0.weight'" if rank == world - 1 else "another process's rows"
+    raises(ValueError, mine, router.consolidate)
+    assert router.domains == 3
+
+
+def a_look_sees_the_rows_of_all_gradients():
+    "Also where one layer alone is routed: what one process sees, in parts."
+
+    class Seeing(dmr.Modification):
+        shards = True
+
+        def look(self, steps):
+            self.seen = {name: steps[name].clone() for name in steps}
+
+        def edit(self, name, x):
+            return dmr.Dense(0.5 * x) if name in self.targets else None
+
+    seen = {}
+    for shard in (False, True):
+        model, optimizer = make(shard)
+        router = dmr.MomentRouter(
+            model, optimizer, Seeing(), "shared", include="2.weight"
+        )
+        model(data(0, False)).square().mean().backward()
+        with patch.dict("dmr.routing.step.BATCHED", cpu=0):
+            optimizer.step()
+        seen[shard] = router.modification.seen
+    assert list(seen[True]) == list(seen[False])
+    assert len(seen[True]) == 4
+    for name, g in seen[False].items():
+        assert torch.equal(torch.cat(everywhere(seen[True][name])), g)
 
 
 def inflation_is_measured_over_all_rows():
@@ -394,7 +429,7 @@ def test_between_two_processes(tmp_path):
         for line in CASES.splitlines()
         if line.startswith("def ") and line.endswith("():")
     ]
-    assert len(names) == 7
+    assert len(names) == 8
     assert torchrun(program, 2, *names).split() == [
         word for name in names for word in ("passed", name)
     ]

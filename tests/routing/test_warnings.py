@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dmr
+from dmr.methods.gpm import GPM
 
 torch.set_num_threads(1)
 
@@ -91,3 +92,113 @@ def test_of_parameters_that_came_late():
         warnings.simplefilter("always")
         optimizer.step()  # late
     assert said_at(said, "never routed") == (__file__, line_of("late"))
+
+
+class Unknown(torch.optim.SGD):
+    "Has a step of its own, so its decay is not known."
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def full_at_once():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    given = dmr.Projection(bases={"weight": torch.eye(4)})
+    dmr.MomentRouter(model, optimizer, given)  # spans all
+
+
+def full_at_a_boundary():
+    model, optimizer, router = make(dmr.Projection(rank=1, every=1), "shared")
+    router.modification.cap = lambda target: target.fan_in
+    for seed in range(5):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        router.consolidate()  # spans all too
+
+
+def nothing_to_protect():
+    model = nn.Embedding(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    dmr.MomentRouter(model, optimizer, dmr.Projection(rank=1))  # nothing
+
+
+def hidden_inputs():
+    model = nn.MultiheadAttention(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    edit = dmr.Projection(rank=1, source="inputs")
+    dmr.MomentRouter(model, optimizer, edit)  # cannot be seen
+
+
+def missed_layers():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = lambda x: model[0](x).sum()
+    router = dmr.MomentRouter(model, optimizer, GPM(run, samples=4))
+    batch = torch.ones(4, 4)
+    router.observe(batch)
+    run(batch).backward()
+    optimizer.step()
+    router.consolidate()  # no input reached
+
+
+def unknown_decay():
+    model = nn.Linear(4, 1)
+    optimizer = Unknown(model.parameters(), 0.1, weight_decay=0.1)
+    given = dmr.Projection(rank=1)
+    dmr.MomentRouter(model, optimizer, given, "displacement")  # decay included
+
+
+def short_memory():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.5, 0.5))
+    merge = dmr.FisherMerge(curvature="moment")
+    router = dmr.MomentRouter(
+        model, optimizer, None, "decoupled", consolidation=merge
+    )
+    for _ in range(30):
+        backward(model)
+        optimizer.step()
+    router.consolidate()  # end only
+
+
+def unknown_past():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    merge = dmr.FisherMerge()
+    router = dmr.MomentRouter(model, optimizer, consolidation=merge)
+    router.anchor()
+    backward(model)
+    optimizer.step()
+    router.consolidate()  # merges nothing
+
+
+@pytest.mark.parametrize("deeper", [False, True])
+@pytest.mark.parametrize(
+    "do, words",
+    [
+        (full_at_once, "spans all"),
+        (full_at_a_boundary, "spans all too"),
+        (nothing_to_protect, "nothing to protect"),
+        (hidden_inputs, "cannot be seen"),
+        (missed_layers, "no input reached"),
+        (unknown_decay, "decay included"),
+        (short_memory, "end only"),
+        (unknown_past, "merges nothing"),
+    ],
+)
+def test_each_of_them_shows_the_line_whatever_lies_between(
+    do, words, deeper, monkeypatch
+):
+    for name in ("__init__", "consolidate") if deeper else ():
+        inner = torch.enable_grad()(getattr(dmr.MomentRouter, name))
+        monkeypatch.setattr(dmr.MomentRouter, name, inner)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        do()
+    line = {"nothing to protect": "nothing"}.get(words, words)
+    found = [w for w in said if words.removesuffix(" too") in str(w.message)]
+    places = {(w.filename, w.lineno) for w in found}
+    assert places == {(__file__, line_of(line))}
