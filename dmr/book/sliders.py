@@ -249,7 +249,7 @@ _FRAMES: dict[str, Callable[..., dict[str, Any]]] = {
     "descent": _descent,
 }  # fmt: skip
 
-
+# %% ../../nbs/making/28_sliders.ipynb #8501f3d8
 def frame(
     kind: str,  # "law", "forgives", "valleys" or "descent"
     values: Mapping[str, float],  # slider -> its value
@@ -269,7 +269,7 @@ def frame(
         )
     return _FRAMES[kind](**values)
 
-# %% ../../nbs/making/28_sliders.ipynb #55e5adb6
+# %% ../../nbs/making/28_sliders.ipynb #7965d3f5
 _Parts = Mapping[str, Mapping[str, Any]]
 
 
@@ -305,7 +305,7 @@ def _axes(
     drawn.append(_text(middle, _HEIGHT - 6, x_words, 'text-anchor="middle"'))
     return f'<g class="soft">{"".join(drawn)}</g>'
 
-# %% ../../nbs/making/28_sliders.ipynb #e1433e22
+# %% ../../nbs/making/28_sliders.ipynb #0eaa9c45
 _CURVE = 'fill="none" stroke="currentColor" stroke-width="2.6"'
 _DOT = 'r="6" fill="currentColor"'
 
@@ -348,7 +348,7 @@ def _forgives_svg(parts: _Parts) -> str:
         + f'<g class="soft">{down}</g>{"".join(drawn)}'
     )
 
-# %% ../../nbs/making/28_sliders.ipynb #1d6512a2
+# %% ../../nbs/making/28_sliders.ipynb #a15644df
 def _valleys_svg(parts: _Parts) -> str:
     clip = '<clipPath id="turn-clip"><rect x="4" y="4" width="292"'
     drawn = [f'<defs>{clip} height="292"/></clipPath></defs>']
@@ -391,7 +391,7 @@ def _valleys_svg(parts: _Parts) -> str:
     last = _text(312, 64, "of the new domain")
     return f'{"".join(drawn)}<g class="new">{last}</g>'
 
-
+# %% ../../nbs/making/28_sliders.ipynb #49a26553
 def _descent_svg(parts: _Parts) -> str:
     line = '<line stroke="currentColor" stroke-width=".6"'
     tip = '<marker id="turn-tip" viewBox="0 0 10 10" refX="8" refY="5"'
@@ -427,7 +427,7 @@ def _descent_svg(parts: _Parts) -> str:
     handle = _draw("circle", "handle", parts, drag)
     return "".join(drawn) + f'<g class="plain">{handle}</g>'
 
-# %% ../../nbs/making/28_sliders.ipynb #22566e10
+# %% ../../nbs/making/28_sliders.ipynb #7cde56a5
 _SVG = {
     "law": _law_svg, "forgives": _forgives_svg, "valleys": _valleys_svg,
     "descent": _descent_svg,
@@ -466,7 +466,7 @@ def _slider(kind: str, knob: tuple, value: float, said: str) -> str:
         f' aria-valuetext="{said}"><small>{html.escape(about)}</small></label>'
     )
 
-
+# %% ../../nbs/making/28_sliders.ipynb #7ac5e1d3
 def slider_html(
     kind: str,  # "law", "forgives", "valleys" or "descent"
     # name of the button -> the values that it sets; the first is shown first

@@ -175,7 +175,7 @@ def test_a_drawn_title_states_a_finding_in_two_lines():
     "On committed tables: many seeds, few seeds, adapters."
     from dmr.book.diagrams import draw_switches, draw_valleys
     from dmr.studies.study import find_project
-    from dmr.verdict import drawings, planes, scores
+    from dmr.verdict import drawings, planes
     from dmr.verdict.tables import read_table
 
     pytest.importorskip("matplotlib")
@@ -187,7 +187,6 @@ def test_a_drawn_title_states_a_finding_in_two_lines():
         for kind in ("plane", "age", "growth", "domains"):
             figure, _ = getattr(drawings, f"draw_{kind}")(table)
             drawn[f"{kind} of {name}"] = figure
-    drawn["forest"] = scores.draw_forest({"eight": tables["eight"]})[0]
     families = read_table("families", project)
     for method in ("projection", "ewc"):
         figure = planes.draw_routings(families, [method])[0]
