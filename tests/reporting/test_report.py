@@ -586,7 +586,7 @@ def test_arms_are_named_beside_the_plane_and_not_in_a_legend():
     (ax,) = fig.axes
     assert not fig.legends and ax.get_legend() is None
     assert sorted(t.get_text() for t in ax.texts) == sorted(study.arms)
-    fig.canvas.draw()
+    fig.draw_without_rendering()
     # the words alone, without the line to the point
     extents = map(Text.get_window_extent, ax.texts)
     boxes = sorted(extents, key=lambda b: b.y0)
