@@ -102,7 +102,8 @@ def _forgives(alpha: float, kappa: float) -> dict[str, Any]:
     curves = _left(alphas, kappa)
     here = {name: float(y) for name, y in _left(alpha, kappa).items()}
     labels = _apart([_up(y) for y in here.values()], 19, _BASE)
-    x, parts = _across(alpha), {}
+    x = _across(alpha)
+    parts: dict[str, Any] = {"drop": {"x1": x, "x2": x}}
     for i, (name, curve) in enumerate(curves.items()):
         parts[f"curve-{i}"] = {"d": _path(_across(alphas), _up(curve))}
         parts[f"dot-{i}"] = {"cx": x, "cy": _up(here[name])}
@@ -113,7 +114,7 @@ def _forgives(alpha: float, kappa: float) -> dict[str, Any]:
         f" {here['SGD']:.2f} under SGD, {here['Adam']:.2f} under Adam,"
         f" {here['signs, Lion']:.2f} under signs, 1.00 in Muon’s exact step",
         "said": {"alpha": f"{alpha:.2f}", "kappa": f"{kappa:.2f}"},
-        "parts": {"drop": {"x1": x, "x2": x}, **parts},
+        "parts": parts,
     }
 
 # %% ../../nbs/making/28_sliders.ipynb #bc3cc667
@@ -124,8 +125,7 @@ _NATS = 26  # length of a bar for one nat
 def _valleys(weight: float, ratio: float) -> dict[str, Any]:
     "Two valleys, plain averages and merges, at one weight of the new domain."
     steep, flat = ratio**0.5, ratio**-0.5
-    minima, curves = ((0, 0), (1, 1)), ((steep, flat), (flat, steep))
-    minima = tuple(tuple(map(float, m)) for m in minima)
+    minima, curves = ((0.0, 0.0), (1.0, 1.0)), ((steep, flat), (flat, steep))
     way = merges(minima, curves, [*np.arange(1, 50) / 50, weight])
     points = {"plain": np.full(2, weight), "merge": way[-1]}
     across, up = lambda t: _ZERO + _ONE * t, lambda t: _SIDE - _ZERO - _ONE * t

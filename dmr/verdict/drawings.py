@@ -102,13 +102,14 @@ def _draw_on_plane(ax: Any, arm: TableArm, at: Curve) -> str:
 
 def _plane_title(table: Table, part: str | None) -> str:
     lines = [x for x in compare(table, part) if x.matched and not x.arm.control]
-    if not lines:
+    if not lines or lines[0].matched is None:
         return "No arm learned as much as plain Adam at any rate"
-    best = lines[0]
-    said = f"{best.name} forgets least: {best.matched.estimate:+.2f} nats"
-    if best.n <= EXPLORATORY:
-        said = f"Exploratory (n={best.n}): {said}"
-    return f"{said}\nbeside plain Adam that learned as much".replace("-", "−")
+    best, gap = lines[0], lines[0].matched.estimate
+    few = f"Exploratory (n={best.n}): at" if best.n <= EXPLORATORY else "At"
+    return (
+        f"{few} equal learning {best.name} forgets least,\n{abs(gap):.2f} nats"
+        f" {'less' if gap < 0 else 'more'} than plain Adam"
+    )
 
 # %% ../../nbs/making/06_drawings.ipynb #2a8c42f8
 def draw_plane(table: Table, part: str | None = None) -> _Drawing | None:
