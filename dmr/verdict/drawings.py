@@ -105,10 +105,10 @@ def _plane_title(table: Table, part: str | None) -> str:
     if not lines or lines[0].matched is None:
         return "No arm learned as much as plain Adam at any rate"
     best, gap = lines[0], lines[0].matched.estimate
-    few = f"Exploratory (n={best.n}): at" if best.n <= EXPLORATORY else "At"
+    few = f" (exploratory, n={best.n})" if best.n <= EXPLORATORY else ""
     return (
-        f"{few} equal learning {best.name} forgets least,\n{abs(gap):.2f} nats"
-        f" {'less' if gap < 0 else 'more'} than plain Adam"
+        f"At equal learning {best.name} forgets least,\n{abs(gap):.2f} nats"
+        f" {'less' if gap < 0 else 'more'} than plain Adam{few}"
     )
 
 # %% ../../nbs/making/06_drawings.ipynb #2a8c42f8
