@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..extras import need
-from .figures import arm_style, use_theme
+from .figures import arm_style, mix, use_theme
 from dmr.reporting.statistics import (
     COMPARABLE_SHARE,
     EXPLORATORY,
@@ -33,6 +33,7 @@ from dmr.reporting.statistics import (
 from ..studies.table import boundary_weights, tidy_run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
@@ -443,6 +444,32 @@ def book_theme() -> Iterator[None]:
         yield
 
 # %% ../../nbs/reporting/04_arms.ipynb #f144814b
+def _name_points(
+    ax: Axes,
+    ends: Mapping[str, tuple[float, float, str]],  # name -> x, y, colour
+    apart: float,  # of two names, in heights of the plane
+) -> None:
+    "Names in a column beside the plane, each with a line to its point."
+    low, high = ax.get_ylim()
+    share = {name: (y - low) / (high - low) for name, (_, y, _) in ends.items()}
+    order = sorted(share, key=share.__getitem__)
+    at, top = dict(share), 1.0
+    for below, here in zip(order, order[1:]):
+        at[here] = max(at[here], at[below] + apart)
+    for name in reversed(order):
+        at[name] = min(at[name], top)
+        top = at[name] - apart
+    for name in order:
+        x, y, colour = ends[name]
+        ax.annotate(
+            name, (x, y), (1.04, at[name]),
+            textcoords="axes fraction", va="center", fontsize=8.5,
+            color=mix(colour, "#000000", 0.2), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5,
+                        "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )  # fmt: skip
+
+
 def plot_plane(study: Comparison) -> tuple[Figure, str]:
     """The forgetting–plasticity plane and its alternative text. Raises
     ValueError without a finished run.
@@ -456,33 +483,27 @@ def plot_plane(study: Comparison) -> tuple[Figure, str]:
 
     few = study.n <= EXPLORATORY
     caveat = ": a demonstration, no verdict" if few else ""
-    height = 3.7 + 0.2 * -(-len(arms) // 2)
+    height = max(4.0, 0.6 + 0.28 * len(arms))
     with book_theme():
-        fig = NewFigure(figsize=(5.0, height), layout="constrained")
+        fig = NewFigure(figsize=(6.4, height), layout="constrained")
         ax = fig.subplots()
         ax.grid(True)
         draw_control(ax, {r: a.points() for r, a in study.control.items()})
-        spots = []
+        spots, ends = [], {}
         for a in arms:
-            (mean,) = draw_arm(ax, {1.0: a.points()}, a.arm.style, a.name)
+            (mean,) = draw_arm(ax, {1.0: a.points()}, a.arm.style)
+            ends[a.name] = (*mean, a.arm.style["color"])
             spots.append(
                 f"{a.name} {number_text(mean.forgetting, 3)} at"
                 f" {number_text(mean.learning_accuracy, 3)}"
             )
         ax.set(
             title=textwrap.fill(plane_finding(study), 44),
-            xlabel="learning accuracy (nats/byte, lower is better)",
+            xlabel="learning accuracy (nats/byte, lower is better)\n"
+            f"{seeds_text(study.n)}{caveat}; grey: the control",
             ylabel="forgetting (nats/byte)",
         )
-        fig.legend(
-            loc="outside lower center",
-            ncols=2,
-            fontsize=8.5,
-            handletextpad=0.2,
-            columnspacing=1.0,
-            title=seeds_text(study.n) + caveat,
-            title_fontsize=8.5,
-        )
+        _name_points(ax, ends, 0.25 / height)
     return fig, (
         "Forgetting against learning accuracy, mean over seeds, in nats per"
         f" byte. {plane_finding(study)}. {'; '.join(spots)}."

@@ -102,9 +102,14 @@ def _draw_on_plane(ax: Any, arm: TableArm, at: Curve) -> str:
 
 def _plane_title(table: Table, part: str | None) -> str:
     lines = [x for x in compare(table, part) if x.matched and not x.arm.control]
-    if not lines or lines[0].n <= EXPLORATORY:
-        return "Forgetting against learning accuracy, exploratory"
-    return f"{lines[0].name}: lowest mean forgetting at equal learning"
+    if not lines or lines[0].matched is None:
+        return "No arm learned as much as plain Adam at any rate"
+    best, gap = lines[0], lines[0].matched.estimate
+    few = f" (exploratory, n={best.n})" if best.n <= EXPLORATORY else ""
+    return (
+        f"At equal learning {best.name} forgets least,\n{abs(gap):.2f} nats"
+        f" {'less' if gap < 0 else 'more'} than plain Adam{few}"
+    )
 
 # %% ../../nbs/making/06_drawings.ipynb #2a8c42f8
 def draw_plane(table: Table, part: str | None = None) -> _Drawing | None:
@@ -195,7 +200,8 @@ def draw_age(
     _label_ends(ax, last, ends)
     high, low = (x(ends, key=lambda a: ends[a][0]) for x in (max, min))
     ax.set(
-        title=f"{last} domains later {high} has lost {ends[high][0]:.2f} nats,"
+        title=f"{last} domain{'s' * (last > 1)} later {high} has lost"
+        f" {ends[high][0]:.2f} nats,"
         f"\n{low} {ends[low][0]:.2f}".replace("-", "−"),
         xlabel="domains learned since a domain's turn",
         ylabel="rise of its loss (nats per byte)",
@@ -230,17 +236,14 @@ def draw_growth(table: Table) -> _Drawing | None:
         if values[-1].n > 1:
             place = last + 0.03 * last * (k + 1)
             _bars(ax, [place], values[-1:], table.arms[name])
-    best = next(
-        (
-            z.name
-            for z in compare(table)
-            if z.matched and z.name in shown and z.n > EXPLORATORY
-        ),
-        None,
-    )
-    title = f"After {last} domains {best} forgot least at equal learning"
+    ends = {name: v[-1].estimate for name, v in shown.items()}
+    of, seeds = "vanilla", shown["vanilla"][-1].n
+    learned = [z.name for z in compare(table) if z.matched and z.name != of]
+    best = next((name for name in learned if name in shown), None)
+    few = f"Exploratory (n={seeds}): after" if seeds <= EXPLORATORY else "After"
     ax.set(
-        title=title if best else f"Forgetting over {last} domains, exploratory",
+        title=f"{few} {last} domains {of} forgot {ends[of]:.2f} nats"
+        + (f",\n{best} {ends[best]:.2f}" if best else ""),
         xlabel="domains finished",
         ylabel="forgetting (nats per byte)",
         xticks=range(2, last + 1, 1 + (last > 10)),
@@ -408,7 +411,8 @@ def draw_domains(
     of = next(iter(lost))
     worst = max(lost[of], key=lambda n: float(np.mean(lost[of][n])))
     ax.set(
-        title=f"Under {of}, {worst} loses most",
+        title=f"Under {of}, {worst} loses most:"
+        f" {np.mean(lost[of][worst]):.2f} nats per byte",
         ylabel="nats forgotten per byte",
     )
     ax.set_xticks(range(len(names)), names, rotation=45, ha="right")

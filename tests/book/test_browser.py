@@ -5,6 +5,7 @@ alone, fits a phone, and can be used by everyone.
 import functools
 import gzip
 import html
+import json
 import re
 import shutil
 import threading
@@ -247,6 +248,78 @@ def test_a_term_shows_its_meaning_to_the_keyboard(browser, address):
     page.locator(".term a").first.focus()
     assert card.is_visible() and len(card.inner_text()) > 20
     context.close()
+
+
+def test_figures_with_sliders_follow_python(browser, address, pages):
+    "The first frame without scripts, and after keys and presets with them."
+    from dmr.book.sliders import frame
+
+    there = [name for name, t in pages.items() if "turn-figure" in t]
+    assert {Path(name).stem for name in there} >= {
+        "inflation",
+        "forgives",
+        "repair",
+        "displacement",
+    }
+    values = """f => Object.fromEntries([...f.querySelectorAll("input")].map(
+      i => [i.name, i.dataset.list ? JSON.parse(i.dataset.list)[i.value]
+                                   : +i.value]))"""
+    drawn = """f => Object.fromEntries(
+      [...f.querySelectorAll("[data-part]")].map(e => [e.dataset.part,
+        {...Object.fromEntries([...e.attributes].map(a => [a.name, a.value])),
+         text: e.textContent}]))"""
+    number = lambda x: [float(v) for v in re.findall(r"-?[\d.]+", str(x))]
+
+    def check(figure, places):
+        kind = figure.get_attribute("data-kind")
+        found = frame(kind, places)
+        title = figure.locator(".figure-title")
+        assert title.inner_text() == found["title"]
+        shown = figure.evaluate(drawn)
+        for part, fixed in found["parts"].items():
+            for key, value in fixed.items():
+                said = shown[part][key]
+                if key == "text":
+                    assert said == value, (kind, part)
+                else:
+                    assert number(said) == pytest.approx(
+                        number(value), abs=0.11
+                    ), (kind, part, key)
+        for name, words in found["said"].items():
+            slider = figure.locator(f'input[name="{name}"]')
+            assert slider.get_attribute("aria-valuetext") == words
+
+    for scripts in (False, True):
+        context = browser.new_context(
+            viewport={"width": 390, "height": 800}, java_script_enabled=scripts
+        )
+        for name in there:
+            page = context.new_page()
+            page.goto(f"{address}/{name}", wait_until="load")
+            figure = page.locator(".turn-figure").first
+            if not scripts:
+                first = figure.locator("button").first
+                places = json.loads(first.get_attribute("data-set"))
+                assert not figure.locator("input").first.is_visible()
+                title = figure.locator(".figure-title").text_content()
+                kind = figure.get_attribute("data-kind")
+                assert title == frame(kind, places)["title"]
+                page.close()
+                continue
+            check(figure, figure.evaluate(values))
+            for slider in figure.locator("input").all():
+                before = slider.input_value()
+                slider.focus()
+                page.keyboard.press("ArrowLeft")
+                assert slider.input_value() != before, name
+                check(figure, figure.evaluate(values))
+            for button in figure.locator("button").all():
+                button.click()
+                places = json.loads(button.get_attribute("data-set"))
+                assert figure.evaluate(values) == places
+                check(figure, places)
+            page.close()
+        context.close()
 
 
 def test_maths_is_typeset(pages):

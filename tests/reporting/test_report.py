@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dmr.reporting import report as R
+from dmr.reporting.arms import mean_point
 from dmr.reporting.figures import png_size
 from dmr.studies.table import tidy_run
 
@@ -575,6 +576,26 @@ def test_figures_show_every_seed_and_no_extrapolation():
         == "6 of 8 arms lie more than 0.01 nats below the control, 1 not"
         " comparable"
     )
+
+
+def test_arms_are_named_beside_the_plane_and_not_in_a_legend():
+    from matplotlib.text import Text
+
+    study = R.group_arms(demo())
+    fig, _ = R.plot_plane(study)
+    (ax,) = fig.axes
+    assert not fig.legends and ax.get_legend() is None
+    assert sorted(t.get_text() for t in ax.texts) == sorted(study.arms)
+    fig.draw_without_rendering()
+    # the words alone, without the line to the point
+    extents = map(Text.get_window_extent, ax.texts)
+    boxes = sorted(extents, key=lambda b: b.y0)
+    assert all(a.y1 <= b.y0 + 1 for a, b in zip(boxes, boxes[1:]))
+    page = fig.bbox
+    assert all(b.x1 <= page.x1 and 0 <= b.y0 < b.y1 <= page.y1 for b in boxes)
+    points = {a.name: a.points() for a in study.arms.values()}
+    for t in ax.texts:  # each line ends at the mean of its seeds
+        assert t.xy == pytest.approx(mean_point(points[t.get_text()]))
 
 
 def test_the_callers_settings_come_back(tmp_path):
