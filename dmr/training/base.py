@@ -59,7 +59,7 @@ class BaseConfig:
     size: str = "small"  # of the model, a name in SIZES
     context: int = 64  # bytes read per window
     batch: int = 16  # windows per step
-    steps: int = 5500  # about half an hour on one core
+    steps: int = 5000  # about half an hour on one core
     lr: float = 1e-3  # peak learning rate of AdamW
     warmup: float = 0.02  # share of the steps; then a cosine to zero
     seed: int = 0  # of first weights, batches and what it writes

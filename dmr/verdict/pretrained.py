@@ -22,8 +22,8 @@ from .merging import Finding, forgets_share
 from .tables import Table
 
 # %% auto #0
-__all__ = ['BASE', 'PLAIN', 'SFA', 'OURS', 'PARTS', 'points_of', 'methods', 'rival_curves', 'envelope', 'judge_points', 'chosen',
-           'judge_pretrained']
+__all__ = ['BASE', 'PLAIN', 'SFA', 'OURS', 'PARTS', 'points_of', 'setting_of', 'methods', 'rival_curves', 'envelope',
+           'judge_points', 'chosen', 'chosen_rival', 'judge_pretrained']
 
 # %% ../../nbs/making/10_pretrained.ipynb #dbeb6079
 def points_of(
@@ -57,7 +57,7 @@ BASE, PLAIN = "the base", "plain"
 SFA = "averaging during training (SFA)"
 
 
-def _setting(row: Mapping[str, Any]) -> str:
+def setting_of(row: Mapping[str, Any]) -> str:
     "What tells a row from others of its arm, such as 'lr 0.001, l2 0.01'."
     p = row["parameters"]
     said = [f"lr {float(p['lr']):g}"]
@@ -94,7 +94,7 @@ def methods(
                 name = BASE
             elif at < 1:
                 name = f"{name}, stopped early"
-            setting = "" if kind == "base" else _setting(row)
+            setting = "" if kind == "base" else setting_of(row)
             places = out.setdefault(name, {}).setdefault(setting, {})
             places.setdefault(at, {})[row["seed"]] = point
     return out
@@ -193,6 +193,37 @@ def chosen(
                 d = [L - 0.5 * (L - matched[s]) for s, L in lost.items()]
                 scores.setdefault((setting, at), []).append(float(np.mean(d)))
     both = {k: sum(d) for k, d in scores.items() if len(d) == len(PARTS)}
+    return min(both, key=lambda k: both[k]) if both else None
+
+
+def _learned(
+    base: Points,  # seed -> the base
+    arm: Points,
+) -> float:  # nats, the mean over the arm's seeds
+    "How much the loss on new text fell."
+    fell = [base[s].learning_accuracy - arm[s].learning_accuracy for s in arm]
+    return float(np.mean(fell))
+
+
+def chosen_rival(
+    table: Table,  # of `tuning_pretrained`
+    name: str,  # of an arm
+    least: float = 0.9,  # of what plain training learns, in [0, 1]
+) -> str | None:  # setting; None: no runs, or none learns enough
+    "The setting of a rival that loses least and still learns."
+    lost: dict[str, list[float]] = {}
+    for part in PARTS:
+        found = methods(table, part)
+        base = found.get(BASE, {}).get("", {}).get(0.0, {})
+        ends = found.get(PLAIN, {})
+        for setting, places in found.get(name, {}).items():
+            plain = ends.get(setting.split(",")[0], {}).get(1.0)
+            if not plain or 1.0 not in places:
+                continue
+            if _learned(base, places[1.0]) >= least * _learned(base, plain):
+                end = [p.forgetting for p in places[1.0].values()]
+                lost.setdefault(setting, []).append(float(np.mean(end)))
+    both = {k: sum(x) for k, x in lost.items() if len(x) == len(PARTS)}
     return min(both, key=lambda k: both[k]) if both else None
 
 

@@ -120,5 +120,5 @@ def test_the_usual_base_is_the_one_of_the_protocol():
     assert (c.size, c.context, c.steps * c.batch * c.context) == (
         "small",
         64,
-        5_632_000,
+        5_120_000,
     )

@@ -17,6 +17,7 @@ from dmr.verdict.pretrained import (
     OURS,
     PARTS,
     chosen,
+    chosen_rival,
     judge_pretrained,
     methods,
     points_of,
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = find_project(ROOT)
 STUDY = read_study(PROJECT.studies / "pretrained.yaml")
 TUNING = read_study(PROJECT.studies / "tuning_pretrained.yaml")
+NUMBERS = ("learned", "lost", "lost_sample", "lost_rest", "lost_unseen")
+NUMBERS += ("accuracy_known", "kl_known")
 MINE = "projection by self + Fisher merge by self"
 
 
@@ -74,7 +77,12 @@ def result(cell, lost):
     return {
         "parameters": dict(p),
         "records": records,
-        "metrics": {"forgetting": 0.1, "measured": found, "known": KNOWN},
+        "metrics": {
+            "forgetting": 0.1,
+            "measured": found,
+            "known": KNOWN,
+            **dict.fromkeys(NUMBERS, 0.25),
+        },
         "identity": {"base_weights": "ab" * 32},
     }
 
@@ -85,7 +93,9 @@ def table(study, lost):
         about = {"run_id": cell.slug, "study": study.name, "cell": cell.hash}
         about |= {"part": cell.part, "arm": cell.arm, "seed": cell.seed}
         identity = Identity(dict(cell.parameters), "s", (), {})
-        row = row_of(about, identity, {"state": "ok"}, result(cell, lost))
+        row = row_of(
+            about, identity, {"state": "ok", "wall_s": 9}, result(cell, lost)
+        )
         rows.append(row | {"parameters": cell.parameters})
     return Table(study.name, planned=len(rows), rows=tuple(rows))
 
@@ -150,6 +160,26 @@ def test_tuning_takes_the_setting_with_the_lowest_d(good):
     assert own == ("lr 0.001, rank 32", 1.0)
 
 
+def test_a_rival_takes_what_loses_least_and_still_learns(good):
+    "Here all settings learn alike, so what they lose is all that counts."
+    rows = []
+    for r in good[1].rows:
+        if r["arm"] == "L2 to the start":
+            point = json.loads(r["measured"])[0]
+            # little pull: much lost; much pull: little lost, nothing learned
+            l2 = r["parameters"]["l2"]
+            point["losses"][1:5] = [2.0 + 0.001 / l2] * 4
+            if l2 == 0.03:
+                point["losses"][0] = 2.9
+            r = r | {"measured": json.dumps([point])}
+        rows.append(r)
+    changed = replace(good[1], rows=tuple(rows))
+    assert chosen_rival(changed, "L2 to the start") == "lr 0.001, l2 0.01"
+    assert chosen_rival(changed, "L2 to the start", 0.0).endswith("l2 0.03")
+    assert chosen_rival(changed, "L2 to the start", 2.0) is None
+    assert chosen_rival(Table("tuning_pretrained"), "L2 to the start") is None
+
+
 def test_no_verdict_from_three_seeds(good):
     few = replace(
         good[0], rows=tuple(r for r in good[0].rows if r["seed"] < 1303)
@@ -198,3 +228,25 @@ def test_the_study_keeps_the_protocol():
     # what the study runs at one setting, tuning ran at several
     tuned = {c.arm for c in TUNING.cells}
     assert {c.arm for c in STUDY.cells} - tuned == {"replay"}
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_page_reads_what_is_there(good, runs, monkeypatch):
+    shown = []
+    empty = (Table("pretrained", planned=130), Table("tuning_pretrained"))
+    tables = {t.study: t for t in (good if runs else empty)}
+    monkeypatch.setattr("dmr.verdict.tables.read_table", tables.get)
+    monkeypatch.setattr(
+        "IPython.display.display", lambda x: shown.append(x.data)
+    )
+    page = ROOT / "nbs/experiments/18_pretrained.ipynb"
+    space: dict = {}
+    for cell in json.loads(page.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+    if not runs:
+        assert len(shown) == 1 and "no runs yet, 130 planned" in shown[0]
+        return
+    assert len(shown) == 5
+    assert f"| {MINE} | lr 0.001, rank 32 | 0.9 |" in shown[1]
+    assert "holds: -" in shown[2] and "**far**" in shown[4]
