@@ -154,7 +154,7 @@ class OneConfig:
             object.__setattr__(self, name, value)
         _check_together(self)
 
-
+# %% ../../nbs/training/12_one_model.ipynb #f4dbead1
 def _check_together(config: OneConfig) -> None:
     "Raise ValueError where the parameters of a run do not fit together."
     c, base = config, base_config(config.base)
@@ -192,7 +192,7 @@ def _check_together(config: OneConfig) -> None:
             f" steps={c.steps}"
         )
 
-# %% ../../nbs/training/12_one_model.ipynb #399154f1
+# %% ../../nbs/training/12_one_model.ipynb #63a25a5c
 def _starts(
     config: OneConfig,
     length: int,  # bytes of text
@@ -213,7 +213,7 @@ def _starts(
     order = torch.randperm(windows, generator=drawn)
     return (order[:wanted] * context).view(c.steps, c.batch)
 
-# %% ../../nbs/training/12_one_model.ipynb #63a25a5c
+# %% ../../nbs/training/12_one_model.ipynb #e81c940e
 class Held:
     "Held-out windows of every text, and what the base says of them."
 
@@ -253,7 +253,7 @@ class Held:
                 }
         return out
 
-# %% ../../nbs/training/12_one_model.ipynb #e81c940e
+# %% ../../nbs/training/12_one_model.ipynb #93582c18
 def shown_windows(
     config: OneConfig,
     base: Base,
@@ -300,7 +300,7 @@ def add_squares(
             total = sums.setdefault(name, torch.zeros_like(p.grad))
             total.addcmul_(p.grad, p.grad, value=scale)
 
-# %% ../../nbs/training/12_one_model.ipynb #93582c18
+# %% ../../nbs/training/12_one_model.ipynb #b65ef29d
 class _Setup:
     "The base, the texts, and what protects."
 
@@ -320,16 +320,28 @@ class _Setup:
         self.text = self.stream[0].train
         self.starts = _starts(c, len(self.text), self.context)
         self.squares: dict[str, Tensor] = {}  # sum of g² of the new domain
+        self.past: dict[str, dict[str, Tensor]] = {}  # F_p by source
+        self.router: MomentRouter | None = None
         self.step, self.seconds = 0, 0.0
         self.points: list[dict[str, Any]] = []
         betas = (0.9, c.beta2)
         parameters = self.model.parameters()
         self.optimizer = build_optimizer("adamw", parameters, c.lr, *betas)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        "What comes before the first step."
+
+# %% ../../nbs/training/12_one_model.ipynb #65ad8f9e
+class _Protected(_Setup):
+    "What is looked at before training."
+
+    def _prepare(self) -> None:
+        super()._prepare()
         self._protect()
-        self._rehearsal()
 
     def _protect(self) -> None:
-        c, self.router, self.past = self.config, None, {}
+        c = self.config
         kinds = {"none": (), "both": ("sample", "self")}
         shown = {
             source: shown_windows(c, self.base, self.stream, source)
@@ -350,6 +362,14 @@ class _Setup:
     def _new_loss(self, windows: Tensor) -> Tensor:
         return next_byte_loss(self.model, windows)
 
+# %% ../../nbs/training/12_one_model.ipynb #3ecd4993
+class _Rehearsed(_Protected):
+    "Other text in some of the windows."
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._rehearsal()
+
     def _rehearsal(self) -> None:
         "Which windows are of other text, and which text."
         c, shape = self.config, self.starts.shape
@@ -366,8 +386,8 @@ class _Setup:
         picks = torch.randint(len(self.memory), shape, generator=drawn)
         self.picks = torch.where(self.other, picks, 0)
 
-# %% ../../nbs/training/12_one_model.ipynb #7324eade
-class _Steps(_Setup):
+# %% ../../nbs/training/12_one_model.ipynb #6583a871
+class _Steps(_Rehearsed):
     "The steps."
 
     def batch(self) -> Tensor:  # (batch, context + 1)
@@ -415,7 +435,7 @@ class _Steps(_Setup):
             average_back(self.model, self.start, now, c.average)
         return loss.detach()
 
-# %% ../../nbs/training/12_one_model.ipynb #65ad8f9e
+# %% ../../nbs/training/12_one_model.ipynb #5a1096bd
 class _Afterwards(_Steps):
     "What one training gives without further steps."
 
@@ -438,9 +458,9 @@ class _Afterwards(_Steps):
                 self.note(f"merge by {source}", weight)
         self.model.load_state_dict(end)
 
-# %% ../../nbs/training/12_one_model.ipynb #3ecd4993
-class OneRun(_Afterwards):
-    "A run in progress; goes on from its checkpoint if there is one."
+# %% ../../nbs/training/12_one_model.ipynb #de4c65d4
+class _Resumed(_Afterwards):
+    "A run that goes on from its checkpoint if there is one."
 
     def state(self) -> dict[str, Any]:
         router = None if self.router is None else self.router.state_dict()
@@ -490,6 +510,10 @@ class OneRun(_Afterwards):
             )
         self.take(state)
 
+# %% ../../nbs/training/12_one_model.ipynb #24bc047c
+class OneRun(_Resumed):
+    "A run in progress."
+
     def train(self, progress: bool) -> None:
         "The steps that are left, measured at every point."
         c, path = self.config, self._path()
@@ -511,7 +535,7 @@ class OneRun(_Afterwards):
                 write_checkpoint(path, self.state())
         shown.close()
 
-# %% ../../nbs/training/12_one_model.ipynb #6583a871
+# %% ../../nbs/training/12_one_model.ipynb #c49e3b7a
 def summary(
     config: OneConfig,
     known: Iterable[str],  # kinds that the base has read
@@ -565,7 +589,7 @@ def one_model(
     trained = [p for p in run.points if p["kind"] == "training"]
     return _result(run, before, trained[-1]["texts"], began)
 
-# %% ../../nbs/training/12_one_model.ipynb #a31d170e
+# %% ../../nbs/training/12_one_model.ipynb #1f316ae9
 def _short(point: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
     "A measured point as a row of a table holds it."
     texts = point["texts"]

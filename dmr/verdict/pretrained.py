@@ -226,7 +226,7 @@ def chosen_rival(
     both = {k: sum(x) for k, x in lost.items() if len(x) == len(PARTS)}
     return min(both, key=lambda k: both[k]) if both else None
 
-
+# %% ../../nbs/making/10_pretrained.ipynb #c3ab2012
 def judge_pretrained(
     table: Table,  # of `pretrained`
     tuning: Table,  # of `tuning_pretrained`
