@@ -213,7 +213,7 @@ def test_the_table_is_read_as_it_was_written(good, tmp_path):
 
 
 def test_the_study_keeps_the_protocol():
-    assert len(STUDY.cells) == 130 and len(TUNING.cells) == 48
+    assert len(STUDY.cells) == 130 and len(TUNING.cells) == 40
     seeds = {c.seed for c in STUDY.cells}
     assert len(seeds) == 5 and not seeds & {c.seed for c in TUNING.cells}
     for c in (*STUDY.cells, *TUNING.cells):
