@@ -1,0 +1,252 @@
+"""The rule of the study `pretrained`, on invented tables, and its files."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dmr.studies.identity import Identity
+from dmr.studies.study import find_project, read_study
+from dmr.studies.table import row_of
+from dmr.training.base import KNOWN
+from dmr.training.one_model import OneConfig
+from dmr.verdict.pretrained import (
+    OURS,
+    PARTS,
+    chosen,
+    chosen_rival,
+    judge_pretrained,
+    methods,
+    points_of,
+    rival_curves,
+)
+from dmr.verdict.tables import Table, read_table
+
+ROOT = Path(__file__).parents[2]
+PROJECT = find_project(ROOT)
+STUDY = read_study(PROJECT.studies / "pretrained.yaml")
+TUNING = read_study(PROJECT.studies / "tuning_pretrained.yaml")
+NUMBERS = ("learned", "lost", "lost_sample", "lost_rest", "lost_unseen")
+NUMBERS += ("accuracy_known", "kl_known")
+MINE = "projection by self + Fisher merge by self"
+
+
+def result(cell, lost):
+    """What a run would emit if new text starts at 3 nats and known text at 2:
+    learned depends on the rate and the point, lost on what was learned.
+    """
+    p = cell.parameters
+    noise = 0.004 * math.sin(7 * cell.seed + p["lr"] * 1e4)
+    full = 0.4 + 0.2 * math.log10(p["lr"] / 1e-4)
+
+    def point(kind, at, share=1.0):
+        learned = full * at
+        each = share * (0.5 * learned + noise * at)
+        losses = [3 - learned, *[2 + each * k for k in (0.5, 1.5, 1, 1)], 2.5]
+        return {"kind": kind, "at": at, "losses": losses}
+
+    base = point("training", 0.0)["losses"]
+    share = lost.get(cell.arm, 1.0)
+    found = [
+        point("training", k / p["points"], share)
+        for k in range(1, p["points"] + 1)
+    ]
+    if p["average"]:
+        found = [point("training", p["average"]) | {"at": 1.0}]
+    if p["way_back"]:
+        found += [point("average", k / 10, 0.9) for k in range(1, 10)]
+    sources = {"none": (), "both": ("sample", "self")}
+    for source in sources.get(p["protect"], (p["protect"],)):
+        kind = f"merge by {source}"
+        merged = lost.get(f"{cell.arm}, {kind}", 0.9)
+        found += [point(kind, w, merged) for w in p["weights"]]
+    records = [
+        {
+            "stage": stage,
+            "domain": i,
+            "trained_domain": p["domains"][0] if stage == 0 else None,
+            "eval_domain": name,
+            "loss": losses[i],
+        }
+        for stage, losses in ((-1, base), (0, found[-1]["losses"]))
+        for i, name in enumerate(p["domains"])
+    ]
+    return {
+        "parameters": dict(p),
+        "records": records,
+        "metrics": {
+            "forgetting": 0.1,
+            "measured": found,
+            "known": KNOWN,
+            **dict.fromkeys(NUMBERS, 0.25),
+        },
+        "identity": {"base_weights": "ab" * 32},
+    }
+
+
+def table(study, lost):
+    rows = []
+    for cell in study.cells:
+        about = {"run_id": cell.slug, "study": study.name, "cell": cell.hash}
+        about |= {"part": cell.part, "arm": cell.arm, "seed": cell.seed}
+        identity = Identity(dict(cell.parameters), "s", (), {})
+        row = row_of(
+            about, identity, {"state": "ok", "wall_s": 9}, result(cell, lost)
+        )
+        rows.append(row | {"parameters": cell.parameters})
+    return Table(study.name, planned=len(rows), rows=tuple(rows))
+
+
+@pytest.fixture(scope="module")
+def good():
+    half = {"projection by self, merge by self": 0.2}
+    return table(STUDY, half), table(TUNING, half)
+
+
+def test_every_point_of_a_row(good):
+    row = next(r for r in good[0].rows if r["arm"] == "plain")
+    found = list(points_of(row))
+    kinds = [kind for kind, _, _ in found]
+    assert kinds.count("training") == 10 and kinds.count("average") == 9
+    assert kinds.count("merge by self") == kinds.count("merge by sample") == 4
+    base = found[0]
+    assert base[:2] == ("base", 0.0) and base[2].forgetting == 0
+    assert base[2].learning_accuracy == 3
+    end = next(x for x in found if x[:2] == ("training", 1.0))[2]
+    losses = json.loads(row["measured"])[9]["losses"]
+    assert end.learning_accuracy == losses[0]
+    assert end.forgetting == pytest.approx(sum(losses[1:5]) / 4 - 2)
+
+
+def test_the_rivals_are_the_cheap_ones_without_text(good):
+    rivals = rival_curves(methods(good[0], "near"))
+    kinds = {name.split(",")[0] for name in rivals}
+    assert kinds == {
+        "lower rate",
+        "stopped early",
+        "averaged with the base",
+        "SFA",
+    }
+    assert len(rivals) == 1 + 4 + 4 + 1
+    assert list(rivals["lower rate"]) == [0.0, 1e-4, 3e-4, 1e-3, 2e-3]
+    assert sorted(rivals["SFA, lr 0.001"]) == [0.0, 0.5, 0.8, 1.0]
+    stopped = rivals["stopped early, lr 0.001"]
+    assert len(stopped) == 11 and len(stopped[0.5]) == 5
+
+
+def test_a_method_that_loses_little_passes_and_others_do_not(good):
+    for part in PARTS:
+        found = judge_pretrained(*good, part)
+        assert list(found) == list(OURS)
+        assert found[MINE].outcome == "holds", found[MINE]
+        # an average lost 0.9 of what plain training lost; ours 0.2
+        note = found[MINE].note
+        assert "against averaged with the base" in note and "rank 32" in note
+        others = {f.outcome for name, f in found.items() if name != MINE}
+        assert others == {"fails"}
+
+
+def test_tuning_takes_the_setting_with_the_lowest_d(good):
+    setting, weight = chosen(good[1], MINE)
+    # what is learned grows with rate and weight, and d with it
+    assert (setting, weight) == ("lr 0.001, rank 32", 0.9)
+    assert chosen(Table("tuning_pretrained"), MINE) is None
+    found = judge_pretrained(good[0], Table("tuning_pretrained"), "near")
+    assert all("not tuned" in f.note for f in found.values())
+    own = chosen(good[1], "projection by self", ["lr 0.001, rank 32"])
+    assert own == ("lr 0.001, rank 32", 1.0)
+
+
+def test_a_rival_takes_what_loses_least_and_still_learns(good):
+    "Here all settings learn alike, so what they lose is all that counts."
+    rows = []
+    for r in good[1].rows:
+        if r["arm"] == "L2 to the start":
+            point = json.loads(r["measured"])[0]
+            # little pull: much lost; much pull: little lost, nothing learned
+            l2 = r["parameters"]["l2"]
+            point["losses"][1:5] = [2.0 + 0.001 / l2] * 4
+            if l2 == 0.03:
+                point["losses"][0] = 2.9
+            r = r | {"measured": json.dumps([point])}
+        rows.append(r)
+    changed = replace(good[1], rows=tuple(rows))
+    assert chosen_rival(changed, "L2 to the start") == "lr 0.001, l2 0.01"
+    assert chosen_rival(changed, "L2 to the start", 0.0).endswith("l2 0.03")
+    assert chosen_rival(changed, "L2 to the start", 2.0) is None
+    assert chosen_rival(Table("tuning_pretrained"), "L2 to the start") is None
+
+
+def test_no_verdict_from_three_seeds(good):
+    few = replace(
+        good[0], rows=tuple(r for r in good[0].rows if r["seed"] < 1303)
+    )
+    found = judge_pretrained(few, good[1], "far")
+    assert found[MINE].outcome == "too few seeds"
+
+
+def test_runs_from_two_bases_are_not_mixed(good):
+    rows = list(good[0].rows)
+    rows[3] = rows[3] | {"identity_base_weights": "cd" * 32}
+    with pytest.raises(ValueError, match="has runs from 2 bases"):
+        methods(replace(good[0], rows=tuple(rows)), "near")
+
+
+def test_the_table_is_read_as_it_was_written(good, tmp_path):
+    project = replace(PROJECT, results=tmp_path)
+    rows = [
+        {k: v for k, v in r.items() if k != "parameters"} for r in good[0].rows
+    ]
+    rows = [r | {"code": "c"} for r in rows]
+    with open(tmp_path / "pretrained.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, list(rows[0]), restval="")
+        out.writeheader()
+        out.writerows(rows)
+    read = read_table("pretrained", project)
+    assert len(read.rows) == len(STUDY.cells)
+    found = judge_pretrained(read, good[1], "near")
+    assert found[MINE].outcome == "holds"
+    assert "no runs yet" in str(read_table("tuning_pretrained", project))
+
+
+def test_the_study_keeps_the_protocol():
+    assert len(STUDY.cells) == 130 and len(TUNING.cells) == 40
+    seeds = {c.seed for c in STUDY.cells}
+    assert len(seeds) == 5 and not seeds & {c.seed for c in TUNING.cells}
+    for c in (*STUDY.cells, *TUNING.cells):
+        given = {k: v for k, v in c.parameters.items() if k != "checkpoint"}
+        run = OneConfig(**given)
+        assert run.steps * run.batch * 64 >= 300_000
+        assert run.sampling == "epoch" and run.base is None
+        assert run.domains[0] == {"near": "bible", "far": "cpp"}[c.part]
+        assert run.domains[1:5] == list(KNOWN)
+    rates = {c.parameters["lr"] for c in STUDY.cells if c.arm == "plain"}
+    assert len(rates) == 4
+    # what the study runs at one setting, tuning ran at several
+    tuned = {c.arm for c in TUNING.cells}
+    assert {c.arm for c in STUDY.cells} - tuned == {"replay"}
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_page_reads_what_is_there(good, runs, monkeypatch):
+    shown = []
+    empty = (Table("pretrained", planned=130), Table("tuning_pretrained"))
+    tables = {t.study: t for t in (good if runs else empty)}
+    monkeypatch.setattr("dmr.verdict.tables.read_table", tables.get)
+    monkeypatch.setattr(
+        "IPython.display.display", lambda x: shown.append(x.data)
+    )
+    page = ROOT / "nbs/experiments/18_pretrained.ipynb"
+    space: dict = {}
+    for cell in json.loads(page.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+    if not runs:
+        assert len(shown) == 1 and "no runs yet, 130 planned" in shown[0]
+        return
+    assert len(shown) == 5
+    assert f"| {MINE} | lr 0.001, rank 32 | 0.9 |" in shown[1]
+    assert "holds: -" in shown[2] and "**far**" in shown[4]
