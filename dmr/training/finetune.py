@@ -197,7 +197,6 @@ class Request:
             _within(name, value, limits)
             object.__setattr__(self, name, value)
         _typed("checkpointing", self.checkpointing, "bool")
-        _typed("targets", self.targets, "list[str] | None")
         for rate in self.rates:
             _within("rates", _typed("rates", rate, "float"), "(0, inf)")
         if not self.rates:

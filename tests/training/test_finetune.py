@@ -316,7 +316,6 @@ def test_a_bench_is_put_back_to_where_it_began(made):
         ({"epochs": 3}, "unknown parameter 'epochs'"),
         ({"held_out": 0.9}, "held_out=0.9 lies outside"),
         ({"checkpointing": "yes"}, "checkpointing='yes' must be true or false"),
-        ({"targets": "q_proj", "lora": 2}, "targets='q_proj' must be a list"),
         ({"keep": "saved"}, "needs router.pt in the model's folder"),
     ],
 )
