@@ -925,7 +925,7 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
                 " delete it"
             )
 
-
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e60
 #: Files of an output folder, and its folder of the model.
 REQUEST, RESULT, RUN = "request.json", "result.json", "run.json"
 MODEL = "model"
@@ -1133,7 +1133,7 @@ def _progress(bench: Bench, arms: int, enabled: bool) -> _Trainings:
     size = tokens * float(new.bytes.sum() / new.counts.sum())
     return _Trainings(arms, r.steps, round(size), enabled)
 
-
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e62
 def _next_run(
     bench: Bench,
     arm: Arm,
