@@ -127,7 +127,7 @@ def _tuned(args: argparse.Namespace, study: Study, project: Project) -> int:
             " failed; make those runs again without a sampler"
         )
     done = run_tuned(
-        study, project, args.trials, seed=args.sampler_seed, **_how(args)
+        study, project, args.trials, seed=args.sampler_seed or 0, **_how(args)
     )
     if not args.json:
         print(done.summary(), tuned_text(done), sep="\n")
@@ -148,7 +148,6 @@ def _add_tuner_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--sampler-seed",
         type=int,
-        default=0,
         metavar="SEED",
         help="with --tuner: seed of the sampler (default: 0)",
     )
@@ -243,6 +242,7 @@ def _report(args: argparse.Namespace) -> int:
     anything; `tuning` and `claims` have their own.
     """
     from dmr.studies.study import find_study
+    from dmr.studies.template import nearest
 
     project = _project_of(args)
     if args.study is None:
@@ -250,7 +250,14 @@ def _report(args: argparse.Namespace) -> int:
     if args.study in ("claims", "tuning"):
         return _judge(args.study, project)
     command = f"dmr report {args.study}"
-    return _write_report(find_study(args.study, project), project, command)
+    try:
+        study = find_study(args.study, project)
+    except FileNotFoundError as e:
+        near = nearest(args.study, ("claims", "tuning"))
+        if "did you mean" in str(e) or not near:
+            raise
+        raise FileNotFoundError(f"no report {args.study!r}{near}") from None
+    return _write_report(study, project, command)
 
 
 def _judge(
@@ -565,13 +572,14 @@ def _train_and_tell(args: argparse.Namespace) -> int:
     given, more = _asked(args), _given(args)
     named = [name for name in more if hasattr(args, name)]
     given |= {name: more.pop(name) for name in named}
+    folder = str(given["output"])
     try:
         done = getattr(finetune, args.command)(**given, **more)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise
     print(done.summary(), flush=True)
-    page = write_page(args.command, given | {"asked": more}, args.output)
+    page = write_page(args.command, given | {"asked": more}, folder)
     print(f"open {page.resolve().as_uri()}")
     return 0
 
@@ -605,6 +613,26 @@ def _check_options(args: argparse.Namespace) -> None:
         )
     if lines is not None and lines < 1:
         raise ValueError(f"-n {lines}: at least 1 line is needed")
+    _check_tuner(args)
+
+
+def _check_tuner(args: argparse.Namespace) -> None:
+    "Refuse options that mean nothing without a sampler, or with one."
+    tuner = getattr(args, "tuner", None)
+    if not tuner:
+        for name in ("trials", "sampler-seed"):
+            value = getattr(args, name.replace("-", "_"), None)
+            if value is not None:
+                raise ValueError(
+                    f"--{name} {value} is for a sampler; add --tuner optuna, or"
+                    " leave it out to make all runs"
+                )
+    elif args.dry_run:
+        raise ValueError(
+            "--dry-run does not go with --tuner: what a sampler asks for"
+            " depends on the results so far; without --tuner it shows the whole"
+            " grid"
+        )
 
 # %% ../nbs/making/23_cli.ipynb #99b0b9d5
 def _add_parameter(
@@ -674,8 +702,11 @@ def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
             p[name].add_argument(argument, metavar=argument.upper(), help=help)
         p[name].add_argument(
             "--keep",
-            metavar="OLD|self",
-            help="old text to protect, or self: the model writes it",
+            metavar="OLD|self|saved",
+            help=(
+                "old text to protect; self: the model writes it; saved: what an"
+                " earlier training left in the model's folder"
+            ),
         )
         p[name].add_argument(
             "--lora", type=int, metavar="RANK", help="train adapters alone"
@@ -687,7 +718,15 @@ def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
             metavar="RATE",
             help="peak learning rates; a training each",
         )
-        p[name].add_argument("--steps", type=int, metavar="N")
+        p[name].add_argument(
+            "--steps",
+            type=int,
+            metavar="N",
+            help=(
+                "optimizer steps (default: 40; with a card 500, or as many as"
+                " read the text three times)"
+            ),
+        )
         p[name].add_argument(
             "-o",
             "--output",

@@ -158,7 +158,17 @@ def test_values(text, value):
         (["run", "missing.ipynb"], "no template notebook"),
         (["tail", "nothing"], "no run begins with 'nothing'"),
         (["why", "nothing"], "no run begins with 'nothing'"),
-        (["status", "tiny"], "no batch of 'tiny' was started"),
+        (["status", "tiny"], "was started here; `dmr batch tiny --dry-run`"),
+        (["status", "tniy"], "no study has this name (did you mean 'tiny'?)"),
+        (["report", "tniy"], "did you mean 'tiny'"),
+        (["report", "claim"], "no report 'claim' (did you mean 'claims'?)"),
+        (["report", "tunning"], "did you mean 'tuning'"),
+        (["batch", "tiny", "--trials", "3"], "--trials 3 is for a sampler"),
+        (["batch", "tiny", "--sampler-seed", "0"], "add --tuner optuna"),
+        (
+            ["batch", "tiny", "--tuner", "optuna", "--dry-run"],
+            "depends on the results so far",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong(capsys, tmp_path, monkeypatch, argv, said):

@@ -59,7 +59,7 @@ from dmr.studies.table import (
     row_key,
     row_of,
 )
-from .template import Template
+from .template import Template, nearest
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'stream_hash', 'planned_text', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
@@ -691,10 +691,7 @@ def status(
     if not plan:
         if (folder / "plan.json").exists():
             raise FileNotFoundError(f"`dmr batch {study}` writes the plan anew")
-        raise FileNotFoundError(
-            f"no batch of {study!r} was started here; `dmr batch {study}"
-            " --dry-run` shows its plan"
-        )
+        raise FileNotFoundError(_no_batch(study, project))
     out = []
     for entry in plan["runs"]:
         state = dict(state=entry["state"])
@@ -708,3 +705,13 @@ def status(
 def studies_with_runs(project: Project) -> list[str]:
     "The studies that have a plan in the run folder."
     return sorted(p.parent.name for p in project.runs.glob("*/plan.json"))
+
+
+def _no_batch(study: str, project: Project) -> str:
+    "What to say of a study that has no plan here."
+    said = f"no batch of {study!r} was started here"
+    known = {p.stem for p in list_studies(project)}
+    if study in known:
+        return f"{said}; `dmr batch {study} --dry-run` shows its plan"
+    near = nearest(study, sorted(known | {*studies_with_runs(project)}))
+    return f"{said}, and no study has this name{near}; see `dmr batch --list`"

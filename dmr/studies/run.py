@@ -288,6 +288,10 @@ def kernel_manager(
             # provisioners of local kernels have a process id
             started(getattr(self.provisioner, "pid"))  # noqa: B009
 
+        async def _async_interrupt_kernel(self) -> None:
+            if not self.shutting_down:  # then a kernel only complains of it
+                await super()._async_interrupt_kernel()
+
         async def shutdown_kernel(  # type: ignore[override]
             self, *args: Any, **kwargs: Any
         ) -> None:

@@ -30,12 +30,14 @@ from dmr.files import (
     write_checkpoint,
     write_object,
 )
+from ..extras import need
+from ..frameworks.callbacks import ROUTER_FILE
 from ..frameworks.lora import lora_include
 from ..methods.consolidation import FisherMerge
 from ..methods.projection import Projection
 from ..methods.replay import ReplayBuffer, ReplayMix
 from ..methods.sampling import sample_text
-from ..routing.kept import weights_print
+from ..routing.kept import read_kept, weights_print
 from ..routing.router import MomentRouter
 from dmr.training.config import (
     _typed,
@@ -68,13 +70,13 @@ from dmr.training.held_out import (
 )
 from .limits import read_range
 from .loop import _check_same_run, _find_device, _Progress, plain
-from .pretrained import encode, small_llama
+from .pretrained import MODELS, encode, small_llama
 
 # %% auto #0
-__all__ = ['METHODS', 'USUAL', 'USUAL_RATE', 'NUMBERS', 'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'usual_method',
-           'usual_device', 'native_bfloat16', 'Request', 'make_request', 'read_sources', 'Material', 'prepare_texts',
-           'row_order', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
-           'save_small_llama', 'example_case']
+__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'SAVE_EVERY', 'REQUEST',
+           'RESULT', 'RUN', 'MODEL', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16', 'Request',
+           'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order', 'Bench', 'Arm',
+           'Training', 'Finetuned', 'save_model', 'finetune', 'compare', 'save_small_llama', 'example_case']
 
 # %% ../../nbs/training/10_finetune.ipynb #1e908d01
 #: What `method` may be, and what it does.
@@ -118,7 +120,7 @@ USUAL: dict[str, dict[str, int]] = {
         "looks": 4,
     },
     "gpu": {
-        "steps": 500,
+        "steps": 500,  # at most: see `usual_steps`
         "batch": 8,
         "length": 512,
         "windows": 32,
@@ -126,6 +128,11 @@ USUAL: dict[str, dict[str, int]] = {
         "looks": 10,
     },
 }
+#: How often a text is read where no number of steps is asked for, about and at
+#: most, with a card.
+PASSES = 3
+#: Bytes of a token, for an estimate: English text has 4 or a few more, code 3.
+TOKEN_BYTES = 4
 #: Peak learning rates where none is asked for.
 USUAL_RATE = {"full": 1e-4, "lora": 1e-3}
 
@@ -164,7 +171,7 @@ class Request:
 
     model: str  # a name, a folder or a .gguf file
     new: str  # a file or folder
-    keep: str | None  # a file or folder, self, or none
+    keep: str | None  # a file or folder, self, saved, or none
     method: str  # a key of METHODS
     lora: int | None  # rank of the adapters; None: all weights
     targets: list[str] | None  # layers that get adapters; None: the usual
@@ -189,6 +196,7 @@ class Request:
             value = _typed(name, getattr(self, name), kind)
             _within(name, value, limits)
             object.__setattr__(self, name, value)
+        _typed("checkpointing", self.checkpointing, "bool")
         for rate in self.rates:
             _within("rates", _typed("rates", rate, "float"), "(0, inf)")
         if not self.rates:
@@ -256,7 +264,9 @@ def make_request(
     usual |= {name: x for name, x in asked.items() if x is not None}
     native = native_bfloat16(found)
     past = None if keep is None else os.fspath(keep)
-    return Request(
+    if past == "saved":
+        method = _saved_method(os.fspath(model), method, lora)
+    r = Request(
         model=os.fspath(model),
         new=os.fspath(new),
         keep=past,
@@ -267,8 +277,70 @@ def make_request(
         dtype=dtype or ("bfloat16" if native else "float32"),
         **usual,
     )
+    if found.type == "cpu" or asked.get("steps") is not None:
+        return r
+    return replace(r, steps=usual_steps(r, read_examples(r.new)))
+
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e51
+def usual_steps(
+    r: Request,
+    examples: Sequence[Example],  # of the new text
+) -> int:  # at least 1
+    "Steps that read a text about PASSES times, and no more than usual."
+    said = [text for x in examples for text, _ in x.parts]
+    said += [str(m["content"]) for x in examples for m in x.messages]
+    size = sum(len(text.encode()) for text in said) * (1 - r.held_out)
+    tokens = r.batch * r.accumulation * r.length
+    reads = round(PASSES * size / TOKEN_BYTES / tokens)
+    return max(1, min(USUAL["gpu"]["steps"], reads))
+
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e54
+def _saved_method(model: str, method: str | None, lora: int | None) -> str:
+    "The method of a router's file. ValueError where none can be gone on with."
+    path = Path(model) / ROUTER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"keep='saved' needs {ROUTER_FILE} in the model's folder, and"
+            f" {model!r} has none; a training with a method leaves it there."
+            " Pass a file or folder of old text, or keep='self'"
+        )
+    parts = read_kept(path).get("parts", {}).values()
+    kinds = str([how.get("class") or how.get("missing") for how in parts])
+    names = {"merge": "FisherMerge", "projection": "Projection"}
+    names["replay"] = "ReplayMix"
+    found = "+".join(key for key, name in names.items() if name in kinds)
+    if found not in METHODS or lora is not None:
+        raise ValueError(
+            f"{path} is not of a training of all weights by a method of these:"
+            f" {', '.join(METHODS)}; leave lora out, or go on in a loop of your"
+            " own with MomentRouter.load"
+        )
+    if method not in (None, found):
+        raise ValueError(
+            f"method={method!r} cannot go on from {path}, which {found!r}"
+            " wrote; leave method out"
+        )
+    return found
+
+
+def _saved_past(
+    r: Request,
+    start: str,  # print of the weights that training begins with
+) -> dict | None:  # of a router's file; None: not asked for
+    "What was saved beside the model. ValueError if it is of other weights."
+    if r.keep != "saved":
+        return None
+    found = read_kept(Path(r.model) / ROUTER_FILE)
+    if found.get("weights") not in (None, start):
+        raise ValueError(
+            f"{ROUTER_FILE} in {r.model} was saved with other weights than lie"
+            " there now; put those back, or pass an old text as keep"
+        )
+    return found
 
 # %% ../../nbs/training/10_finetune.ipynb #e50c4891
+#: Words that `keep` may be in place of a file: no text is read for them.
+WORDS = ("self", "saved")
 #: What was read from the files, by part: new, and old where there is one.
 Read = dict[str, list[Example]]
 
@@ -276,8 +348,8 @@ Read = dict[str, list[Example]]
 def read_sources(r: Request) -> Read:
     "Read the files of a request. Raises what `read_examples` raises."
     found = {"new": read_examples(r.new)}
-    if r.keep not in (None, "self"):
-        found["old"] = read_examples(str(r.keep))
+    if r.keep is not None and r.keep not in WORDS:
+        found["old"] = read_examples(r.keep)
     return found
 
 
@@ -359,7 +431,7 @@ def prepare_texts(
     held, past = {"new": new}, None
     if r.keep == "self":
         past, held["old"] = _written(r, model, tokenizer)
-    elif r.keep is not None:
+    elif "old" in read:
         rows, held["old"] = _two_parts(read["old"], r, tokenizer, "old")
         past = _as_past(rows, r)
     for name, text in general_texts().items():
@@ -379,11 +451,38 @@ def row_order(
     orders = [torch.randperm(count, generator=generator) for _ in rounds]
     return torch.cat(orders)[:wanted]
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e56
+def _check_here(name: str) -> None:
+    "ValueError, soon, for a model that is not here and cannot be asked for."
+    need("transformers", "hf", "a pretrained model")
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    path = Path(name)
+    if name in MODELS or path.exists() or path.suffix == ".gguf":
+        return
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path; `load_pretrained` says what is wrong
+        return
+    if isinstance(cached, str) or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as e:
+        raise ValueError(
+            f"no language model {name!r} here, and {constants.ENDPOINT} cannot"
+            f" be reached ({type(e).__name__}); pass a folder that"
+            " save_pretrained wrote, a .gguf file, a name that is in the cache,"
+            f" or one of {', '.join(MODELS)}"
+        ) from None
+
 # %% ../../nbs/training/10_finetune.ipynb #cfb8fc38
 def _open_model(r: Request, lora: int | None) -> tuple[Any, Any]:
     "The model, on its device and open for training, and its tokenizer."
     # a folder called `small` is a folder, not the model made in place
     name = f".{os.sep}small" if r.model == "small" else r.model
+    _check_here(name)
     config = FinetuneConfig(
         model=name,
         context=r.length,
@@ -405,6 +504,12 @@ def _open_model(r: Request, lora: int | None) -> tuple[Any, Any]:
             " name yours, for example targets=['c_attn', 'c_proj']"
         ) from None
     if r.checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"checkpointing=True is not offered by {r.model!r}; leave it"
+                " out, and where memory is short pass a smaller batch and more"
+                " accumulation"
+            )
         how = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     return model, tokenizer
@@ -420,6 +525,7 @@ class Bench:
         self.texts = prepare_texts(r, read, *opened)
         self.start = copied(trained_weights(self.model))
         self.print = weights_print(self.start)
+        self.saved = _saved_past(r, self.print) if lora is None else None
         self.before = self.losses()
         self.prompts = {
             name: held.tokens[0, : min(16, r.length // 2)]
@@ -510,15 +616,32 @@ class _Steps:
         return self.nats(batch) / _counted(batch)
 
     def protect(self) -> None:
-        "Show the past, where the method asks for one."
+        "Take up or show the past, where the method asks for one."
         past = self.bench.texts.past
-        if self.arm.method == "none" or past is None:
+        if self.arm.method == "none":
             return
-        size = self.request.batch
-        whole = past[: max(1, len(past) // size) * size]
-        self.router.protect(whole.split(size), self.loss, progress=False)
-        if isinstance(merge := self.router.consolidation, FisherMerge):
-            merge.samples = size * self.request.accumulation
+        if self.bench.saved is not None:
+            self.router.take_up(self.bench.saved)
+        elif past is not None:
+            size = self.request.batch
+            whole = past[: max(1, len(past) // size) * size]
+            self.router.protect(whole.split(size), self.loss, progress=False)
+
+    def count_rows(self) -> None:
+        "Tell a merge how many rows the gradient of a step covers."
+        r, merge = self.request, self.router.consolidation
+        if isinstance(merge, FisherMerge):
+            merge.samples = r.batch * r.accumulation
+
+    def end(self) -> None:
+        "After the last step: what the method does to the weights and keeps."
+        if self.arm.method == "none":
+            return
+        if self.arm.method == "replay":  # rows that were read
+            rows = self.train[self.order.unique()]
+            for batch in rows.split(self.request.batch):
+                self.router.observe(batch, len(rows))
+        self.router.consolidate()
 
 
 def _counted(batch: Tensor) -> Tensor:
@@ -662,9 +785,10 @@ class _Looking(_Resumable):
         self.curve.append({**point, "change": self.changes()})
         self.recent = []
 
-    def steps(self, progress: _Progress, place: int) -> None:
+    def steps(self, progress: _Trainings, place: int) -> None:
         "All steps that are still to do."
         r, began = self.request, time.perf_counter()
+        progress.begin(place, self.step, self.seconds)
         due = {round(k * r.steps / r.looks) for k in range(1, r.looks + 1)}
         spent, saved = self.seconds, began
         with _after_the_step() as asked:
@@ -699,9 +823,9 @@ class Training(_Looking):
 
 # %% ../../nbs/training/10_finetune.ipynb #664748b4
 def _train(
-    bench: Bench, arm: Arm, folder: Path, progress: _Progress, place: int
-) -> dict[str, Any]:  # plain values
-    "One training and its record; the model is left as it ended."
+    bench: Bench, arm: Arm, folder: Path, progress: _Trainings, place: int
+) -> tuple[dict[str, Any], MomentRouter]:  # plain values; off the optimizer
+    "One training: its record and its router; the model is left as it ended."
     training = Training(bench, arm, folder)
     cards = [d.index or 0 for d in _cards(bench.device)]
     try:
@@ -709,15 +833,15 @@ def _train(
             torch.manual_seed(seed_for(bench.request.seed, "dropout"))
             if not training.take_up():
                 training.protect()
+            training.count_rows()
             training.steps(progress, place)
         back = training.way_back()
-        if "merge" in arm.method:
-            training.router.consolidate()
+        training.end()
         change = training.changes()
     finally:
         training.router.close()
     written = bench.write()
-    return plain(
+    record = plain(
         {
             **asdict(arm),
             "name": arm.name,
@@ -728,6 +852,7 @@ def _train(
             "seconds": training.seconds,
         }
     )
+    return record, training.router
 
 # %% ../../nbs/training/10_finetune.ipynb #495cee45
 @dataclass(frozen=True)
@@ -800,9 +925,25 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
                 " delete it"
             )
 
-
-#: Files of an output folder.
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e60
+#: Files of an output folder, and its folder of the model.
 REQUEST, RESULT, RUN = "request.json", "result.json", "run.json"
+MODEL = "model"
+
+
+def _write_result(folder: Path, result: Finetuned) -> None:
+    "Write a result; its paths are relative to the folder, which may move."
+    inside = {"folder": ".", "checkpoint": result.checkpoint and MODEL}
+    write_object(folder / RESULT, plain(asdict(result) | inside))
+
+
+def _read_result(folder: Path) -> Finetuned | None:
+    "A folder's result, if there is one; its paths are those of today."
+    if not (found := read_object(folder / RESULT)):
+        return None
+    checkpoint = found["checkpoint"] and str(folder / MODEL)
+    found |= {"folder": str(folder), "checkpoint": checkpoint}
+    return Finetuned(**found)
 
 
 def _unpacked(model: Any) -> None:
@@ -819,8 +960,9 @@ def save_model(
     model: Any,  # of transformers, or of peft
     tokenizer: Any,
     folder: Path,
+    router: MomentRouter | None = None,  # that knows what is protected
 ) -> None:
-    "Write a model and its tokenizer, whole or not at all."
+    "Write a model, its tokenizer and its router, whole or not at all."
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.config.use_cache = True  # of generation; off in training
@@ -830,6 +972,8 @@ def save_model(
     finally:
         model.config.use_cache = False
     tokenizer.save_pretrained(part)
+    if router is not None:
+        router.save(part / ROUTER_FILE, given=router.parts())
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(part, folder)
@@ -847,13 +991,13 @@ def _best(runs: list[dict[str, Any]]) -> int:
 
 
 def _one_arm(
-    bench: Bench, arm: Arm, folder: Path, progress: _Progress, place: int
-) -> dict[str, Any]:
-    "Train an arm; a diverged one has its error as record."
+    bench: Bench, arm: Arm, folder: Path, progress: _Trainings, place: int
+) -> tuple[dict[str, Any], MomentRouter | None]:
+    "Train an arm; a diverged one has its error as record, and no router."
     try:
         return _train(bench, arm, folder, progress, place)
     except FloatingPointError as e:
-        return {**asdict(arm), "name": arm.name, "error": str(e)}
+        return {**asdict(arm), "name": arm.name, "error": str(e)}, None
 
 
 def _finished(folder: Path, run: dict[str, Any]) -> None:
@@ -875,9 +1019,11 @@ def _train_all(
     read = read_sources(r)
     identity = plain(_identity(r, read) | {"arms": [arm.name for arm in arms]})
     _check_folder(folder, identity)
-    if done := read_object(folder / RESULT):
-        return replace(Finetuned(**done), folder=str(folder))
+    if (done := _read_result(folder)) is not None:
+        return done
     bench = Bench(r, read, arms[0].lora)
+    if progress and (said := _many_passes(bench)):
+        print(said, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         write_object(folder / REQUEST, identity)
@@ -891,7 +1037,7 @@ def _train_all(
         shown.close()
         if any("change" in run for run in runs):
             result = _collected(r, head, runs, folder, keep_model)
-            write_object(folder / RESULT, plain(asdict(result)))
+            _write_result(folder, result)
             return result
     _clear(folder)
     raise ValueError(runs[0]["error"])
@@ -918,34 +1064,99 @@ def _clear(folder: Path) -> None:
     with suppress(OSError):  # not empty, or not ours
         folder.rmdir()
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e58
+#: Times that a text is read before a run says so.
+MANY = 4
+
+
+def _many_passes(bench: Bench) -> str:  # empty: not that often
+    "A line for a text that is short for so many steps."
+    r, rows = bench.request, len(bench.texts.train[0])
+    size = r.batch * r.accumulation
+    if (times := r.steps * size / rows) < MANY:
+        return ""
+    fewer = max(1, round(PASSES * rows / size))
+    return (
+        f"{r.new} is short: {r.steps} steps read it {times:.0f} times, and it"
+        f" may be learned by heart; more text, or steps={fewer}"
+    )
+
 # %% ../../nbs/training/10_finetune.ipynb #19a185d8
-def _progress(bench: Bench, arms: int, enabled: bool) -> _Progress:
+class _Trainings(_Progress):
+    "Says where all trainings are, which have ended, and what time is left."
+
+    ended = made = 0  # trainings; of these, in this sitting
+
+    def begin(self, place: int, step: int, seconds: float) -> None:
+        "A training begins, or goes on after steps that took some seconds."
+        self.domain_began = time.perf_counter() - seconds
+        self._reach(place * self.steps + step)
+
+    def end(self, run: dict[str, Any], made: bool) -> None:
+        "A training has its record, made now or found."
+        self.ended, self.made = self.ended + 1, self.made + made
+        self._reach(self.ended * self.steps)
+        if self.enabled and self.domains > 1:
+            done = f"{self.ended} of {self.domains} trainings done"
+            line = f"{done}: {_came(run)}{self._left()}"
+            if self.bar is None:
+                print(line, flush=True)
+            else:
+                self.bar.write(line)
+
+    def _left(self) -> str:
+        "How long the others will take, where that can be known."
+        others = self.domains - self.ended
+        if not self.made or not others:
+            return ""
+        left = round((time.perf_counter() - self.began) / self.made * others)
+        return f"; about {left // 60}:{left % 60:02d} left"
+
+    def _reach(self, steps: int) -> None:
+        if self.bar is not None:
+            self.bar.update(steps - self.bar.n)
+
+
+def _came(run: dict[str, Any]) -> str:
+    "What came of a training, in a few words."
+    if "error" in run:
+        return f"{run['name']} diverged"
+    x = run["change"]["new"]
+    moved, error = -x["bits_per_byte"], x["bits_per_byte_se"]
+    return f"{run['name']} learned {moved:+.3f} ± {error:.3f} bits per byte"
+
+
+def _progress(bench: Bench, arms: int, enabled: bool) -> _Trainings:
     "A line that says where all trainings are, and what time is left."
     r, new = bench.request, bench.texts.held["new"]
     tokens = r.batch * r.accumulation * r.length
     size = tokens * float(new.bytes.sum() / new.counts.sum())
-    return _Progress(arms, r.steps, round(size), enabled)
+    return _Trainings(arms, r.steps, round(size), enabled)
 
-
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e62
 def _next_run(
     bench: Bench,
     arm: Arm,
     runs: list[dict[str, Any]],  # so far; one more afterwards
     folder: Path,
     keep_model: bool,
-    shown: _Progress,
+    shown: _Trainings,
     place: int,
 ) -> None:
     "A run's record, read or made."
     at = folder / "runs" / arm.name
     if run := read_object(at / RUN):
         runs.append(run)
+        shown.end(run, made=False)
         return
     bench.put_back()
-    runs.append(run := _one_arm(bench, arm, at, shown, place))
+    run, router = _one_arm(bench, arm, at, shown, place)
+    runs.append(run)
     if keep_model and "change" in run and _best(runs) == place:
-        save_model(bench.model, bench.tokenizer, folder / "model")
+        kept = None if arm.method == "none" else router
+        save_model(bench.model, bench.tokenizer, folder / MODEL, kept)
     _finished(at, run)
+    shown.end(run, made=True)
 
 # %% ../../nbs/training/10_finetune.ipynb #0babadd2
 def _head(bench: Bench) -> dict[str, Any]:
@@ -979,7 +1190,7 @@ def _collected(
         request=asdict(r),
         runs=runs,
         best=_best(runs),
-        checkpoint=str(folder / "model") if keep_model else None,
+        checkpoint=str(folder / MODEL) if keep_model else None,
         folder=str(folder),
         seconds=math.fsum(run.get("seconds", 0.0) for run in runs),
         **head,
@@ -992,7 +1203,8 @@ def finetune(
     model: str | os.PathLike[str],
     # a file, a folder or JSONL of what is to be learned
     new: str | os.PathLike[str],
-    # old text to protect: a file or folder; self: the model writes it
+    # old text to protect: a file or folder; self: the model writes it; saved:
+    # what an earlier training left in the model's folder
     keep: str | os.PathLike[str] | None = None,
     *,
     # a key of METHODS; None: merge with `keep`, none without
@@ -1000,7 +1212,7 @@ def finetune(
     lora: int | None = None,  # rank of adapters; None: all weights
     # peak learning rate; several: a training each; None: 1e-4, LoRA 1e-3
     rates: float | Sequence[float] | None = None,
-    steps: int | None = None,  # None: 40, with a card 500
+    steps: int | None = None,  # None: 40, with a card `usual_steps`
     output: str | os.PathLike[str] = "finetuned",  # folder
     progress: bool = True,  # say where it is
     **asked: Any,  # further fields of a `Request`, such as batch=4
@@ -1014,33 +1226,44 @@ def finetune(
     )
     arms = [Arm(r.method, rate, r.lora) for rate in r.rates]
     if progress:
-        print(_opening(r), flush=True)
+        print(_opening(r, steps is None), flush=True)
     return _train_all(r, arms, Path(output), True, progress)
 
 
-def _opening(r: Request) -> str:
-    "What a request will do, in a line or two."
+def _opening(
+    r: Request,
+    usual: bool,  # was no number of steps asked for?
+) -> str:
+    "What a request will do, in a few lines."
     tokens = r.batch * r.accumulation * r.length
     what = "all weights" if r.lora is None else f"adapters of rank {r.lora}"
     line = (
         f"{r.model}: {what}, {r.steps} steps of {tokens} tokens on {r.device};"
         f" method {r.method} {METHODS[r.method]}"
     )
-    if r.steps == USUAL["cpu"]["steps"] and r.device == "cpu":
+    if usual and r.device == "cpu":
         line += "\n(40 steps are a first look; pass steps=... for more)"
+    elif usual and r.steps < USUAL["gpu"]["steps"]:
+        line += f"\n(about {PASSES} times the text; pass steps=... for more)"
+    beside = Path(r.model) / ROUTER_FILE
+    if r.keep is None and beside.is_file():
+        line += (
+            f"\n({beside} knows what was protected, and is not used; pass"
+            " keep='saved' to go on with it)"
+        )
     return line
 
 # %% ../../nbs/training/10_finetune.ipynb #5c7ab662
 def compare(
     model: str | os.PathLike[str],  # as for `finetune`
     new: str | os.PathLike[str],  # as for `finetune`
-    keep: str | os.PathLike[str],  # as for `finetune`
+    keep: str | os.PathLike[str] | None = None,  # as for `finetune`; needed
     *,
     lora: int | None = 8,  # rank of the adapters' arm; None: no such arm
     # peak learning rates of full training; None: the usual one, a third of it
     # and three times as much
     rates: float | Sequence[float] | None = None,
-    steps: int | None = None,  # None: 40, with a card 500
+    steps: int | None = None,  # None: 40, with a card `usual_steps`
     output: str | os.PathLike[str] = "compared",  # folder
     progress: bool = True,  # say where it is
     **asked: Any,  # further fields of a `Request`, such as batch=4
@@ -1049,6 +1272,7 @@ def compare(
     early, averaging back and adapters. Keeps numbers and no model. Raises
     ValueError for what cannot be, before anything is written.
     """
+    _check_comparison(keep, asked)
     usual = USUAL_RATE["full"]
     rates = [usual / 3, usual, 3 * usual] if rates is None else rates
     r = make_request(
@@ -1060,8 +1284,25 @@ def compare(
     if lora is not None:
         arms.append(Arm("none", USUAL_RATE["lora"], lora))
     if progress:
-        print(f"{_opening(r)}\n{len(arms)} trainings", flush=True)
+        opening = _opening(r, steps is None)
+        print(f"{opening}\n{len(arms)} trainings", flush=True)
     return _train_all(r, arms, Path(output), False, progress)
+
+
+def _check_comparison(keep: Any, asked: dict[str, Any]) -> None:
+    "ValueError for what `finetune` takes and a comparison does not."
+    if "method" in asked:
+        raise ValueError(
+            f"method={asked['method']!r} has no meaning in a comparison, which"
+            " trains the recommended method beside its controls; leave it out,"
+            " or use finetune"
+        )
+    if keep is None:
+        raise ValueError(
+            "a comparison needs an old text, of which something may be lost:"
+            " pass keep=... (--keep on the command line), a file or a folder,"
+            " or self to let the model write it"
+        )
 
 # %% ../../nbs/training/10_finetune.ipynb #330240e3
 def save_small_llama(

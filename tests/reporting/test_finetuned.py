@@ -48,7 +48,9 @@ def call(folder, *argv, python=(), **env):
 
 @pytest.mark.parametrize("command", ["finetune", "compare"])
 def test_a_command_ends_with_a_page(command, empty):
-    texts = ["../tiny", "../new.txt", "--keep", "../old.txt", "-o", "out"]
+    texts = ["../tiny", "../new.txt", "--keep", "../old.txt"]
+    # the folder by its option, or as a parameter
+    texts += ["-o", "out"] if command == "finetune" else "-p output out".split()
     done = call(empty, command, *texts, *SMALL)
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
@@ -96,6 +98,26 @@ def test_what_is_wrong_is_one_line(empty, capsys, monkeypatch):
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("dmr finetune: ") and said in err, err
     assert not [*empty.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (
+            ["-p", "method", "replay", "--keep", "self"],
+            "method='replay' has no",
+        ),
+        ([], "--keep on the command line), a file or a folder, or self"),
+    ],
+)
+def test_a_comparison_refuses_in_one_line(
+    argv, said, empty, capsys, monkeypatch
+):
+    monkeypatch.chdir(empty)
+    assert main(["compare", "../tiny", "../new.txt", *argv]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("dmr compare: ") and said in err
+    assert err.count("\n") == 0 and not [*empty.iterdir()]
 
 
 def test_an_interrupted_command_says_how_to_go_on(empty, capsys, monkeypatch):

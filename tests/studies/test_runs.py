@@ -2,12 +2,15 @@
 processes.
 """
 
+import asyncio
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,6 +29,7 @@ from dmr.studies.run import (
     Limits,
     Run,
     clear_leftovers,
+    kernel_manager,
     launch,
     prepare_run,
     start,
@@ -130,6 +134,32 @@ def test_a_dead_run_says_killed(make, left):
     write_atomic(run.folder / "state.json", json.dumps(left))
     assert run.state()["state"] == KILLED
     assert clear_leftovers(run) == left["attempts"]
+
+
+def test_a_kernel_is_ended_without_an_interrupt():
+    """Jupyter interrupts a kernel before it asks it to end, and one that has
+    just run its last cell complains of that where everybody reads it.
+    """
+    sent, pids = [], []
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path
+    kind = kernel_manager(scratch, pids.append, stopping=lambda: None)
+
+    class Noted(kind):
+        async def _async_signal_kernel(self, number):
+            sent.append(number)
+            await super()._async_signal_kernel(number)
+
+    async def live():
+        manager = Noted()
+        await manager.start_kernel()
+        await manager.interrupt_kernel()
+        assert sent == [signal.SIGINT]  # who asks for one gets it
+        await manager.shutdown_kernel()
+
+    asyncio.run(live())
+    shutil.rmtree(scratch)
+    assert sent.count(signal.SIGINT) == 1
+    assert not psutil.pid_exists(pids[0])
 
 
 def test_clearing_leaves_strangers_alone(make):

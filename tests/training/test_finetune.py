@@ -5,7 +5,10 @@ where it would have ended without an interruption.
 import json
 import math
 import os
+import re
 import signal
+import time
+from functools import partial
 
 import pytest
 
@@ -17,13 +20,15 @@ from conftest import flat
 
 import dmr
 import dmr.training.finetune as finetune_module
-from dmr.files import locked
+from dmr.files import locked, read_object, write_object
+from dmr.routing.kept import read_kept
 from dmr.routing.router import MomentRouter
 from dmr.training.finetune import (
     METHODS,
     Arm,
     Bench,
     Training,
+    compare,
     make_request,
     read_sources,
     save_small_llama,
@@ -58,7 +63,7 @@ def made(tmp_path):
 
 
 def tuned(folder, output="out", keep="old.txt", **other):
-    if keep not in (None, "self"):
+    if keep not in (None, "self", "saved"):
         keep = folder / keep
     given = SMALL | {"output": folder / output} | other
     return dmr.finetune(folder / "tiny", folder / "new.txt", keep, **given)
@@ -111,6 +116,60 @@ def test_interrupted_and_resumed_equals_undisturbed(method, made, monkeypatch):
     )
     assert not (arm / "state.pt").exists()
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("method", ["merge", "merge+projection"])
+def test_a_training_resumed_at_its_merge_counts_the_rows_of_a_step(
+    method, made, monkeypatch
+):
+    "Interrupted in the last step: what is left is the merge."
+    how = {"method": method, "accumulation": 3}
+    whole = tuned(made, "whole", **how)
+    step = Training.train_step
+
+    def interrupted(self):
+        loss = step(self)
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(Training, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(made, "parts", **how)
+    monkeypatch.undo()
+    parts = tuned(made, "parts", **how)
+    assert numbers(parts) == numbers(whole)
+    assert torch.equal(
+        weights_in(parts.checkpoint), weights_in(whole.checkpoint)
+    )
+
+
+def test_a_folder_may_be_moved(made, monkeypatch):
+    step = Training.train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(made, "first")
+    monkeypatch.undo()
+    (made / "first").rename(made / "second")
+    done = tuned(made, "second")
+    assert done.checkpoint == str(made / "second/model")
+    (made / "second").rename(made / "third")
+    moved = tuned(made, "third")
+    assert moved.folder == str(made / "third")
+    assert moved.checkpoint == str(made / "third/model")
+    assert len(weights_in(moved.checkpoint))
+    assert numbers(moved) == numbers(done)
+    # as earlier versions wrote it
+    path = made / "third/result.json"
+    found = read_object(path) | {"checkpoint": "finetuned/model"}
+    write_object(path, found)
+    assert tuned(made, "third") == moved
 
 
 def test_a_second_interruption_is_answered_at_once():
@@ -256,12 +315,141 @@ def test_a_bench_is_put_back_to_where_it_began(made):
         ({"decay": "slow"}, "choose linear, cosine or none"),
         ({"epochs": 3}, "unknown parameter 'epochs'"),
         ({"held_out": 0.9}, "held_out=0.9 lies outside"),
+        ({"checkpointing": "yes"}, "checkpointing='yes' must be true or false"),
+        ({"keep": "saved"}, "needs router.pt in the model's folder"),
     ],
 )
 def test_bad_input_is_named_and_leaves_no_folder(wrong, said, made):
     with pytest.raises(ValueError, match=said):
         tuned(made, **wrong)
     assert not (made / "out").exists()
+
+
+def test_a_model_that_cannot_recompute_says_so(made, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    kind = "supports_gradient_checkpointing"
+    monkeypatch.setattr(LlamaForCausalLM, kind, False)
+    for lora in (None, 2):
+        with pytest.raises(ValueError, match="checkpointing=True is not off"):
+            tuned(made, checkpointing=True, lora=lora)
+    assert not (made / "out").exists()
+
+
+def test_a_name_that_nobody_can_be_asked_for_fails_at_once(made, monkeypatch):
+    "And not after half a minute of retries."
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.perf_counter()
+    given = SMALL | {"output": made / "out"}
+    with pytest.raises(ValueError, match="'some/modle' here, and http://127"):
+        dmr.finetune("some/modle", made / "new.txt", **given)
+    assert time.perf_counter() - began < 10
+    assert not (made / "out").exists()
+
+
+def test_with_a_card_the_usual_steps_fit_the_text(made, monkeypatch):
+    "Eight rows of 512 tokens a step, four bytes a token."
+    card = lambda name: torch.device(name)
+    monkeypatch.setattr(finetune_module, "_find_device", card)
+    monkeypatch.setattr(finetune_module, "native_bfloat16", lambda d: False)
+
+    def steps(size, device="cuda", **other):
+        (made / "new.txt").write_text("x" * size)
+        where = {"device": device} | other
+        return make_request(made / "tiny", made / "new.txt", **where).steps
+
+    megabyte = 0.9 * 1_000_000 / 4 / (8 * 512)  # steps that read it once
+    assert abs(steps(1_000_000) - 3 * megabyte) < 1
+    assert abs(steps(1_000_000, accumulation=2) - 1.5 * megabyte) < 1
+    assert steps(20_000_000) == 500 and steps(100) == 1
+    assert steps(100, steps=700) == 700  # what is asked for is asked for
+    assert steps(100, device="cpu") == 40
+
+
+def test_a_comparison_says_what_it_takes(made):
+    call = partial(compare, made / "tiny", made / "new.txt")
+    given = SMALL | {"output": made / "out"}
+    with pytest.raises(ValueError, match="method='replay' has no meaning"):
+        call(made / "old.txt", method="replay", **given)
+    with pytest.raises(ValueError, match="a file or a folder, or self"):
+        call(**given)
+    assert not (made / "out").exists()
+
+
+def test_trainings_that_have_ended_are_counted(made, capsys, monkeypatch):
+    "Also those of an earlier sitting; with the time that the others take."
+    given = SMALL | {"output": made / "out", "progress": True}
+    given |= {"rates": [1e-3, 3e-3], "lora": 2, "steps": 4}
+    call = partial(compare, made / "tiny", made / "new.txt", made / "old.txt")
+    step = Training.train_step
+
+    def interrupted(self):
+        if self.arm.rate == 3e-3 and self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(**given)
+    monkeypatch.undo()
+    first = [x for x in capsys.readouterr().out.splitlines() if " done: " in x]
+    assert len(first) == 1 and first[0].startswith("1 of 3 trainings done: me")
+    assert re.search(r"learned [+-]\d.*; about \d+:\d\d left$", first[0])
+    done = call(**given)
+    said = [x for x in capsys.readouterr().out.splitlines() if " done: " in x]
+    assert [line[:6] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
+    assert ["left" in line for line in said] == [False, True, False]
+    assert all(run["name"] in x for run, x in zip(done.runs, said))
+
+
+def test_a_bar_stands_where_the_trainings_are():
+    "Found ones, diverged ones and a half one are on it."
+    shown = finetune_module._Trainings(4, 10, 1, enabled=False)
+    shown.bar = bar = Bar()
+    shown.end({"name": "found", "error": "none"}, made=False)
+    assert bar.n == 10
+    shown.begin(1, 6, seconds=3.0)
+    assert bar.n == 16
+    shown.end({"name": "diverged", "error": "none"}, made=True)
+    assert bar.n == 20
+
+
+class Bar:
+    "As much of a bar as is used."
+
+    n = 0
+
+    def update(self, by):
+        self.n += by
+
+
+def test_a_resumed_training_says_its_speed(capsys):
+    "Of all its steps, over all their seconds."
+    shown = finetune_module._Trainings(1, 10, 1000, True)
+    shown.begin(0, 8, seconds=80.0)
+    shown.interval = 0.0
+    shown.step(0, "x", 8, torch.tensor(1.0))
+    speed = re.search(r"([\d,]+) bytes/s", capsys.readouterr().out)[1]
+    assert int(speed) == 100
+
+
+def test_a_short_text_is_told_of(made, capsys):
+    (made / "new.txt").write_text(NEW * 24)
+    tuned(made, progress=True, keep=None)
+    assert "is short" not in capsys.readouterr().out
+    tuned(made, "many", progress=True, steps=60, looks=1, keep=None)
+    line = next(
+        x for x in capsys.readouterr().out.splitlines() if "is short" in x
+    )
+    r = make_request(
+        made / "tiny", made / "new.txt", length=48, windows=2, device="cpu"
+    )
+    rows = len(Bench(r, read_sources(r), None).texts.train[0])
+    assert f"60 steps read it {120 / rows:.0f} times" in line
+    assert line.endswith(f"steps={round(3 * rows / 2)}")
 
 
 def test_a_folder_is_of_one_request(made):
@@ -330,6 +518,93 @@ def test_a_folder_of_the_users_survives_a_failure(made):
     with pytest.raises(ValueError, match="not finite"):
         tuned(made, rates=1e30)
     assert tuned(made).learned[0] > 0
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "none"])
+def test_what_was_protected_is_saved_and_gone_on_with(method, made):
+    first = tuned(made, "first", method=method)
+    (made / "tiny").rename(made / "base")
+    (made / "first/model").rename(made / "tiny")
+    saved = read_kept(made / "tiny/router.pt")["state"]
+    assert saved["domains"] == 2  # the old text, and the new one
+    (made / "new.txt").write_text("The moon has no wind at all today. " * 120)
+    on = tuned(made, "on", keep="saved")
+    assert on.request["method"] == first.request["method"] == method
+    assert set(on.texts) == {"new", "factbook", "speeches"}
+    plain = tuned(made, "plain", keep=None)
+    assert on.run["change"] != plain.run["change"]
+    again = read_kept(made / "on/model/router.pt")["state"]
+    assert again["domains"] == 3
+    # both texts are in it: what the first one's file knew, and more
+    if method == "merge":
+        past = saved["consolidation"]["past"]
+        later = again["consolidation"]["past"]
+        assert all((later[n] > 0.4 * x).all() for n, x in past.items())
+    if method == "replay":
+        assert len(again["edit"]["domain"]) > len(saved["edit"]["domain"])
+    # a second training of the same call begins as if it were alone
+    both = tuned(made, "both", keep="saved", rates=[1e-3, 3e-3])
+    assert both.runs[1] | {"seconds": 0} == on.run | {"seconds": 0}
+
+
+def test_a_saved_past_survives_an_interruption(made, monkeypatch):
+    tuned(made, "first", method="merge")
+    (made / "tiny").rename(made / "base")
+    (made / "first/model").rename(made / "tiny")
+    whole = tuned(made, "whole", keep="saved", accumulation=2)
+    step = Training.train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(made, "parts", keep="saved", accumulation=2)
+    monkeypatch.undo()
+    parts = tuned(made, "parts", keep="saved", accumulation=2)
+    assert numbers(parts) == numbers(whole)
+
+
+def test_a_saved_past_is_of_its_method_and_its_weights(made, capsys):
+    done = tuned(made, "first", method="merge")
+    model = made / "first/model"
+
+    def on(**other):
+        given = SMALL | {"output": made / "out", "keep": "saved"} | other
+        return dmr.finetune(done.checkpoint, made / "new.txt", **given)
+
+    for wrong, said in (
+        ({"method": "replay"}, "which 'merge' wrote; leave method out"),
+        ({"lora": 2}, "leave lora out"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            on(**wrong)
+    on(keep=None, progress=True, output=made / "plain")
+    assert "keep='saved' to go on with it" in capsys.readouterr().out
+    save_small_llama(made / "other", seed=1, width=32)
+    (made / "other/model.safetensors").replace(model / "model.safetensors")
+    with pytest.raises(ValueError, match="with other weights than lie there"):
+        on()
+    assert not (made / "out").exists()
+
+
+def test_a_saved_past_is_one_line_in_a_loop_of_ones_own(made):
+    from transformers import AutoModelForCausalLM
+
+    done = tuned(made, method="merge+projection")
+    model = AutoModelForCausalLM.from_pretrained(done.checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    path = f"{done.checkpoint}/router.pt"
+    router = MomentRouter.load(path, model, optimizer)
+    assert router.domains == 2 and router.consolidation.past
+
+
+def test_without_a_method_there_is_no_router_to_save(made):
+    done = tuned(made, keep=None)
+    assert not (made / "out/model/router.pt").exists()
+    assert done.run["method"] == "none"
 
 
 @pytest.mark.slow
