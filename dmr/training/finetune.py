@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -71,7 +72,7 @@ from .loop import _check_same_run, _find_device, _Progress, plain
 from .pretrained import encode, small_llama
 
 # %% auto #0
-__all__ = ['METHODS', 'USUAL', 'USUAL_RATE', 'NUMBERS', 'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'usual_method',
+__all__ = ['METHODS', 'USUAL', 'USUAL_RATE', 'NUMBERS', 'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'MODEL', 'usual_method',
            'usual_device', 'native_bfloat16', 'Request', 'make_request', 'read_sources', 'Material', 'prepare_texts',
            'row_order', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
            'save_small_llama', 'example_case']
@@ -863,6 +864,47 @@ def _finished(folder: Path, run: dict[str, Any]) -> None:
     for left in folder.glob("state*"):
         left.unlink()
 
+# %% ../../nbs/training/10_finetune.ipynb #5b1e77a4
+#: Which training the model in a folder is of, and the hashes of its files.
+MODEL = "model.json"
+
+
+def _hash_of(path: Path) -> str | None:  # None: there is no such file
+    digest = hashlib.sha256()
+    with suppress(OSError), open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+        return digest.hexdigest()
+    return None
+
+
+def _keep(bench: Bench, arm: Arm, folder: Path) -> None:
+    "Write the model as it is now, and what its files are."
+    save_model(bench.model, bench.tokenizer, at := folder / "model")
+    files = [p for p in sorted(at.rglob("*")) if p.is_file()]
+    hashes = {p.relative_to(at).as_posix(): _hash_of(p) for p in files}
+    write_object(folder / MODEL, {"arm": arm.name, "files": hashes})
+
+
+def _is_kept(folder: Path, name: str) -> bool:
+    "Is an arm's model there, as it was written?"
+    at, found = folder / "model", read_object(folder / MODEL)
+    if not found:  # of an earlier version
+        return at.is_dir()
+    return found.get("arm") == name and all(
+        _hash_of(at / file) == known for file, known in found["files"].items()
+    )
+
+
+def _done(folder: Path, keep_model: bool) -> Finetuned | None:
+    "The result in a folder, if it is there with all that belongs to it."
+    if not (found := read_object(folder / RESULT)):
+        return None
+    done = replace(Finetuned(**found), folder=str(folder))
+    whole = not keep_model or _is_kept(folder, done.run["name"])
+    return done if whole else None
+
+
 # %% ../../nbs/training/10_finetune.ipynb #51594c13
 def _train_all(
     r: Request,
@@ -875,8 +917,8 @@ def _train_all(
     read = read_sources(r)
     identity = plain(_identity(r, read) | {"arms": [arm.name for arm in arms]})
     _check_folder(folder, identity)
-    if done := read_object(folder / RESULT):
-        return replace(Finetuned(**done), folder=str(folder))
+    if done := _done(folder, keep_model):
+        return done
     bench = Bench(r, read, arms[0].lora)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -888,8 +930,12 @@ def _train_all(
             if bench.lora != arm.lora:
                 bench = Bench(r, read, arm.lora)
             _next_run(bench, arm, runs, folder, keep_model, shown, place)
+        found = any("change" in run for run in runs)
+        if found and keep_model:
+            if not _is_kept(folder, runs[_best(runs)]["name"]):
+                _make_again(bench, arms, runs, folder, shown)
         shown.close()
-        if any("change" in run for run in runs):
+        if found:
             result = _collected(r, head, runs, folder, keep_model)
             write_object(folder / RESULT, plain(asdict(result)))
             return result
@@ -944,8 +990,29 @@ def _next_run(
     bench.put_back()
     runs.append(run := _one_arm(bench, arm, at, shown, place))
     if keep_model and "change" in run and _best(runs) == place:
-        save_model(bench.model, bench.tokenizer, folder / "model")
+        _keep(bench, arm, folder)
     _finished(at, run)
+
+
+def _make_again(
+    bench: Bench,
+    arms: list[Arm],
+    runs: list[dict[str, Any]],  # of all arms; the best one's is replaced
+    folder: Path,
+    shown: _Progress,
+) -> None:
+    "Train the best arm again: its model is lost, or not what was written."
+    place = _best(runs)
+    warnings.warn(
+        f"{folder / 'model'} is not the model that was written; the training"
+        f" {arms[place].name} is made again",
+        stacklevel=5,
+    )
+    (folder / "runs" / arms[place].name / RUN).unlink()
+    before, after = runs[:place], runs[place + 1 :]
+    _next_run(bench, arms[place], before, folder, True, shown, place)
+    runs[:] = before + after
+
 
 # %% ../../nbs/training/10_finetune.ipynb #0babadd2
 def _head(bench: Bench) -> dict[str, Any]:
