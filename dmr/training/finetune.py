@@ -31,6 +31,7 @@ from dmr.files import (
     write_checkpoint,
     write_object,
 )
+from ..frameworks.callbacks import changed_file, folder_hashes
 from ..frameworks.lora import lora_include
 from ..methods.consolidation import FisherMerge
 from ..methods.projection import Projection
@@ -869,31 +870,20 @@ def _finished(folder: Path, run: dict[str, Any]) -> None:
 MODEL = "model.json"
 
 
-def _hash_of(path: Path) -> str | None:  # None: there is no such file
-    digest = hashlib.sha256()
-    with suppress(OSError), open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-        return digest.hexdigest()
-    return None
-
-
 def _keep(bench: Bench, arm: Arm, folder: Path) -> None:
     "Write the model as it is now, and what its files are."
     save_model(bench.model, bench.tokenizer, at := folder / "model")
-    files = [p for p in sorted(at.rglob("*")) if p.is_file()]
-    hashes = {p.relative_to(at).as_posix(): _hash_of(p) for p in files}
+    hashes = folder_hashes(at, "**/*")
     write_object(folder / MODEL, {"arm": arm.name, "files": hashes})
 
 
 def _is_kept(folder: Path, name: str) -> bool:
     "Is an arm's model there, as it was written?"
-    at, found = folder / "model", read_object(folder / MODEL)
+    at, shape = folder / "model", {"arm": str, "files": {...: str}}
+    found = read_object(folder / MODEL, shape)
     if not found:  # of an earlier version
         return at.is_dir()
-    return found.get("arm") == name and all(
-        _hash_of(at / file) == known for file, known in found["files"].items()
-    )
+    return found["arm"] == name and not changed_file(at, found["files"])
 
 
 def _done(folder: Path, keep_model: bool) -> Finetuned | None:

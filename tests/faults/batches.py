@@ -2,6 +2,7 @@
 at work, texts changed, and a cluster taken apart.
 """
 
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
-from damage import Verdict, damage, kill_at, timeless
+from damage import TIMES, Verdict, damage, kill_at, timeless
 from tiny import SENTENCES, dmr, processes, project
 
 FILES = (
@@ -128,24 +129,17 @@ class Ground:
         done = (p for p in self.plan(at).runs if p.state["state"] == "ok")
         return {p.cell.hash: timeless(p.run.result) for p in done}
 
-    def table(self, at: Path) -> list[dict[str, str]]:
+    def table(self, at: Path) -> list[dict[str, Any]]:
         "The rows of the table, without times and surroundings."
         from dmr.studies.table import read_rows
 
-        apart = ("finished", "wall_s", "peak_memory", "attempts", "checksum")
-        return sorted(
-            (
-                {
-                    k: v
-                    for k, v in row.items()
-                    if k not in apart
-                    and not k.startswith("environment_")
-                    and not any(word in k for word in ("seconds", "_s_"))
-                }
-                for row in read_rows(at / "results/tiny.csv")
-            ),
-            key=lambda row: row["cell"],
-        )
+        apart = (*TIMES, "finished", "peak_memory", "attempts", "checksum")
+        rows = []
+        for row in read_rows(at / "results/tiny.csv"):
+            row["stage_values"] = timeless(json.loads(row["stage_values"]))
+            kept = (k for k in row if not k.startswith("environment_"))
+            rows.append({k: row[k] for k in kept if k not in apart})
+        return sorted(rows, key=lambda row: row["cell"])
 
     def said(self, at: Path) -> list[tuple[str, str]]:
         "What `dmr status` says."
@@ -235,9 +229,7 @@ def again(ground: Ground, at: Path, before: str) -> Verdict:
     return judge_live(ground, at, verdict, before)
 
 
-def judge_live(
-    ground: Ground, at: Path, verdict: str, before: str
-) -> Verdict:
+def judge_live(ground: Ground, at: Path, verdict: str, before: str) -> Verdict:
     "Compare runs and table of a batch that is done with the undisturbed one."
     if '/dmr/cli.py", line' in before and "KeyboardInterrupt" not in before:
         return "crashed", before[-300:]
@@ -249,8 +241,9 @@ def judge_live(
         return "lost", f"{len(rows)} rows and {len(found)} results"
     if found != ground.expected:
         return "wrong", "another result"
-    if rows != ground.rows:
-        return "wrong", "another row"
+    for row, known in zip(rows, ground.rows):
+        if other := [k for k in {**row, **known} if row.get(k) != known.get(k)]:
+            return "wrong", f"another row: {other}"
     return verdict, before[-300:]
 
 

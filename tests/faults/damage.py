@@ -10,12 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parent / "kill"),
-]
+sys.path.insert(0, str(Path(__file__).parent / "kill"))
 
-from sitecustomize import die_at_write  # noqa: E402
+from dies import die_at_write  # noqa: E402
 
 #: Verdict and what there is to say.
 Verdict = tuple[str, str]
