@@ -5,6 +5,7 @@
 # %% ../../nbs/studies/08_batch.ipynb #a9bda6a6
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -142,9 +143,12 @@ class _DaskExecutor:
             )
         if self.client.status != "running":  # it is being called again
             return 0
-        known = self.client.scheduler_info(n_workers=-1)
-        workers = known.get("workers") or {}
-        return max(1, sum(w["nthreads"] for w in workers.values()))
+        ask = self.client.scheduler.ncores
+        try:
+            threads = self.client.sync(ask, callback_timeout=10)  # seconds
+        except (OSError, asyncio.TimeoutError):
+            return 0
+        return max(1, sum(threads.values()))
 
     def start_run(self, folder: Path) -> Future:
         inner = self.pool.submit(_launch_there, str(folder), Run(folder).spec)

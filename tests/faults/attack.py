@@ -95,15 +95,22 @@ def kinds(ground: Callable[[], batches.Ground]) -> Iterator[Kind]:
     yield Kind(*live, checkpoints.killed_tuned)
 
 
+def tell(line: str) -> None:
+    print(line, flush=True)
+
+
 def throw(
     kind: Kind,
     count: int,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
+    until: float = float("inf"),  # by time.monotonic()
 ) -> list[dict[str, Any]]:
-    "Throw so many faults of a kind; a row for each."
+    "Throw so many faults of a kind, as far as time allows; a row for each."
     rows, target = [], kind.target()
     for i in range(count):
+        if time.monotonic() > until:
+            break
         fault = kind.faults[i % len(kind.faults)]
         rng = random.Random(f"{kind.name} {fault} {seed} {i}")
         try:
@@ -150,6 +157,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="another draw")
     parser.add_argument("--count", type=int, help="faults of each kind")
+    parser.add_argument("--minutes", type=float, help="for each kind")
     parser.add_argument(
         "--kinds", default="", help="only kinds with one of these, by commas"
     )
@@ -175,10 +183,12 @@ def main() -> int:
             if not any(word in kind.name for word in args.kinds.split(",")):
                 continue
             begun, count = time.monotonic(), args.count or kind.count
-            rows += throw(kind, count, args.seed)
+            end = begun + 60 * args.minutes if args.minutes else float("inf")
+            found = throw(kind, count, args.seed, until=end)
+            rows += found
             took = time.monotonic() - begun
-            print(f"{kind.name}: {count} in {took:.0f} s", flush=True)
-            if args.out:
+            print(f"{kind.name}: {len(found)} in {took:.0f} s", flush=True)
+            if args.out and rows:
                 keep(table(rows), args.out)
     counts = table(rows)
     print(f"{'kind':34}{'faults':>8}", *(f"{v:>9}" for v in VERDICTS))

@@ -2,6 +2,7 @@
 worker that dies. Nothing lost, nothing counted twice.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -470,10 +471,25 @@ def test_while_a_scheduler_is_called_again_nothing_is_handed_out(cluster):
     cluster.client.close()
     with pytest.raises(ConnectionError, match="does not answer any more"):
         cluster.slots()
-    known = lambda n_workers: {}  # before it has answered once
-    for status, slots in (("connecting", 0), ("running", 1)):
-        cluster.client = SimpleNamespace(status=status, scheduler_info=known)
-        assert cluster.slots() == slots
+    cluster.client = SimpleNamespace(status="connecting")
+    assert cluster.slots() == 0
+
+
+@pytest.mark.parametrize("late", [OSError, asyncio.TimeoutError])
+def test_a_scheduler_that_does_not_answer_gets_no_run(
+    cluster, late, monkeypatch
+):
+    client, asked = cluster.client, []
+
+    def sync(ask, callback_timeout, **more):
+        asked.append(callback_timeout)
+        raise late
+
+    monkeypatch.setattr(client, "sync", sync)
+    assert cluster.slots() == 0 and asked == [10]
+    monkeypatch.undo()
+    assert cluster.slots() == 2
+    cluster.shutdown()
 
 
 def test_a_batch_whose_cluster_is_gone_ends_as_a_stopped_one(
