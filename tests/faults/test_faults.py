@@ -27,6 +27,7 @@ from damage import damage, ended, forked  # noqa: E402
 
 from dmr.files import read_object, write_object
 from dmr.routing.strength import Fixed
+from dmr.studies.table import TableError
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,8 @@ def test_a_forged_result_is_seen_as_wrong(ground, tmp_path):
     table_file = tmp_path / "results/tiny.csv"
     lines = table_file.read_text().splitlines(keepends=True)
     table_file.write_text("".join([*lines, lines[-1]]))
-    assert judge_live(ground, tmp_path, "healed", "")[0] == "doubled"
+    with pytest.raises(TableError):  # a row twice: the fault counts as crashed
+        judge_live(ground, tmp_path, "healed", "")
     table_file.write_text("".join(lines[:-1]))
     assert judge_live(ground, tmp_path, "healed", "")[0] == "lost"
     folder = next(tmp_path.glob("runs/tiny/*/result.json")).parent
