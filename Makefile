@@ -40,8 +40,8 @@ test: fetch  ## the fast tier: notebooks, pytest, export sync, lint, types (unde
 test-slow: fetch  ## the rest: several processes, cluster, browser, small real studies
 	$(BIN)/python -m pytest -m slow || $(BIN)/python -m pytest -m slow --last-failed --last-failed-no-failures none
 
-faults: $(STAMP)  ## over 500 faults thrown at a tiny study and its checkpoints, and what became of them
-	$(BIN)/python tests/faults/attack.py
+faults: $(STAMP)  ## over 500 faults thrown at a tiny study and its checkpoints; writes results/faults.csv
+	$(BIN)/python tests/faults/attack.py --out results/faults.csv
 
 lab: $(STAMP)  ## open the book in JupyterLab with this environment's kernel
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (dmr)" >/dev/null

@@ -128,6 +128,7 @@ def _seeds_used(
 MADE_BY: dict[str, str] = {
     "readme": "make run, make readme",
     "stories": "python -m dmr.verdict.stories",
+    "faults": "make faults",
     "explore_folders": "python -m dmr.verdict.folders",
     "performance": "make bench",
     "performance_cuda": "python -m dmr.book.performance --device cuda",

@@ -5,8 +5,10 @@
 # %% ../../nbs/frameworks/02_callbacks.ipynb #0b5347ff
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..routing.sharding import unwrapped
 from ..routing.strength import Strength
 
 # %% auto #0
-__all__ = ['ROUTER_FILE', 'router_file', 'protects', 'DomainCallback']
+__all__ = ['ROUTER_FILE', 'router_file', 'protects', 'file_hash', 'folder_hashes', 'changed_file', 'DomainCallback']
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #5a0336be
 class _Settings:
@@ -181,6 +183,34 @@ class _Filing(_Ending):
         path = Path(folder) / ROUTER_FILE
         self.router.save(path, given=self.router.parts())
         return path
+
+# %% ../../nbs/frameworks/02_callbacks.ipynb #2f7b64c8
+def file_hash(path: Path) -> str | None:  # None: it cannot be read
+    "SHA-256 of a file, read in pieces."
+    digest = hashlib.sha256()
+    with suppress(OSError), open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+        return digest.hexdigest()
+    return None
+
+
+def folder_hashes(
+    folder: Path,
+    pattern: str = "*",  # of the files that count; **/* for all inside
+) -> dict[str, str | None]:  # by name in the folder
+    "The hashes of a folder's files."
+    files = (p for p in sorted(folder.glob(pattern)) if p.is_file())
+    return {p.relative_to(folder).as_posix(): file_hash(p) for p in files}
+
+
+def changed_file(
+    folder: Path,
+    hashes: Mapping[str, str | None],  # as `folder_hashes` gave them
+) -> str | None:  # its name
+    "The first file that is lost or not what it was, if any; new ones may be."
+    names = (n for n, x in hashes.items() if file_hash(folder / n) != x)
+    return next(names, None)
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #cfe0f445
 class DomainCallback(_Filing):

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import need
-from .callbacks import ROUTER_FILE, DomainCallback
+from ..files import read_object, write_object
+from dmr.frameworks.callbacks import (
+    ROUTER_FILE,
+    DomainCallback,
+    changed_file,
+    folder_hashes,
+)
 from ..routing.kept import read_kept
 
 # %% auto #0
-__all__ = ['RouterCallback', 'Routed', 'RoutedTrainer']
+__all__ = ['SEAL', 'RouterCallback', 'Routed', 'RoutedTrainer']
 
 # %% ../../nbs/guides/04_trainer.ipynb #2ee72bde
 _ = need("transformers", "hf", "dmr.frameworks.trainer")
@@ -27,13 +33,35 @@ def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
+#: Hashes of a checkpoint's files.
+SEAL = "router.files.json"
+
+
+def _seal(folder: Path) -> None:
+    "Write down what a checkpoint's files are, but other processes' own."
+    found = folder_hashes(folder).items()
+    kept = {n: x for n, x in found if not n.startswith(("rng_state_", SEAL))}
+    write_object(folder / SEAL, kept)
+
+
+def _check_whole(folder: Path) -> None:
+    "ValueError where a file of a checkpoint is lost, or not what was written."
+    if name := changed_file(folder, read_object(folder / SEAL, {...: str})):
+        raise ValueError(
+            f"{folder / name} is lost, or not what was written; resume from an"
+            f" earlier checkpoint. If you changed it yourself, delete {SEAL}"
+            " there"
+        )
+
+
 def _saved_router(args: Any, state: Any) -> dict:
-    "The router's file in the checkpoint that is resumed."
+    "The router's file in the checkpoint that is resumed, if all is whole."
     folders, given = [_folder(args, state)], args.resume_from_checkpoint
     if isinstance(given, str):
         folders.insert(0, Path(given))
     for folder in folders:
         if (folder / ROUTER_FILE).is_file():
+            _check_whole(folder)
             return read_kept(folder / ROUTER_FILE)
     raise FileNotFoundError(
         f"no {ROUTER_FILE} in {folders[-1]}: the checkpoint was"
@@ -89,11 +117,14 @@ class RouterCallback(_Hooks):
     `resume_from_checkpoint`; at the end of training it is written into the
     output folder, and a later process finds it beside the model that was
     saved there. Raises FileNotFoundError where a checkpoint lacks it,
-    ValueError for methods that keep examples in a Trainer that shows none.
+    ValueError where one of its files is not what was written, and for methods
+    that keep examples in a Trainer that shows none.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.save(_folder(args, state))
+        self.save(folder := _folder(args, state))
+        if state.is_world_process_zero:
+            _seal(folder)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, **more: Any

@@ -5,6 +5,7 @@
 # %% ../../nbs/studies/08_batch.ipynb #a9bda6a6
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -132,11 +133,22 @@ class _DaskExecutor:
             raise ConnectionError(
                 f"no dask scheduler answers at {address}: {e}"
             ) from None
+        self.address = address
         self.pool = self.client.get_executor(pure=False, retries=2)
 
     def slots(self) -> int:
-        workers = self.client.scheduler_info(n_workers=-1)["workers"]
-        return max(1, sum(w["nthreads"] for w in workers.values()))
+        if self.client.status == "closed":
+            raise ConnectionError(
+                f"the dask scheduler at {self.address} does not answer any more"
+            )
+        if self.client.status != "running":  # it is being called again
+            return 0
+        ask = self.client.scheduler.ncores
+        try:
+            threads = self.client.sync(ask, callback_timeout=10)  # seconds
+        except (OSError, asyncio.TimeoutError):
+            return 0
+        return max(1, sum(threads.values()))
 
     def start_run(self, folder: Path) -> Future:
         inner = self.pool.submit(_launch_there, str(folder), Run(folder).spec)
@@ -155,7 +167,8 @@ class _DaskExecutor:
         return outer
 
     def stop(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        with suppress(Exception):  # the scheduler may be gone
+            self.pool.shutdown(wait=False)
 
     def shutdown(self) -> None:
         with suppress(Exception):
@@ -639,7 +652,10 @@ def _drive(w: _Work) -> BatchResult:
     begin, go_on = time.monotonic(), "start it again to go on"
     with _stoppable(lambda name: w.stop(f"stopped by {name}; {go_on}")):
         while w.running or (w.waiting and not w.stopping):
-            _hand_out(w)
+            try:
+                _hand_out(w)
+            except ConnectionError as e:
+                w.stop(f"{e}; {go_on}")
             left = len(w.waiting) + len(w.running)
             if time.monotonic() > w.deadline:
                 w.stop(

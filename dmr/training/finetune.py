@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,13 +32,14 @@ from dmr.files import (
     write_object,
 )
 from ..extras import need
-from ..frameworks.callbacks import ROUTER_FILE
+from ..frameworks.callbacks import ROUTER_FILE, changed_file, folder_hashes
 from ..frameworks.lora import lora_include
 from ..methods.consolidation import FisherMerge
 from ..methods.projection import Projection
 from ..methods.replay import ReplayBuffer, ReplayMix
 from ..methods.sampling import sample_text
 from ..routing.kept import read_kept, weights_print
+from ..routing.modification import user_level
 from ..routing.router import MomentRouter
 from dmr.training.config import (
     _typed,
@@ -74,7 +76,7 @@ from .pretrained import MODELS, encode, small_llama
 
 # %% auto #0
 __all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'SAVE_EVERY', 'REQUEST',
-           'RESULT', 'RUN', 'MODEL', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16', 'Request',
+           'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16', 'Request',
            'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order', 'Bench', 'Arm',
            'Training', 'Finetuned', 'save_model', 'finetune', 'compare', 'save_small_llama', 'example_case']
 
@@ -1007,6 +1009,38 @@ def _finished(folder: Path, run: dict[str, Any]) -> None:
     for left in folder.glob("state*"):
         left.unlink()
 
+# %% ../../nbs/training/10_finetune.ipynb #5b1e77a4
+#: Which training the model in a folder is of, and the hashes of its files.
+KEPT = "model.json"
+
+
+def _keep(
+    bench: Bench, arm: Arm, folder: Path, router: MomentRouter
+) -> None:
+    "Write the model as it is now, and what its files are."
+    kept = None if arm.method == "none" else router
+    save_model(bench.model, bench.tokenizer, at := folder / MODEL, kept)
+    hashes = folder_hashes(at, "**/*")
+    write_object(folder / KEPT, {"arm": arm.name, "files": hashes})
+
+
+def _is_kept(folder: Path, name: str) -> bool:
+    "Is an arm's model there, as it was written?"
+    at, shape = folder / MODEL, {"arm": str, "files": {...: str}}
+    found = read_object(folder / KEPT, shape)
+    if not found:  # of an earlier version
+        return at.is_dir()
+    return found["arm"] == name and not changed_file(at, found["files"])
+
+
+def _done(folder: Path, keep_model: bool) -> Finetuned | None:
+    "The result in a folder, if it is there with all that belongs to it."
+    if (done := _read_result(folder)) is None:
+        return None
+    whole = not keep_model or _is_kept(folder, done.run["name"])
+    return done if whole else None
+
+
 # %% ../../nbs/training/10_finetune.ipynb #51594c13
 def _train_all(
     r: Request,
@@ -1019,7 +1053,7 @@ def _train_all(
     read = read_sources(r)
     identity = plain(_identity(r, read) | {"arms": [arm.name for arm in arms]})
     _check_folder(folder, identity)
-    if (done := _read_result(folder)) is not None:
+    if done := _done(folder, keep_model):
         return done
     bench = Bench(r, read, arms[0].lora)
     if progress and (said := _many_passes(bench)):
@@ -1034,8 +1068,12 @@ def _train_all(
             if bench.lora != arm.lora:
                 bench = Bench(r, read, arm.lora)
             _next_run(bench, arm, runs, folder, keep_model, shown, place)
+        found = any("change" in run for run in runs)
+        if found and keep_model:
+            if not _is_kept(folder, runs[_best(runs)]["name"]):
+                _make_again(bench, arms, runs, folder, shown)
         shown.close()
-        if any("change" in run for run in runs):
+        if found:
             result = _collected(r, head, runs, folder, keep_model)
             _write_result(folder, result)
             return result
@@ -1153,10 +1191,30 @@ def _next_run(
     run, router = _one_arm(bench, arm, at, shown, place)
     runs.append(run)
     if keep_model and "change" in run and _best(runs) == place:
-        kept = None if arm.method == "none" else router
-        save_model(bench.model, bench.tokenizer, folder / MODEL, kept)
+        _keep(bench, arm, folder, router)
     _finished(at, run)
     shown.end(run, made=True)
+
+
+def _make_again(
+    bench: Bench,
+    arms: list[Arm],
+    runs: list[dict[str, Any]],  # of all arms; the best one's is replaced
+    folder: Path,
+    shown: _Trainings,
+) -> None:
+    "Train the best arm again: its model is lost, or not what was written."
+    place = _best(runs)
+    warnings.warn(
+        f"{folder / MODEL} is not the model that was written; the training"
+        f" {arms[place].name} is made again",
+        stacklevel=user_level(),
+    )
+    (folder / "runs" / arms[place].name / RUN).unlink()
+    shown.ended -= 1
+    before, after = runs[:place], runs[place + 1 :]
+    _next_run(bench, arms[place], before, folder, True, shown, place)
+    runs[:] = before + after
 
 # %% ../../nbs/training/10_finetune.ipynb #0babadd2
 def _head(bench: Bench) -> dict[str, Any]:

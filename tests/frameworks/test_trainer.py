@@ -205,6 +205,35 @@ def test_resumed_from_the_trainers_checkpoint_it_is_bit_identical(
     )
 
 
+@pytest.mark.parametrize("how", ["lost", "a bit"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_with_a_file_lost_or_changed_is_refused(
+    file, how, tmp_path
+):
+    def run(resume=None):
+        callback = RouterCallback(*made(), protect="both")
+        args = arguments(
+            tmp_path, save_strategy="steps", save_steps=2, max_steps=4
+        )
+        RoutedTrainer(
+            adapted(), args, train_dataset=data(64), router=callback
+        ).train(resume_from_checkpoint=resume)
+
+    run()
+    folder = tmp_path / "checkpoint-2"
+    run(str(folder))  # whole, it is taken
+    whole = bytearray((folder / file).read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (folder / file).unlink()
+    if how == "a bit":
+        (folder / file).write_bytes(whole)
+    with pytest.raises(Exception, match=f"{file} is lost, or not what was"):
+        run(str(folder))
+    (folder / "router.files.json").unlink()
+    if how == "lost":
+        run(str(folder))  # the user's own doing
+
+
 @pytest.mark.parametrize("attach", ["before", "after"])
 def test_accelerate_routes_as_a_bare_loop_does(attach):
     """Accumulation and clipping by Accelerate; the router attached before or

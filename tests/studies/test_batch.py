@@ -2,6 +2,7 @@
 worker that dies. Nothing lost, nothing counted twice.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from tiny import dmr, processes, project, wait_for
 
+from dmr.studies import batch
 from dmr.studies.batch import (
     BatchResult,
     Refused,
@@ -429,6 +432,79 @@ def test_a_cluster_with_a_worker_killed(tmp_path):
             p.kill()
             p.wait()
     wait_for(lambda: not processes(tmp_path), 60)
+
+
+def wait_there(folder, spec):
+    "A run of the cluster's that takes its time."
+    time.sleep(3)
+    return dict(run="r", state=OK), {}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    "An executor on a cluster inside this process."
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(batch, "_launch_there", wait_there)
+    with distributed.LocalCluster(
+        n_workers=1,
+        threads_per_worker=2,
+        processes=False,
+        dashboard_address=None,
+    ) as made:
+        yield batch._DaskExecutor(made.scheduler_address)
+
+
+def test_a_stopped_batch_waits_for_no_run_of_the_cluster(cluster, tmp_path):
+    assert cluster.slots() == 2
+    future = cluster.start_run(tmp_path)
+    assert not future.done()
+    begun = time.monotonic()
+    cluster.stop()
+    assert future.result(10)["state"] == KILLED
+    assert time.monotonic() - begun < 2.5
+    cluster.stop()  # twice, and on a client that is closed
+    cluster.shutdown()
+    cluster.stop()
+
+
+def test_while_a_scheduler_is_called_again_nothing_is_handed_out(cluster):
+    cluster.client.close()
+    with pytest.raises(ConnectionError, match="does not answer any more"):
+        cluster.slots()
+    cluster.client = SimpleNamespace(status="connecting")
+    assert cluster.slots() == 0
+
+
+@pytest.mark.parametrize("late", [OSError, asyncio.TimeoutError])
+def test_a_scheduler_that_does_not_answer_gets_no_run(
+    cluster, late, monkeypatch
+):
+    client, asked = cluster.client, []
+
+    def sync(ask, callback_timeout, **more):
+        asked.append(callback_timeout)
+        raise late
+
+    monkeypatch.setattr(client, "sync", sync)
+    assert cluster.slots() == 0 and asked == [10]
+    monkeypatch.undo()
+    assert cluster.slots() == 2
+    cluster.shutdown()
+
+
+def test_a_batch_whose_cluster_is_gone_ends_as_a_stopped_one(
+    tmp_path, monkeypatch
+):
+    class Gone(batch._LocalExecutor):
+        def slots(self):
+            raise ConnectionError("the dask scheduler does not answer any more")
+
+    monkeypatch.setattr(batch, "_LocalExecutor", Gone)
+    folders = project(tmp_path, "seeds: 0..1\n")
+    study = read_study(folders.studies / "tiny.yaml")
+    done = run_batch(study, folders, workers=1, how="quiet")
+    assert done.exit_code == 3
+    assert "does not answer any more; start it again" in done.interrupted
 
 
 @pytest.mark.slow

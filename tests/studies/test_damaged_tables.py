@@ -35,6 +35,7 @@ RESULTS = ROOT / "results"
 #: Tables that a notebook or a benchmark wrote, without checksums.
 OTHERS = {
     "explore_folders",
+    "faults",
     "inflation_causal",
     "inflation_live_synthetic",
     "inflation_live_text8",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -616,3 +617,32 @@ def test_a_model_out_of_a_gguf_file_is_saved_as_a_folder(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.arange(20)[None]
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_model_that_is_not_what_was_written_is_made_again(made):
+    "Lost, damaged, or of another training than the best one."
+    done = tuned(made, rates=[1e-4, 3e-3])
+    folder, weights = made / "out/model", weights_in(done.checkpoint)
+    assert done.best == 1
+    assert tuned(made, rates=[1e-4, 3e-3]) == done  # and nothing was made
+
+    def again():
+        with pytest.warns(UserWarning, match="is not the model that was wri"):
+            found = tuned(made, rates=[1e-4, 3e-3])
+        assert found.best == 1
+        assert torch.equal(weights_in(found.checkpoint), weights)
+
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    again()
+    shutil.rmtree(folder)
+    again()
+    # the record of the other training is lost: made again, its model is the
+    # best one so far, and takes the place of the best one of all
+    (made / "out/result.json").unlink()
+    (made / "out/runs/merge-0.0001/run.json").unlink()
+    again()
+    (made / "out/model.json").unlink()  # as earlier versions left it
+    assert tuned(made, rates=[1e-4, 3e-3]).best == 1
