@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..extras import need
-from .figures import arm_style, mix, use_theme
+from .figures import arm_style, mix, spread, use_theme
 from dmr.reporting.statistics import (
     COMPARABLE_SHARE,
     EXPLORATORY,
@@ -451,25 +451,18 @@ def _name_points(
 ) -> None:
     "Names in a column beside the plane, each with a line to its point."
     low, high = ax.get_ylim()
-    share = {name: (y - low) / (high - low) for name, (_, y, _) in ends.items()}
-    order = sorted(share, key=share.__getitem__)
-    at, top = dict(share), 1.0
-    for below, here in zip(order, order[1:]):
-        at[here] = max(at[here], at[below] + apart)
-    for name in reversed(order):
-        at[name] = min(at[name], top)
-        top = at[name] - apart
-    for name in order:
-        x, y, colour = ends[name]
+    at = spread([(y - low) / (high - low) for _, y, _ in ends.values()], apart)
+    over = max(0.0, max(at) - 1.0)
+    for height, (name, (x, y, colour)) in zip(at, ends.items()):
         ax.annotate(
-            name, (x, y), (1.04, at[name]),
+            name, (x, y), (1.04, height - over),
             textcoords="axes fraction", va="center", fontsize=8.5,
             color=mix(colour, "#000000", 0.2), annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5,
                         "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
         )  # fmt: skip
 
-
+# %% ../../nbs/reporting/04_arms.ipynb #f144814c
 def plot_plane(study: Comparison) -> tuple[Figure, str]:
     """The forgetting–plasticity plane and its alternative text. Raises
     ValueError without a finished run.
