@@ -71,7 +71,7 @@ _UNIT = "λ = 1, mean importance as unit"
 def _rescaling(method: Callable[..., Modification]) -> Callable:
     return lambda *args, **options: method(*args, form="rescale", **options)
 
-
+# %% ../../nbs/methods/12_registry.ipynb #6cb17e5d
 _ROWS = (
     Family(
         "projection", "projection", Projection, (), "shared",
