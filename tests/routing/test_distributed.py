@@ -327,7 +327,7 @@ def merging_and_its_state():
     optimizer.step()  # the last ones are sharded
     if rank == world - 1:
         local(model[0].weight).data[0, 0] = float("nan")
-    mine = "'0.weight'" if rank == world - 1 else "another process's rows"
+    mine = "'0.weight'" if rank == world - 1 else "another process"
     raises(ValueError, mine, router.consolidate)
     assert router.domains == 3
 
