@@ -805,12 +805,24 @@ class _Protecting(_Shown):
             )
 
 # %% ../../nbs/routing/08_router.ipynb #efa1ff4b
+def _without(
+    state: dict,  # as a router wrote it
+    frozen: frozenset[str],  # names of parameters
+) -> dict:
+    "The same without the copies of these parameters."
+    merge = state.get("consolidation", {})
+    copies = merge.get("before", {}).items()
+    others = {name: x for name, x in copies if name not in frozen}
+    return state | {"consolidation": merge | {"before": others}}
+
+# %% ../../nbs/routing/08_router.ipynb #22d7d2fe
 def _check_state(
     state: dict,  # as a router wrote it
     own: dict,  # what this router would write
+    frozen: frozenset[str] = frozenset(),  # parameters: these may be constants
 ) -> None:
     "Raise ValueError naming the first thing that does not fit."
-    if where := non_finite(state):
+    if where := non_finite(_without(state, frozen)):
         raise ValueError(
             f"the state has NaN or infinite values at {where}, which every"
             " later step would take in; load an older state"
@@ -882,11 +894,15 @@ def _saved_merge(
 class _Restored(_Stateful):
     "A routed optimizer that takes a saved state over."
 
+    def _frozen(self) -> frozenset[str]:
+        weights = self.parameters().items()
+        return frozenset(n for n, p in weights if not p.requires_grad)
+
     def load_state_dict(self, state: dict) -> None:
         """Take over a state written by `state_dict`. Raises ValueError naming
         the first thing that does not fit, and then changes nothing.
         """
-        _check_state(state, self._identity())
+        _check_state(state, self._identity(), self._frozen())
         merged = _saved_merge(state, self.consolidation)
         before = copy.deepcopy(self.modification.state_dict())
         strength = self.strength.state_dict()
@@ -969,7 +985,7 @@ class _Filed(_Described):
     def contents(self) -> dict:
         "What a router's file holds; a part that it cannot hold is `missing`."
         state, weights = self.state_dict(), self.parameters()
-        if where := non_finite(state):
+        if where := non_finite(_without(state, self._frozen())):
             raise ValueError(
                 f"the router's state has NaN or infinite values at {where};"
                 " nothing was written"
@@ -1051,7 +1067,7 @@ class _Reloaded(_Saved):
     ) -> None:
         "Go on from what a file holds. ValueError, unchanged, if it misfits."
         state, weights = contents["state"], self.parameters()
-        _check_state(state, self._identity())
+        _check_state(state, self._identity(), self._frozen())
         known = contents.get("weights")
         if same_weights and known not in (None, weights_print(weights)):
             raise ValueError(

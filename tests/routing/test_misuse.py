@@ -271,6 +271,29 @@ def test_a_frozen_constant_with_infinities_stops_no_merge(merge):
         router.consolidate()
 
 
+@pytest.mark.parametrize(
+    "storage", [None, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_a_router_with_a_frozen_constant_is_saved_and_loaded(storage, tmp_path):
+    model = masked()
+    optimizer = adamw(model)
+    merge = dmr.FisherMerge(storage=storage)
+    router = dmr.MomentRouter(model, optimizer, consolidation=merge)
+    train(model, optimizer)
+    router.consolidate()
+    train(model, optimizer, seed=1)
+    router.save(tmp_path / "router.pt")
+    state = router.state_dict()
+    router.close()
+    again = dmr.MomentRouter.load(tmp_path / "router.pt", model, optimizer)
+    again.load_state_dict(state)
+    again.consolidate()
+    assert torch.equal(model.mask, masked().mask)
+    state["consolidation"]["before"]["0.bias"][0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN.*\['before'\]\['0.bias'\]"):
+        again.load_state_dict(state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_floats_of_one_byte_are_merged(dtype):
     model = network()
