@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,17 @@ from dmr.routing.consolidation import (
     Trained,
     check_weight,
     check_weights,
+    is_constant,
 )
 from ..routing.modification import accumulator, user_level
 from ..routing.moments import Moments
-from ..routing.sharding import local, placed_like, shard_groups, sum_over
+from dmr.routing.sharding import (
+    all_finite,
+    local,
+    placed_like,
+    shard_groups,
+    sum_over,
+)
 from ..routing.strength import check_fraction
 
 # %% auto #0
@@ -106,19 +113,12 @@ def merge(
     for name in dict.fromkeys([*fisher_old, *fisher_new]):
         f_old, f_new = fisher_old.get(name), fisher_new.get(name)
         _check_curvatures(name, new.get(name), f_old, f_new)
+    for name in new:
         _check_both(name, old[name], new[name])
     out = {}
     for name, tensor in new.items():
-        if not tensor.is_floating_point():
-            out[name] = tensor.clone()
-        elif name in fisher_new:
-            kind = torch.promote_types(tensor.dtype, torch.float32)
-            fishers = (fisher_old[name], fisher_new[name])
-            f_old, f_new = (f.to(tensor.device, kind) for f in fishers)
-            share = new_share(f_old, f_new, weight, damping)
-            out[name] = _moved(old[name], tensor, share)
-        else:
-            out[name] = torch.lerp(old[name].to(tensor), tensor, weight)
+        fishers = [f[name] for f in (fisher_old, fisher_new) if name in f]
+        out[name] = _merged(old[name], tensor, fishers, weight, damping)
     return out
 
 # %% ../../nbs/methods/11_consolidation.ipynb #7740e98e
@@ -131,6 +131,36 @@ def _moved(
     start = old.to(share)
     return torch.addcmul(start, share, new.to(share) - start).to(new.dtype)
 
+# %% ../../nbs/methods/11_consolidation.ipynb #5f29f662
+def _wide(x: Tensor) -> Tensor:
+    "A float of one byte as float32: torch computes with no other."
+    return x.float() if x.element_size() == 1 else x
+
+
+def _equal(old: Tensor, new: Tensor) -> Tensor:
+    "Which values are the same in both, infinities included."
+    return _wide(old.to(new.device)) == _wide(new)
+
+
+def _merged(
+    old: Tensor,  # θ_p
+    new: Tensor,  # θ_n
+    fishers: Sequence[Tensor],  # F_p, F_n; none: they count alike
+    weight: float,  # λ
+    damping: float,  # ε
+) -> Tensor:  # in new's dtype, on its device
+    "One tensor. What both have stays: infinities have no average."
+    if not new.is_floating_point():
+        return new.clone()
+    if fishers:
+        kind = accumulator(new.dtype)
+        f_old, f_new = (f.to(new.device, kind) for f in fishers)
+        share = new_share(f_old, f_new, weight, damping)
+        merged = _wide(_moved(old, new, share))
+    else:
+        merged = torch.lerp(_wide(old.to(new)), _wide(new), weight)
+    return torch.where(_equal(old, new), _wide(new), merged).to(new.dtype)
+
 # %% ../../nbs/methods/11_consolidation.ipynb #5761b473
 def _check_merge(weight: float, damping: float) -> None:
     "Raise ValueError for a weight or a damping that means nothing."
@@ -140,9 +170,10 @@ def _check_merge(weight: float, damping: float) -> None:
 
 
 def _check_both(name: str, old: Tensor, new: Tensor) -> None:
-    "Raise ValueError for weights that are not finite."
+    "Raise ValueError for weights that are not finite, and differ."
+    same = _equal(old, new)
     for which, x in (("old", old), ("new", new)):
-        if not bool(x.isfinite().all()):
+        if not bool((_wide(x).isfinite().to(same.device) | same).all()):
             raise ValueError(
                 f"{name!r} has NaN or infinite values in the {which}"
                 " checkpoint; nothing was merged. Take an earlier one"
@@ -424,10 +455,23 @@ def _check_storage(storage: str | torch.device | torch.dtype | None) -> None:
         )
     if storage is torch.float16:
         warnings.warn(
-            "storage=torch.float16 takes squared gradients below 3e-8 for zero;"
-            " pass torch.bfloat16",
+            "storage=torch.float16 takes squared gradients below 3e-8 for zero,"
+            " and holds none above 65504; pass torch.bfloat16",
             stacklevel=user_level(),
         )
+
+# %% ../../nbs/methods/11_consolidation.ipynb #fa0b93a3
+def _narrow(storage: str | torch.device | torch.dtype | None) -> bool:
+    "May squared gradients be too large for it?"
+    kind = isinstance(storage, torch.dtype)
+    return kind and torch.finfo(storage).max < 1e30  # type: ignore[arg-type]
+
+
+#: What to do where they are.
+_ADVICE = (
+    "its squared gradients are too large for the storage; make the merge with"
+    " storage=torch.bfloat16"
+)
 
 # %% ../../nbs/methods/11_consolidation.ipynb #9dd4f305
 def _check_whole(curvature: str, trained: Trained) -> None:
@@ -494,7 +538,8 @@ class _Moving(_Past):
                 f_old = local(self.past.get(name, zero)).to(zero)
                 mean = sum_over(f_old.sum(), over) / p.numel()
                 s = new_share(f_old, new.get(name, zero), *settings, mean)
-                mine.copy_(_moved(local(self.before[name]), mine, s))
+                if not is_constant(p, self.before[name]):
+                    mine.copy_(_moved(local(self.before[name]), mine, s))
                 shares.append(sum_over(s.sum(), over) / p.numel())
         return {"share": torch.stack(shares).mean().item()} if shares else {}
 
@@ -510,17 +555,25 @@ def _placed_local(x: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(x, mesh, rows, shape=p.shape, stride=stride)
 
 
-def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
-    "The domain's curvature enters the past's; a new domain begins."
+def _remembered(
+    merge: _Moving, new: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    "The past's curvature with the domain's, by name, as it is kept."
     odds = merge.weight / (1 - merge.weight) if merge.odds else 1.0
     for name, p in merge.trained.parameters().items():
         if name in new:
             old = merge.past.get(name)
             old = None if old is None else local(old).to(new[name])
             f = _placed_local(remember(old, new[name], merge.keep, odds), p)
-            merge.past[name] = (
-                f if merge.storage is None else f.to(merge.storage)
-            )
+            yield name, f if merge.storage is None else f.to(merge.storage)
+
+# %% ../../nbs/methods/11_consolidation.ipynb #e593f79e
+def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
+    "The domain's curvature enters the past's; a new domain begins."
+    for name, f in _remembered(merge, new):
+        if _narrow(merge.storage) and not all_finite(f):
+            raise ValueError(f"the curvature of {name!r}: {_ADVICE}")
+        merge.past[name] = f
     merge.anchor()
     merge.recorder.clear()
 
@@ -533,16 +586,22 @@ class _Recording(_Moving):
         _check_whole(self.curvature, trained)
         self.recorder = self.curvatures[self.curvature](trained)
 
-    def learn(self, grads: Mapping[str, Tensor]) -> None:
-        self.recorder.learn(grads)
-
     def check(self) -> None:
-        check_weights(self.trained, self.before, self.recorder.sums)
+        kept = (self.before, self.recorder.sums, self.past)
+        check_weights(self.trained, *kept)
+        if _narrow(self.storage) and self.recorder.count:
+            self._check_fits()
 
     def _measured(self) -> dict[str, Tensor]:
         scale = per_sample(self.samples, self.reduction)
         found = self.recorder.fisher().items()
         return {name: scale * f for name, f in found}
+
+    def _check_fits(self) -> None:
+        with warnings.catch_warnings():  # the merge says it again
+            warnings.simplefilter("ignore")
+            past = dict(_remembered(self, _Recording._measured(self)))
+        check_weights(self.trained, self.before, past, advice=_ADVICE)
 
     def _found(self) -> dict[str, Tensor]:
         new = self._measured()
@@ -607,6 +666,9 @@ class FisherMerge(_Waiting):
     def pull(self) -> dict:
         self.check()
         return self._move(self._found()) if self.past else {}
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        self.recorder.learn(grads)
 
     def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         self.recorder.learn_more(grads)

@@ -187,6 +187,17 @@ class _Replacing(Projection):
         finally:
             self.bases[name], self.energies[name] = kept
 
+    def read_weights(self, rank: int | None = None) -> dict:
+        kept = {**self.bases}, {**self.energies}
+        self.bases.update({n: U[:, :0] for n, U in kept[0].items()})
+        self.energies.update({n: e[:0] for n, e in kept[1].items()})
+        try:
+            return super().read_weights(rank)
+        except Exception:
+            self.bases.update(kept[0])
+            self.energies.update(kept[1])
+            raise
+
     def _signal(self, found: Mapping[str, Tensor], wholes: Tensor) -> Tensor:
         return mean_energy_share(found, wholes)
 

@@ -27,7 +27,12 @@ from dmr.methods.examples import (
 )
 from .inputs import capture_inputs, catchable
 from .penalty import fisher_diagonal
-from ..routing.consolidation import Anchored, Trained, check_weight
+from dmr.routing.consolidation import (
+    Anchored,
+    Trained,
+    check_weight,
+    is_constant,
+)
 from ..routing.modification import Target, find_targets, matches
 from ..routing.sharding import local
 from ..routing.strength import check_fraction
@@ -47,7 +52,7 @@ def _check_alone(trained: Trained) -> None:
             " one process"
         )
 
-
+# %% ../../nbs/methods/13_rivals.ipynb #32c6334e
 class _Sampling(Anchored):
     "Keeps examples of the running domain, to look at when it is over."
 
@@ -65,6 +70,9 @@ class _Sampling(Anchored):
 
     def idle(self) -> dict:  # examples tell of a domain without a step, too
         return super().idle() if self.sample is None else self.merge()
+
+    def tells_idle(self) -> bool:
+        return self.sample is None and super().tells_idle()
 
 # %% ../../nbs/methods/13_rivals.ipynb #1e8f814e
 class _Looking(_Sampling):
@@ -408,7 +416,8 @@ class _Regressing(_Grams):
                 continue
             old, layer = self.before[name].to(p), self.layers.get(name)
             if layer is None or name not in self.grams:
-                p.copy_(torch.lerp(old, p, self.weight))
+                if not is_constant(p, self.before[name]):
+                    p.copy_(torch.lerp(old, p, self.weight))
                 continue
             start, end = (layer.matrix(x).double() for x in (old, p))
             both, soft = (self.grams[name], running[name]), softened

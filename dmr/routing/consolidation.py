@@ -5,15 +5,18 @@
 # %% ../../nbs/routing/07_consolidation.ipynb #5ce3ca71
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .modification import Learner, Made
+from .modification import Learner, Made, user_level
 from .moments import Moments, as_optimizers, moments_of
 from dmr.routing.sharding import (
+    all_finite,
     local,
     placed_like,
     shard_groups,
@@ -23,8 +26,8 @@ from dmr.routing.sharding import (
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'check_trained', 'check_weights',
-           'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'check_trained', 'is_constant',
+           'check_weights', 'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
 def check_order(model: object, optimizer: object) -> None:
@@ -72,6 +75,7 @@ class _Optimized:
 class Trained(_Optimized):
     "The trained parameters by name, and the optimizers that step them."
 
+    group: Any = None  # processes with copies of the model
     routing: str = "decoupled"  # one of ROUTINGS
     steps: int = 0  # taken, the present one included
     domains: int = 0  # consolidated
@@ -94,6 +98,12 @@ class Trained(_Optimized):
 class _Taught(Learner):
     "What a consolidation hears of."
 
+    def begin(self) -> None:
+        "A domain begins: before its first step."
+
+    def observe(self, batch: object) -> None:
+        "A training batch of the running domain, before its backward pass."
+
     def anchor(self) -> None:
         "The present weights are the ones that the next merge starts from."
 
@@ -112,12 +122,7 @@ class Consolidation(Made, _Taught):
     def attach(self, trained: Trained) -> None:
         "Meet the training run, or raise a ValueError for one that cannot work."
         self.trained = trained
-
-    def begin(self) -> None:
-        "A domain begins: before its first step."
-
-    def observe(self, batch: object) -> None:
-        "A training batch of the running domain, before its backward pass."
+        self.met = id(self)  # a copy has another one, and serves nobody
 
     def pull(self) -> dict:
         "Inside a domain: change the weights, and leave the past as it is."
@@ -133,6 +138,10 @@ class Consolidation(Made, _Taught):
     def idle(self) -> dict:
         "In place of `merge`, where no step was seen since the last boundary."
         return self.merge()
+
+    def tells_idle(self) -> bool:
+        "Does `idle` warn by itself?"
+        return type(self).idle is not Consolidation.idle
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
 def check_weight(
@@ -160,38 +169,57 @@ def check_only_copy(trained: Trained) -> None:
 
 # %% ../../nbs/routing/07_consolidation.ipynb #5c1d90ab
 def check_trained(trained: Trained) -> None:
-    "Raise ValueError where all weights that are stepped are frozen."
+    "Warn where all weights that are stepped are frozen."
     weights = trained.parameters()
-    if not any(p.requires_grad for p in weights.values()):
-        raise ValueError(
+    if weights and not any(p.requires_grad for p in weights.values()):
+        warnings.warn(
             f"all {len(weights)} parameters that the optimizer steps are"
-            " frozen (requires_grad=False), so there is nothing to merge;"
-            " unfreeze before you make the router"
+            " frozen (requires_grad=False), so there is nothing to merge"
+            " until you unfreeze some",
+            stacklevel=user_level(),
         )
+
+
+def is_constant(
+    p: nn.Parameter,
+    before: Tensor | None,  # what it was at the last boundary, as it was kept
+) -> bool:
+    "Is a weight frozen and what it was, such as a mask with infinities?"
+    if p.requires_grad or before is None:
+        return not p.requires_grad
+    kept = local(before)
+    bits = lambda x: x.contiguous().reshape(-1).view(torch.uint8)
+    return torch.equal(bits(kept), bits(local(p.detach()).to(kept)))
 
 # %% ../../nbs/routing/07_consolidation.ipynb #6aa1c0d2
 def check_weights(
     trained: Trained,
-    *kept: Mapping[str, Tensor],  # what a merge starts from, by name
+    before: Mapping[str, Tensor],  # what a merge starts from, by name
+    *kept: Mapping[str, Tensor],  # what else it reads
+    advice: str = "go on from a checkpoint with finite weights",
 ) -> None:
-    "Raise ValueError, in all processes, for a weight that is not finite."
+    """Raise ValueError, in all processes, for a weight that is not finite.
+    Constants are passed over: no merge changes them.
+    """
     weights = trained.parameters()
     if not weights:
         return
-    named = [pair for x in (weights, *kept) for pair in x.items()]
-    fine = lambda x: bool(local(x).isfinite().all())
-    bad = next((name for name, x in named if not fine(x)), None)
+    still = {n for n, p in weights.items() if is_constant(p, before.get(n))}
+    named = [pair for x in (weights, before, *kept) for pair in x.items()]
+    checked = [(name, x) for name, x in named if name not in still]
+    bad = next((name for name, x in checked if not all_finite(x)), None)
     device = local(next(iter(weights.values()))).device
     flag = torch.tensor(float(bad is not None), device=device)
     groups = [shard_groups(name, p) for name, p in weights.items()]
-    for over in dict.fromkeys(groups):
+    copies = () if trained.group is None else (trained.group,)
+    for over in dict.fromkeys([*groups, copies]):
         sum_over(flag, over)
     if flag:
-        where = "another process's rows" if bad is None else repr(bad)
+        where = "another process" if bad is None else repr(bad)
         raise ValueError(
             f"{where} has NaN or infinite values, in its weights or in what is"
-            " kept of them, so nothing was merged and nothing protected; go"
-            " on from a checkpoint with finite weights"
+            " kept of them, so nothing was merged and nothing protected;"
+            f" {advice}"
         )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
@@ -243,9 +271,9 @@ def _average(
 ) -> None:
     "Move the present weights to θ_prev + λ(θ - θ_prev)."
     for name, p in kept.trained.parameters().items():
-        if name in kept.before:
-            old = kept.before[name].to(p)
-            p.copy_(torch.lerp(old, p, weight))
+        old = kept.before.get(name)
+        if old is not None and not is_constant(p, old):
+            p.copy_(torch.lerp(old.to(p), p, weight))
 
 # %% ../../nbs/routing/07_consolidation.ipynb #e650b386
 class _Weighted(Anchored):

@@ -198,7 +198,6 @@ class _Hooked(Trained):
     "Two hooks around each optimizer's step, with steps in flight between."
 
     modification: Modification
-    group: Any = None  # processes with copies of the model
     _before: Callable[[int], None]  # what is done before torch's step
     _finish: Callable[[Round, int], None]  # and after it
 
@@ -586,8 +585,9 @@ def _warn_unseen(
     consolidation: Consolidation,  # it may say so itself
 ) -> None:
     "Warn of a later domain without a step, where nobody else does."
-    told = type(consolidation).idle is not Consolidation.idle
-    if not told and not isinstance(modification, Nothing):
+    from_examples = type(modification).observe is not Modification.observe
+    silent = from_examples or isinstance(modification, Nothing)
+    if not silent and not consolidation.tells_idle():
         warnings.warn(
             "the router saw no step since the last boundary, so"
             f" {type(modification).__name__} edited none: if another optimizer"
@@ -596,24 +596,26 @@ def _warn_unseen(
         )
 
 
-def _warn_replaced(router: _Hooked) -> None:
+def _warn_gone(router: _Hooked) -> bool:
     "Warn of parameters that the optimizer steps and the model has no more."
     here = {*router.model.parameters()}
     gone = [n for n, p in router.parameters().items() if p not in here]
     if gone and not router.groups:  # sharded ones may change places
         warnings.warn(
             f"{len(gone)} parameters that the optimizer steps, such as"
-            f" {gone[0]!r}, were replaced in the model after the router was"
-            " made, so their training is lost on it; make optimizer and router"
-            " again",
+            f" {gone[0]!r}, are no longer in the model. Where parts of it"
+            " change places, that is fine; where they were replaced for good,"
+            " make optimizer and router again",
             stacklevel=user_level(),
         )
+    return bool(gone)
 
 # %% ../../nbs/routing/08_router.ipynb #f041c218
 class _Domains(_Watching):
     "A routed optimizer whose training is divided into domains."
 
     boundary: int = 0  # steps taken up to the last boundary
+    told_gone: bool = False  # were exchanged parameters spoken of?
 
     def observe(self, batch: object, total: int | None = None) -> None:
         """Offer a training batch (before its backward pass) to what keeps
@@ -637,18 +639,24 @@ class _Domains(_Watching):
         """
         idle = self.steps == self.boundary
         merge = _merging(self.consolidation, interpolate, idle)
+        self._warn(idle)
         if self._flight is not None and self._flight.taken:
             self._discard()  # not all optimizers were stepped
         report = self.modification.consolidate()
         if self.group is not None:
             self.modification.share()
-        if idle and self.domains:
-            _warn_unseen(self.modification, self.consolidation)
-        _warn_replaced(self)
         merged = merge()
         self.strength.end_domain()
         self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
+
+    def _warn(self, idle: bool) -> None:
+        "What is to be said at a boundary, before anything changes."
+        if idle and self.domains:
+            _warn_unseen(self.modification, self.consolidation)
+        if not self.told_gone:
+            self.told_gone = True  # also where warnings are errors
+            self.told_gone = _warn_gone(self)
 
 # %% ../../nbs/routing/08_router.ipynb #135a7064
 @contextmanager
@@ -689,6 +697,8 @@ def _raw_gradients(
 ) -> dict[str, Tensor]:  # by name, of the parameters that the loss reaches
     "∇loss, without a trace in the model."
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    if not trained:
+        return {}
     found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
     grads = {n: g for n, g in zip(trained, found) if g is not None}
     if group is not None:
@@ -705,12 +715,14 @@ class _Shown(_Domains):
         "Everything that is shown inside counts, or nothing does."
         before = copy.deepcopy(self.modification.state_dict())
         merge, domains = self.consolidation.state_dict(), self.domains
+        strength = self.strength.state_dict()
         self.modification.shown = True
         try:
             yield
         except BaseException:
             self.modification.load_state_dict(before)
             self.consolidation.load_state_dict(merge)
+            self.strength.load_state_dict(strength)
             self.domains = domains
             raise
         finally:
@@ -725,7 +737,8 @@ class _Shown(_Domains):
             raise ValueError(
                 "the loss that loss_fn returns reaches no parameter that the"
                 " optimizer steps, so nothing can be learned from it; run the"
-                " model that the router was made for"
+                " model that the router was made for, and unfreeze what is to"
+                " be protected"
             )
         seen = as_vectors({name: g.detach() for name, g in grads.items()})
         with torch.no_grad():
@@ -740,6 +753,7 @@ class _Shown(_Domains):
         report = close()
         if self.group is not None:
             self.modification.share()
+        self.strength.end_domain()
         self.domains += 1
         return report
 
@@ -791,12 +805,24 @@ class _Protecting(_Shown):
             )
 
 # %% ../../nbs/routing/08_router.ipynb #efa1ff4b
+def _without(
+    state: dict,  # as a router wrote it
+    frozen: frozenset[str],  # names of parameters
+) -> dict:
+    "The same without the copies of these parameters."
+    merge = state.get("consolidation", {})
+    copies = merge.get("before", {}).items()
+    others = {name: x for name, x in copies if name not in frozen}
+    return state | {"consolidation": merge | {"before": others}}
+
+# %% ../../nbs/routing/08_router.ipynb #22d7d2fe
 def _check_state(
     state: dict,  # as a router wrote it
     own: dict,  # what this router would write
+    frozen: frozenset[str] = frozenset(),  # parameters: these may be constants
 ) -> None:
     "Raise ValueError naming the first thing that does not fit."
-    if where := non_finite(state):
+    if where := non_finite(_without(state, frozen)):
         raise ValueError(
             f"the state has NaN or infinite values at {where}, which every"
             " later step would take in; load an older state"
@@ -868,11 +894,15 @@ def _saved_merge(
 class _Restored(_Stateful):
     "A routed optimizer that takes a saved state over."
 
+    def _frozen(self) -> frozenset[str]:
+        weights = self.parameters().items()
+        return frozenset(n for n, p in weights if not p.requires_grad)
+
     def load_state_dict(self, state: dict) -> None:
         """Take over a state written by `state_dict`. Raises ValueError naming
         the first thing that does not fit, and then changes nothing.
         """
-        _check_state(state, self._identity())
+        _check_state(state, self._identity(), self._frozen())
         merged = _saved_merge(state, self.consolidation)
         before = copy.deepcopy(self.modification.state_dict())
         strength = self.strength.state_dict()
@@ -955,7 +985,7 @@ class _Filed(_Described):
     def contents(self) -> dict:
         "What a router's file holds; a part that it cannot hold is `missing`."
         state, weights = self.state_dict(), self.parameters()
-        if where := non_finite(state):
+        if where := non_finite(_without(state, self._frozen())):
             raise ValueError(
                 f"the router's state has NaN or infinite values at {where};"
                 " nothing was written"
@@ -1037,7 +1067,7 @@ class _Reloaded(_Saved):
     ) -> None:
         "Go on from what a file holds. ValueError, unchanged, if it misfits."
         state, weights = contents["state"], self.parameters()
-        _check_state(state, self._identity())
+        _check_state(state, self._identity(), self._frozen())
         known = contents.get("weights")
         if same_weights and known not in (None, weights_print(weights)):
             raise ValueError(
@@ -1123,30 +1153,30 @@ def _check_every(track_step: int) -> int:
 
 # %% ../../nbs/routing/08_router.ipynb #7e02c4d1
 def _check_own(trained: Trained) -> None:
-    "Raise ValueError for an optimizer that steps nothing of the model."
-    model, known = type(trained.model).__name__, trained.names
-    for optimizer in trained.optimizers:
-        stepped = [p for g in optimizer.param_groups for p in g["params"]]
-        if not any(p in known for p in stepped):
-            name = type(optimizer).__name__
-            raise ValueError(
-                f"{name} steps no parameter of this {model}, so nothing could"
-                f" be routed; make it after the model: {name}("
-                "model.parameters()). A copy of the model has parameters of"
-                " its own"
-            )
+    "Raise ValueError where no optimizer steps anything of the model."
+    model, given = type(trained.model).__name__, trained.optimizers
+    stepped = [p for x in given for g in x.param_groups for p in g["params"]]
+    if stepped and not any(p in trained.names for p in stepped):
+        name = ", ".join(_class_names(trained.optimizers))
+        raise ValueError(
+            f"{name} steps no parameter of this {model}, so nothing could be"
+            f" routed; make it after the model: {name}(model.parameters()). A"
+            " copy of the model has parameters of its own"
+        )
 
 # %% ../../nbs/routing/08_router.ipynb #20b98de3
 def _check_merge(
     trained: Trained,  # a router that is not yet attached
     consolidation: Consolidation,
 ) -> None:
-    "Raise ValueError if it merges other weights at the same time."
+    "Raise ValueError if it merges another model at the same time."
     other: Any = vars(consolidation).get("trained")
-    if not getattr(other, "_handles", None):
+    copied = vars(consolidation).get("met", id(consolidation))
+    if copied != id(consolidation) or not getattr(other, "_handles", None):
         return
     own = {*trained.parameters().values()}
-    if not own & {*other.parameters().values()}:
+    shared = own & {*other.parameters().values()}
+    if other.model is not trained.model and not shared:
         raise ValueError(
             f"this {type(consolidation).__name__} serves a router of other"
             " weights; make one for each, or call close() on that router"

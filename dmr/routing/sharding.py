@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['local', 'shard_groups', 'data_groups', 'sum_over', 'total', 'same_everywhere', 'placed_like', 'Packed', 'replicas',
-           'unwrapped']
+__all__ = ['local', 'all_finite', 'shard_groups', 'data_groups', 'sum_over', 'total', 'same_everywhere', 'placed_like', 'Packed',
+           'replicas', 'unwrapped']
 
 # %% ../../nbs/routing/04_sharding.ipynb #61a19abc
 def local(x: Any) -> Tensor:
@@ -23,6 +23,13 @@ def local(x: Any) -> Tensor:
     tensor itself.
     """
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def all_finite(x: Any) -> bool:
+    "Is every number finite, of the rows that this process holds?"
+    mine = local(x)  # torch asks no float of one byte for it
+    mine = mine.float() if mine.element_size() == 1 else mine
+    return bool(mine.isfinite().all())
 
 # %% ../../nbs/routing/04_sharding.ipynb #7a106c29
 def shard_groups(

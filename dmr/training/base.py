@@ -263,8 +263,9 @@ def load_base(
     if found is None:
         raise FileNotFoundError(
             f"the base {key[:16]} is not in {path.parent}; make it with"
-            " `python -m dmr.training.base`, about half an hour on one core"
-            " with the usual settings"
+            " dmr.training.base.make_base(config), where config is its"
+            " BaseConfig; with the usual settings `python -m dmr.training.base`"
+            " does it, in about half an hour on one core"
         )
     _check_base(found, key, path)
     c = config

@@ -10,9 +10,9 @@ import platform
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -452,8 +452,10 @@ def _check_same_run(
     path: Path,  # of the checkpoint, for the error
     saved: dict[str, Any],  # identity of the run that wrote it
     mine: dict[str, Any],  # identity of the run that reads it
+    usual: Mapping[str, Any] | None = None,  # what an older run lacks
 ) -> None:
     "Raise ValueError, naming what differs, for a checkpoint of another run."
+    saved = {**(usual or {}), **saved}
     for name, value in mine.items():
         if saved.get(name) != value:
             raise ValueError(
@@ -461,6 +463,12 @@ def _check_same_run(
                 f" has {name}={value!r}; pass another checkpoint folder, or"
                 " delete the file"
             )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    "The values that a dataclass gives by itself."
+    given = [f for f in fields(config) if f.default is not MISSING]
+    return {f.name: f.default for f in given}
 
 # %% ../../nbs/training/04_loop.ipynb #97dfcbd9
 class _Kept(ABC):
@@ -518,7 +526,8 @@ class _Kept(ABC):
         state = last_checkpoint(path) if given else None
         if state is None:
             return
-        _check_same_run(path, state["identity"], self.identity())
+        usual = _defaults(self.config)
+        _check_same_run(path, state["identity"], self.identity(), usual)
         self.take(state)
         self.records, self.stages = state["records"], state["stages"]
         self.seconds = state["seconds"]

@@ -37,6 +37,8 @@ from dmr.training.held_out import (
 )
 from .limits import read_range
 from dmr.training.loop import (
+    _check_same_run,
+    _defaults,
     _environment,
     _Progress,
     evaluating,
@@ -498,19 +500,16 @@ class _Resumed(_Afterwards):
         "ValueError where the checkpoint is another run's."
         path = self._path()
         state = None if path is None else last_checkpoint(path)
-        if state is None:
+        if path is None or state is None:
             return
-        own, other = self.identity(), state["identity"]
-        if other != own:
-            name = next(k for k in own if other.get(k) != own[k])
-            raise ValueError(
-                f"{path} is of a run with {name}={other.get(name)!r}, this one"
-                f" has {name}={own[name]!r}; pass another checkpoint folder,"
-                " or delete the file"
-            )
+        usual = _defaults(self.config)
+        _check_same_run(path, state["identity"], self.identity(), usual)
         self.take(state)
 
 # %% ../../nbs/training/12_one_model.ipynb #24bc047c
+_SAVE_EVERY = 200  # steps between checkpoints: the state is large
+
+
 class OneRun(_Resumed):
     "A run in progress."
 
@@ -527,11 +526,11 @@ class OneRun(_Resumed):
             loss = self.train_step()
             shown.step(0, c.domains[0], self.step - 1, loss)
             self.seconds = before + time.perf_counter() - began
-            if self.step not in at:
-                continue
-            self.note("training", at[self.step])
-            # the state is large, so only every fifth point is written
-            if path is not None and len(self.points) % 5 == 0:
+            due = self.step % _SAVE_EVERY == 0 or self.step == c.steps
+            if self.step in at:
+                self.note("training", at[self.step])
+                due |= len(self.points) % 5 == 0
+            if path is not None and due:
                 write_checkpoint(path, self.state())
         shown.close()
 

@@ -327,9 +327,25 @@ def merging_and_its_state():
     optimizer.step()  # the last ones are sharded
     if rank == world - 1:
         local(model[0].weight).data[0, 0] = float("nan")
-    mine = "'0.weight'" if rank == world - 1 else "another process's rows"
+    mine = "'0.weight'" if rank == world - 1 else "another process"
     raises(ValueError, mine, router.consolidate)
     assert router.domains == 3
+
+
+def a_copy_that_alone_is_not_finite_stops_all():
+    inner, optimizer = make(False)
+    model = DistributedDataParallel(inner)
+    method = dmr.Projection(rank=2, every=1)
+    router = dmr.MomentRouter(
+        model, optimizer, method, consolidation=dmr.FisherMerge()
+    )
+    model(data(0)).square().mean().backward()
+    optimizer.step()
+    if rank == world - 1:
+        inner[0].weight.data[0, 0] = float("nan")
+    mine = "'0.weight'" if rank == world - 1 else "another process"
+    raises(ValueError, mine, router.consolidate)
+    assert router.domains == 0 and method.fed
 
 
 def a_look_sees_the_rows_of_all_gradients():
@@ -429,7 +445,7 @@ def test_between_two_processes(tmp_path):
         for line in CASES.splitlines()
         if line.startswith("def ") and line.endswith("():")
     ]
-    assert len(names) == 8
+    assert len(names) == 9
     assert torchrun(program, 2, *names).split() == [
         word for name in names for word in ("passed", name)
     ]

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 import dmr
+from dmr.methods.controls import LastTaskProjection
+from dmr.methods.gpm import GPM
+from dmr.methods.rivals import RegMean
 from dmr.routing.consolidation import Consolidation, Interpolate
 
 torch.set_num_threads(1)
@@ -201,11 +204,115 @@ def test_an_interpolation_with_a_nan_is_refused_too(given):
 def test_frozen_weights_have_nothing_to_merge(merge):
     model = network().requires_grad_(False)
     optimizer = adamw(model)
-    with pytest.raises(ValueError, match="all 4 parameters.*are frozen"):
+    with pytest.warns(UserWarning, match="all 4 parameters.*frozen") as said:
+        router = dmr.MomentRouter(model, optimizer, consolidation=merge())
+    assert len(said) == 1 and said[0].filename == __file__
+    router.anchor()
+    start = weights(model)
+    model.requires_grad_(True)  # what is unfrozen later is merged
+    train(model, optimizer)
+    ends = weights(model)
+    if merge is not dmr.FisherMerge:
+        router.consolidate()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(
+                p.detach(), (start[name] + ends[name]) / 2
+            )
+    router.close()
+    model.requires_grad_(False)[2].bias.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         dmr.MomentRouter(model, optimizer, consolidation=merge())
-    assert not optimizer._optimizer_step_pre_hooks
-    model[2].bias.requires_grad_(True)
-    dmr.MomentRouter(model, optimizer, consolidation=merge())
+
+
+def masked(seed=0):
+    "A network with a frozen constant that holds infinities."
+    model = network(seed)
+    mask = torch.tensor([0.0, -torch.inf, 1.0])
+    model.mask = nn.Parameter(mask, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        dmr.FisherMerge,
+        lambda: dmr.FisherMerge(storage=torch.bfloat16),
+        lambda: dmr.FisherMerge(storage=torch.float8_e4m3fn),
+        lambda: Interpolate(0.5),
+        lambda: RegMean(loss_fn=lambda x: x.square().mean()),
+    ],
+)
+def test_a_frozen_constant_with_infinities_stops_no_merge(merge):
+    model = masked()
+    optimizer = adamw(model)
+    own = merge()
+    if isinstance(own, RegMean):
+        own.loss_fn = loss_on(model)
+    router = dmr.MomentRouter(model, optimizer, consolidation=own)
+    router.anchor()
+    kept = model.mask.detach().clone()
+    for seed in range(3):
+        ends = weights(model)
+        for x in batches(seed):
+            router.observe(x)
+        train(model, optimizer, seed)
+        ends = weights(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            router.consolidate()
+        assert torch.equal(model.mask, kept)
+    assert not same(weights(model), ends)
+    assert all(
+        p.isfinite().all() for n, p in weights(model).items() if n != "mask"
+    )
+    model.mask.data[1] = torch.nan  # it is a constant no more
+    with pytest.raises(ValueError, match="'mask' has NaN"):
+        router.consolidate()
+
+
+@pytest.mark.parametrize(
+    "storage", [None, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_a_router_with_a_frozen_constant_is_saved_and_loaded(storage, tmp_path):
+    model = masked()
+    optimizer = adamw(model)
+    merge = dmr.FisherMerge(storage=storage)
+    router = dmr.MomentRouter(model, optimizer, consolidation=merge)
+    train(model, optimizer)
+    router.consolidate()
+    train(model, optimizer, seed=1)
+    router.save(tmp_path / "router.pt")
+    state = router.state_dict()
+    router.close()
+    again = dmr.MomentRouter.load(tmp_path / "router.pt", model, optimizer)
+    again.load_state_dict(state)
+    again.consolidate()
+    assert torch.equal(model.mask, masked().mask)
+    state["consolidation"]["before"]["0.bias"][0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN.*\['before'\]\['0.bias'\]"):
+        again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_one_byte_are_merged(dtype):
+    model = network()
+    scale = torch.ones(3).to(dtype)
+    model.scale = nn.Parameter(scale, requires_grad=False)
+    optimizer = adamw(model)
+    router = dmr.MomentRouter(model, optimizer, consolidation=Interpolate(0.5))
+    router.anchor()
+    train(model, optimizer)
+    router.consolidate()
+    assert torch.equal(model.scale.float(), torch.ones(3))
+    old = {"w": torch.tensor([1.0, 2.0]).to(dtype)}
+    new = {"w": torch.tensor([3.0, 2.0]).to(dtype)}
+    for fisher in ({}, {"w": torch.ones(2)}):
+        out = dmr.merge(old, new, fisher, fisher)["w"]
+        assert out.dtype == dtype and out.tolist() == [2.0, 2.0]
+    new["w"] = torch.tensor([float("nan"), 2.0]).to(dtype)
+    with pytest.raises(ValueError, match="'w' has NaN.*the new check"):
+        dmr.merge(old, new, fisher, fisher)
 
 
 @pytest.mark.parametrize("which", ["old", "new"])
@@ -218,6 +325,56 @@ def test_checkpoints_with_a_nan_are_not_merged(which):
         dmr.merge(*sides.values(), fisher, fisher)
 
 
+@pytest.mark.parametrize("weight", [0.3, 0.7])
+def test_equal_infinities_stay_and_others_are_not_merged(weight):
+    old = {"w": torch.zeros(1), "mask": torch.tensor([0.0, -torch.inf])}
+    new = {"w": torch.ones(1), "mask": torch.tensor([1.0, -torch.inf])}
+    fisher = {"w": torch.ones(1)}
+    out = dmr.merge(old, new, fisher, fisher, weight)
+    expected = torch.tensor([weight, -torch.inf])
+    torch.testing.assert_close(out["mask"], expected)
+    torch.testing.assert_close(out["w"], torch.tensor([weight]))
+    new["mask"][1] = 0.0
+    with pytest.raises(ValueError, match="'mask' has NaN.*the old check"):
+        dmr.merge(old, new, fisher, fisher, weight)
+
+
+@pytest.mark.parametrize("curvature", ["gradients", "factored", "moment"])
+def test_a_curvature_too_large_for_its_storage_changes_nothing(curvature):
+    model = network()
+    optimizer = adamw(model)
+    with pytest.warns(UserWarning, match="holds none above 65504"):
+        merge = dmr.FisherMerge(0.5, curvature=curvature, storage=torch.float16)
+    method = dmr.Projection(rank=1, every=1)
+    router = dmr.MomentRouter(model, optimizer, method, consolidation=merge)
+    train(model, optimizer)
+    router.consolidate()
+    assert all(x.dtype == torch.float16 for x in merge.past.values())
+    for x in batches(1):
+        optimizer.zero_grad()
+        (1e4 * loss_on(model)(x)).backward()
+        optimizer.step()
+    now, past = weights(model), copy.deepcopy(merge.past)
+    with pytest.raises(ValueError, match="too large for the storage.*bfloat16"):
+        router.consolidate()
+    assert same(now, weights(model)) and same(past, merge.past)
+    assert router.domains == 1 and method.fed
+    merge.past["0.weight"][0, 0] = torch.inf
+    merge.recorder.clear()
+    with pytest.raises(ValueError, match="'0.weight' has NaN or infinite"):
+        router.consolidate()
+
+
+def test_a_past_too_large_for_its_storage_is_forgotten_whole():
+    model = network()
+    with pytest.warns(UserWarning, match="holds none above 65504"):
+        merge = dmr.FisherMerge(0.5, storage=torch.float16)
+    router = dmr.MomentRouter(model, adamw(model), consolidation=merge)
+    with pytest.raises(ValueError, match="too large for the storage.*bfloat16"):
+        router.protect(batches(), lambda x: 1e4 * loss_on(model)(x))
+    assert router.domains == 0 and not merge.past and not merge.before
+
+
 def test_an_optimizer_of_another_model_is_refused():
     model, twin = network(), network()
     optimizer = adamw(twin)
@@ -225,10 +382,36 @@ def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match=words):
         dmr.MomentRouter(model, optimizer, dmr.Projection(rank=1))
     assert not optimizer._optimizer_step_pre_hooks
-    pair = [adamw(model), optimizer]
-    with pytest.raises(ValueError, match=words):
-        dmr.MomentRouter(model, pair)
     dmr.MomentRouter(twin, optimizer)
+
+
+def test_one_of_several_optimizers_may_step_something_else():
+    model, critic = network(), nn.Linear(2, 1)
+    pair = [adamw(model), adamw(critic)]
+    with pytest.warns(UserWarning, match="2 parameters.*not the model's"):
+        router = dmr.MomentRouter(model, pair, dmr.Projection(rank=1, every=1))
+    for seed in range(2):
+        for x in batches(seed):
+            critic(model(x)).square().mean().backward()
+            for each in pair:
+                each.step()
+                each.zero_grad()
+        router.consolidate()
+    assert router.domains == 2 and router.modification.bases["0.weight"].numel()
+
+
+def test_an_optimizer_may_be_filled_after_its_router():
+    model = network()
+    optimizer = torch.optim.AdamW([{"params": []}], lr=1e-2)
+    router = dmr.MomentRouter(model, optimizer, consolidation=Interpolate(0.5))
+    optimizer.add_param_group({"params": [*model.parameters()]})
+    router.anchor()
+    before = weights(model)
+    train(model, optimizer)
+    after = weights(model)
+    router.consolidate()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), (before[name] + after[name]) / 2)
 
 
 @pytest.mark.parametrize("merge", [None, dmr.FisherMerge])
@@ -315,8 +498,48 @@ def test_a_parameter_that_was_exchanged_is_spoken_of():
     model, optimizer, router = merging()
     train(model, optimizer)
     model[2].weight = nn.Parameter(model[2].weight.detach().clone())
-    with pytest.warns(UserWarning, match="1 parameters.*'2.weight'.*replaced"):
+    words = "1 parameters.*'2.weight', are no longer in the model"
+    with pytest.warns(UserWarning, match=words):
         router.consolidate()
+    train(model, optimizer, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.consolidate()  # once is enough
+
+
+def test_a_warning_that_is_an_error_leaves_the_domain_open():
+    model = network()
+    heads = [nn.Linear(8, 2) for _ in range(2)]
+    model[2] = heads[0]
+    every = [
+        *model[0].parameters(),
+        *(p for x in heads for p in x.parameters()),
+    ]
+    optimizer = torch.optim.AdamW(every, lr=1e-2)
+    model.other = heads[1]
+    method = dmr.Projection(rank=1, every=1)
+    router = dmr.MomentRouter(model, optimizer, method)
+    del model.other
+    train(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no longer in the model"):
+            router.consolidate()
+        assert router.domains == 0 and method.fed
+        assert not any(U.shape[1] for U in method.bases.values())
+        router.consolidate()
+    assert router.domains == 1
+    given = dmr.Projection(bases={"0.weight": torch.eye(6)[:, :2]})
+    model = network()
+    optimizer = adamw(model)
+    router = dmr.MomentRouter(model, optimizer, given)
+    train(model, optimizer)
+    router.consolidate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Projection edited none"):
+            router.consolidate()
+    assert router.domains == 1
 
 
 def test_a_merge_serves_one_set_of_weights():
@@ -333,6 +556,38 @@ def test_a_merge_serves_one_set_of_weights():
     assert router.consolidate()["consolidation"]["share"] < 1
     router.close()
     dmr.MomentRouter(other, adamw(other), consolidation=merge)
+
+
+def test_a_merge_may_go_from_one_part_of_a_model_to_the_next():
+    model, merge = network(), Interpolate(0.5)
+    for part in (model[0], model[2]):  # the first router is left open
+        optimizer = torch.optim.AdamW(part.parameters(), lr=1e-2)
+        router = dmr.MomentRouter(model, optimizer, consolidation=merge)
+        router.anchor()
+        start = weights(part)
+        train(model, optimizer)
+        ends = weights(part)
+        router.consolidate()
+        for name, p in part.named_parameters():
+            middle = (start[name] + ends[name]) / 2
+            torch.testing.assert_close(p.detach(), middle)
+
+
+def test_a_copy_of_a_merge_serves_another_model():
+    model, optimizer, router = merging()
+    train(model, optimizer)
+    router.consolidate()
+    twin = copy.deepcopy(router.consolidation)
+    other = network(1)
+    new = adamw(other)
+    second = dmr.MomentRouter(other, new, consolidation=twin)
+    assert twin.trained is second and twin.recorder.trained is second
+    third = network(2)
+    with pytest.raises(ValueError, match="this FisherMerge serves a router of"):
+        dmr.MomentRouter(third, adamw(third), consolidation=twin)
+    model, optimizer, router = copy.deepcopy((model, optimizer, router))
+    train(model, optimizer, seed=1)  # a copied router goes on as it was
+    assert router.consolidate()["consolidation"]["share"] < 1
 
 
 @pytest.mark.parametrize("merge", [None, dmr.FisherMerge])
@@ -381,3 +636,87 @@ def test_a_storage_that_holds_no_weights_is_refused(storage, words):
 def test_half_precision_storage_is_spoken_of():
     with pytest.warns(UserWarning, match="takes squared gradients below"):
         dmr.FisherMerge(storage=torch.float16)
+
+
+def test_protect_with_everything_frozen_says_what_to_do():
+    model = network().requires_grad_(False)
+    router = dmr.MomentRouter(model, adamw(model))
+    with pytest.raises(ValueError, match="unfreeze what is to be protected"):
+        router.protect(batches(), loss_on(model))
+    assert router.domains == 0
+
+
+def test_a_past_that_is_shown_ends_a_domain_for_the_strength_too():
+    model = network()
+    optimizer = adamw(model)
+    strength = dmr.OverlapAware(0.5, initial=0.0, restart=True)
+    method = dmr.Projection(rank=1, every=1)
+    router = dmr.MomentRouter(model, optimizer, method, strength=strength)
+    train(model, optimizer)
+    router.consolidate()
+    train(model, optimizer, seed=1)
+    assert float(strength.average) > 0
+    kept = float(strength.average)
+    with pytest.raises(ValueError, match="got no batch"):
+        router.protect([], loss_on(model))
+    assert float(strength.average) == kept
+    router.protect(batches(2), loss_on(model))
+    assert float(strength.average) == 0.0
+
+
+def test_the_last_task_is_replaced_by_weights_too():
+    model = network()
+    optimizer = adamw(model)
+    method = LastTaskProjection(rank=2, every=1)
+    router = dmr.MomentRouter(model, optimizer, method)
+    router.protect_weights()
+    first = {name: U.clone() for name, U in method.bases.items()}
+    train(model, optimizer)
+    router.consolidate()
+    for name, p in model.named_parameters():
+        if name in first:
+            p.data.normal_()
+    router.protect_weights()
+    for name, U in method.bases.items():
+        assert U.shape == first[name].shape
+        W = dict(model.named_parameters())[name]
+        V = torch.linalg.svd(W.detach())[2][:2]  # (2, fan_in)
+        own = U.T @ V.T  # (2, 2), orthogonal if the spaces are one
+        torch.testing.assert_close(own @ own.T, torch.eye(2), atol=1e-4, rtol=0)
+    kept = {name: U.clone() for name, U in method.bases.items()}
+    with pytest.raises(ValueError):
+        router.protect_weights(rank=0)
+    assert same(kept, method.bases)
+
+
+def test_a_past_of_examples_alone_is_no_domain_without_an_edit():
+    model = network()
+    method = GPM(loss_on(model), samples=8)
+    router = dmr.MomentRouter(model, adamw(model), method)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the router saw no step")
+        for seed in range(2):
+            for x in batches(seed):
+                router.observe(x)
+            router.consolidate()
+    assert router.domains == 2
+
+
+def test_a_merge_by_examples_leaves_the_warning_to_the_router():
+    model = network()
+    optimizer = adamw(model)
+    merge = RegMean(loss_fn=loss_on(model))
+    method = dmr.Projection(bases={"0.weight": torch.eye(6)[:, :2]})
+    router = dmr.MomentRouter(model, optimizer, method, consolidation=merge)
+
+    def observed(seed):
+        for x in batches(seed):
+            router.observe(x)
+
+    observed(0)
+    train(model, optimizer)
+    router.consolidate()
+    observed(1)
+    with pytest.warns(UserWarning, match="Projection edited none") as said:
+        router.consolidate()
+    assert len(said) == 1

@@ -190,8 +190,34 @@ def test_a_run_goes_on_bit_for_bit(arm, results, cache, tmp_path):
         one_model(replace(config, lr=0.5), False, cache)
 
 
+@pytest.mark.parametrize("every, step", [(200, 0), (8, 8)])
+def test_few_points_are_kept_too(every, step, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(one, "_SAVE_EVERY", every)
+    config = replace(TINY, checkpoint=str(tmp_path))  # one point, at the end
+    first = OneRun(config, cache)
+    taken = first.train_step
+
+    def stopping():
+        if first.step == 13:
+            raise KeyboardInterrupt
+        return taken()
+
+    first.train_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        first.train(False)
+    again = OneRun(config, cache)
+    again.restore()
+    assert again.step == step
+    again.train(False)
+    done = OneRun(config, cache)
+    done.restore()
+    assert done.step == TINY.steps and done.points == again.points
+    whole = one_model(TINY, False, cache)
+    assert losses(one_model(config, False, cache)) == losses(whole)
+
+
 def test_a_base_that_was_not_made_or_is_another_is_refused(cache, tmp_path):
-    with pytest.raises(FileNotFoundError, match="dmr.training.base"):
+    with pytest.raises(FileNotFoundError, match=r"make_base\(config\)"):
         one_model(TINY, False, tmp_path)
     other = replace(TINY, base=BASE | {"seed": 1})
     with pytest.raises(FileNotFoundError, match="is not in"):

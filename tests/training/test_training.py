@@ -12,7 +12,7 @@ import torch
 from tiny import SENTENCES, repeated_sentences
 
 import dmr.training.loop as training
-from dmr.files import write_checkpoint
+from dmr.files import read_checkpoint, write_checkpoint
 from dmr.routing.modification import Dense, Modification
 from dmr.routing.moments import STEPPED, moments_of
 from dmr.text.load import Domain, Stream
@@ -674,6 +674,23 @@ def test_the_resumed_optimizer_and_router_are_the_same(tmp_path):
             }
         )
     assert same(states[0], states[1])
+
+
+def test_a_checkpoint_from_before_a_parameter_is_of_the_usual_run(tmp_path):
+    made = lambda **own: ContinualRun(
+        Config(**{**BASE, "checkpoint": str(tmp_path), **own}),
+        STREAM,
+        progress=False,
+    )
+    made().run_stage()
+    path = tmp_path / "state.pt"
+    state = read_checkpoint(path)
+    del state["identity"]["sampling"]
+    write_checkpoint(path, state)
+    assert made().stage == 1
+    words = "with sampling='random', this one has sampling='epoch'"
+    with pytest.raises(ValueError, match=words):
+        made(sampling="epoch")
 
 
 def test_checkpoints_of_others_are_refused(tmp_path):
