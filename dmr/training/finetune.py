@@ -1015,7 +1015,7 @@ KEPT = "model.json"
 
 
 def _keep(
-    bench: Bench, arm: Arm, folder: Path, router: MomentRouter
+    bench: Bench, arm: Arm, folder: Path, router: MomentRouter | None
 ) -> None:
     "Write the model as it is now, and what its files are."
     kept = None if arm.method == "none" else router
