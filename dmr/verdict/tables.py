@@ -77,11 +77,17 @@ class Table:
     # part -> nominal rate
     nominal: Mapping[str, float] = field(default_factory=dict)
     code: str = ""  # version of the code that most rows have
+    seeds: tuple[Any, ...] = ()  # of the study file, each once
 
     @property
     def failed(self) -> dict[str, int]:
         "arm -> runs of it that ended in an error."
         return dict(Counter(str(r["arm"]) for r in self.lost))
+
+    @property
+    def every_seed(self) -> set[Any]:
+        "The seeds that are planned, or were seen in a run."
+        return {*self.seeds, *(r["seed"] for r in (*self.rows, *self.lost))}
 
     @property
     def complete(self) -> bool:
@@ -245,6 +251,7 @@ def read_table(
         len(good) - len(kept),
         {part: rate for part, rate in rates.items() if rate},
         code,
+        tuple(dict.fromkeys(c.seed for c in plan.cells)),
     )
 
 # %% ../../nbs/making/02_tables.ipynb #08eaa803
