@@ -30,8 +30,8 @@ from .rules import sign_p
 from .tables import Table, has_diverged, put_once
 
 # %% auto #0
-__all__ = ['pick', 'points', 'finals', 'Finding', 'preliminary', 'forgets_share', 'best_row', 'ends_below', 'gap_closed',
-           'closes', 'finals_by_setting', 'interpolation_curve', 'judge_merge']
+__all__ = ['pick', 'points', 'finals', 'Finding', 'preliminary', 'forgets_share', 'share_of', 'best_row', 'ends_below',
+           'gap_closed', 'closes', 'finals_by_setting', 'interpolation_curve', 'judge_merge']
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00006
 def pick(
@@ -189,17 +189,28 @@ def forgets_share(
     theirs = {s: here[s] - d for s, d in matched.difference.items()}
     if len(theirs) < 2 or not matched.enough:
         return Finding(rule, "not comparable", gaps=apart)
+    here |= {s: x for s, (_, x) in arm.items() if x == math.inf}
+    return share_of(here, theirs, share, rule, apart)
+
+
+def share_of(
+    here: Mapping[Any, float],  # seed -> what the arm forgets; +∞: diverged
+    theirs: Mapping[Any, float],  # seed -> what the rival forgets, finite
+    share: float,  # of the rival's, in (0, 1]
+    rule: str,
+    gaps: str = "",
+) -> Finding:
+    "`forgets_share` where both are known at equal learning, for two seeds."
     values = np.array(list(theirs.values()))
     error = values.std(ddof=1) / math.sqrt(len(values))
     note = f"the rival forgets {values.mean():.3f}"
     if values.mean() <= 5 * error:
         note += f" ± {error:.3f}: nothing to halve"
-        return Finding(rule, "not comparable", None, note, apart)
+        return Finding(rule, "not comparable", None, note, gaps)
     asked = {s: here[s] - share * f for s, f in theirs.items()}
-    note += f", the arm {np.mean(list(here.values())):.3f}"
-    signs = _signs({s: p.forgetting for s, p in arm.items()}, asked)
+    note += f", the arm {np.mean([here[s] for s in theirs]):.3f}"
     d = mean_interval(asked)
-    return _judged(rule, d, d.high < 0, note, apart, signs)
+    return _judged(rule, d, d.high < 0, note, gaps, _signs(here, asked))
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00013
 #: Setting -> seed -> final average, of one rival; NaN where a run failed.
