@@ -119,13 +119,16 @@ def methods(
 
 def _one_base(*tables: Table) -> None:
     "Raise ValueError where the runs began at two bases."
+    names = ("identity_base_weights", "identity_base_written")
     bases = {
-        str(r["identity_base_weights"])[:16] for t in tables for r in t.rows
+        " ".join(str(r.get(name, ""))[:16] for name in names).strip()
+        for t in tables
+        for r in t.rows
     }
     if len(bases) > 1:
-        names = " and ".join(t.study for t in tables)
+        studies = " and ".join(t.study for t in tables)
         raise ValueError(
-            f"{names} has runs from {len(bases)} bases"
+            f"{studies}: runs from {len(bases)} bases"
             f" ({', '.join(sorted(bases))}); make them all from one"
         )
 

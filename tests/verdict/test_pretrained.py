@@ -336,7 +336,11 @@ def test_no_verdict_from_three_seeds(good):
 def test_runs_from_two_bases_are_not_mixed(good):
     rows = list(good[0].rows)
     rows[3] = rows[3] | {"identity_base_weights": "cd" * 32}
-    with pytest.raises(ValueError, match="has runs from 2 bases"):
+    with pytest.raises(ValueError, match="runs from 2 bases"):
+        methods(replace(good[0], rows=tuple(rows)), "near")
+    # the same weights that wrote another text
+    rows[3] = good[0].rows[3] | {"identity_base_written": "cd" * 32}
+    with pytest.raises(ValueError, match="runs from 2 bases"):
         methods(replace(good[0], rows=tuple(rows)), "near")
 
 
