@@ -182,7 +182,7 @@ FIRST_PAGE: dict[str, tuple[str, str]] = {
 
 def _missing(table: Table, *arms: str) -> str:
     "What of these arms has ended without a number."
-    lost = [arm for arm, _, _ in runs(table, None, table.lost)]
+    lost = [r["arm"] for r in table.lost]
     return "; ".join(f"{lost.count(a)} failed: {a}" for a in arms if a in lost)
 
 

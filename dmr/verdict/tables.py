@@ -34,8 +34,8 @@ from ..studies.table import Ledger, read_rows
 from .rules import Evidence
 
 # %% auto #0
-__all__ = ['TableArm', 'Table', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured', 'measure',
-           'put_once', 'curves', 'has_diverged', 'evidence', 'Line', 'compare']
+__all__ = ['TableArm', 'Table', 'setting_name', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured',
+           'measure', 'put_once', 'curves', 'has_diverged', 'evidence', 'Line', 'compare']
 
 # %% ../../nbs/making/02_tables.ipynb #78e4ff5e
 @dataclass(frozen=True)
@@ -100,12 +100,36 @@ class Table:
         return math.fsum(float(r.get("wall_s") or 0) for r in self.rows)
 
     @cached_property
+    def scanned(self) -> dict[str, tuple[str, ...]]:
+        """Arms with several settings at one rate -> the parameters in which
+        those differ.
+        """
+        met: dict[Any, list[Mapping[str, Any]]] = {}
+        for r in (*self.rows, *self.lost):
+            at = (r.get("part"), r["arm"], r["parameters"]["lr"], r["seed"])
+            met.setdefault(at, []).append(r["parameters"])
+        found: dict[str, set[str]] = {}
+        for (_, arm, *_), given in met.items():
+            if len(given) > 1:
+                names = {k for p in given for k in p} - {"checkpoint"}
+                differ = {
+                    k for k in names if len({repr(p.get(k)) for p in given}) > 1
+                }
+                found.setdefault(arm, set()).update(differ)
+        return {arm: tuple(sorted(keys)) for arm, keys in found.items() if keys}
+
+    @cached_property
     def arms(self) -> dict[str, TableArm]:
-        "Every arm with a finished run, by name; plain training is 'vanilla'."
+        """Every arm with a finished run, by name; plain training is 'vanilla'.
+        One of several settings is there with each of them, and without: then
+        as its first run.
+        """
         found: dict[str, TableArm] = {}
         for name, _, r in runs(self):
             arm = TableArm(name, read_arm(r["parameters"]))
             found.setdefault(name, arm)
+            if name != "vanilla":
+                found.setdefault(str(r["arm"]), TableArm(r["arm"], arm.fields))
         return found
 
     def summary(self) -> str:
@@ -127,18 +151,33 @@ class Table:
         return text + other * bool(self.left_out)
 
 # %% ../../nbs/making/02_tables.ipynb #e2cb980f
+def setting_name(
+    table: Table,
+    run: Mapping[str, Any],  # of the table
+) -> str:
+    "What an arm is called; with its setting where it has several at a rate."
+    said = [str(run["arm"])]
+    for key in table.scanned.get(said[0], ()):
+        value = run["parameters"].get(key)
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        said.append(f"{key} {value:g}" if known else f"{key} {value}")
+    return ", ".join(said)
+
+
 def runs(
     table: Table,
     part: str | None = None,  # None: all
     # None: the finished ones
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
-    "The arm's name, the multiple of the nominal rate, and the row of each run."
+    """The arm's name, the multiple of the nominal rate, and the row of each
+    run. An arm with several settings at one rate is named with its setting.
+    """
     for r in table.rows if rows is None else rows:
         if part is None or r["part"] == part:
             lr = float(r["parameters"]["lr"])
             plain = read_arm(r["parameters"]).plain
-            name = "vanilla" if plain else str(r["arm"])
+            name = "vanilla" if plain else setting_name(table, r)
             yield name, round(lr / table.nominal.get(r["part"], lr), 6), r
 
 
