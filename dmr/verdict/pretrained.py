@@ -116,7 +116,7 @@ def methods(
                 seeds.update(failed)
     return out
 
-
+# %% ../../nbs/making/10b_pretrained.ipynb #98781ab8
 def _one_base(*tables: Table) -> None:
     "Raise ValueError where the runs began at two bases."
     names = ("identity_base_weights", "identity_base_written")
@@ -421,7 +421,7 @@ def judge_row(
     one = share_of(here, theirs, 0.5, _ROWS, gaps)
     return replace(one, note=f"against {name}: {one.note}")
 
-
+# %% ../../nbs/making/10b_pretrained.ipynb #c3ab2018
 def _weakest(found: Iterable[Finding]) -> Finding:
     "One that fails if there is one, else an open one, else the largest d."
 

@@ -180,7 +180,7 @@ def runs(
             name = "vanilla" if plain else setting_name(table, r)
             yield name, round(lr / table.nominal.get(r["part"], lr), 6), r
 
-
+# %% ../../nbs/making/02_tables.ipynb #e2cb9810
 def nominal_rows(table: Table, arm: str) -> list[Mapping[str, Any]]:
     "Runs of an arm at the nominal rate."
     return [r for name, rate, r in runs(table) if (name, rate) == (arm, 1.0)]
