@@ -77,7 +77,7 @@ def setting_of(row: Mapping[str, Any]) -> str:
             said.append(f"{name} {float(p[name]):g}")
     return ", ".join(said)
 
-
+# %% ../../nbs/making/10b_pretrained.ipynb #98781ab9
 def methods(
     table: Table,
     part: str,  # near or far
@@ -295,7 +295,7 @@ def chosen(
     both = {k: sum(d) for k, d in scores.items() if len(d) == len(PARTS)}
     return min(both, key=lambda k: both[k]) if both else None
 
-
+# %% ../../nbs/making/10b_pretrained.ipynb #1ef8a4f7
 def _known(arm: Points) -> list[Point]:
     "Those whose run has numbers."
     return [p for p in arm.values() if math.isfinite(p.forgetting)]

@@ -101,36 +101,13 @@ class Table:
 
     @cached_property
     def scanned(self) -> dict[str, tuple[str, ...]]:
-        """Arms with several settings at one rate -> the parameters in which
-        those differ.
-        """
-        met: dict[Any, list[Mapping[str, Any]]] = {}
-        for r in (*self.rows, *self.lost):
-            at = (r.get("part"), r["arm"], r["parameters"]["lr"], r["seed"])
-            met.setdefault(at, []).append(r["parameters"])
-        found: dict[str, set[str]] = {}
-        for (_, arm, *_), given in met.items():
-            if len(given) > 1:
-                names = {k for p in given for k in p} - {"checkpoint"}
-                differ = {
-                    k for k in names if len({repr(p.get(k)) for p in given}) > 1
-                }
-                found.setdefault(arm, set()).update(differ)
-        return {arm: tuple(sorted(keys)) for arm, keys in found.items() if keys}
+        "Arms with several settings at a rate -> in which parameters."
+        return _scanned((*self.rows, *self.lost))
 
     @cached_property
     def arms(self) -> dict[str, TableArm]:
-        """Every arm with a finished run, by name; plain training is 'vanilla'.
-        One of several settings is there with each of them, and without: then
-        as its first run.
-        """
-        found: dict[str, TableArm] = {}
-        for name, _, r in runs(self):
-            arm = TableArm(name, read_arm(r["parameters"]))
-            found.setdefault(name, arm)
-            if name != "vanilla":
-                found.setdefault(str(r["arm"]), TableArm(r["arm"], arm.fields))
-        return found
+        "Every arm with a finished run, by name; plain is 'vanilla'."
+        return _arms(self)
 
     def summary(self) -> str:
         "What there is, with its seeds and hours: how a page begins."
@@ -141,14 +118,50 @@ class Table:
         return f"{self}; seeds {span}, {hours:.1f} core hours"
 
     def __str__(self) -> str:
-        if not self.planned:
-            return f"{self.study}: no study file"
-        if not self.rows:
-            return f"{self.study}: no runs yet, {self.planned} planned"
-        text = f"{self.study}: {len(self.rows)} of {self.planned} runs"
-        text += f", {len(self.lost)} failed" * bool(self.lost)
-        other = f", {self.left_out} by other code left out"
-        return text + other * bool(self.left_out)
+        return _said(self)
+
+# %% ../../nbs/making/02_tables.ipynb #14414ddb
+def _scanned(
+    every: Iterable[Mapping[str, Any]],  # runs
+) -> dict[str, tuple[str, ...]]:
+    """Arms with several settings at one rate -> the parameters in which those
+    differ.
+    """
+    met: dict[Any, list[Mapping[str, Any]]] = {}
+    for r in every:
+        at = (r.get("part"), r["arm"], r["parameters"]["lr"], r["seed"])
+        met.setdefault(at, []).append(r["parameters"])
+    found: dict[str, set[str]] = {}
+    for (_, arm, *_), given in met.items():
+        if len(given) > 1:
+            names = {k for p in given for k in p} - {"checkpoint"}
+            differ = {
+                k for k in names if len({repr(p.get(k)) for p in given}) > 1
+            }
+            found.setdefault(arm, set()).update(differ)
+    return {arm: tuple(sorted(keys)) for arm, keys in found.items() if keys}
+
+
+def _arms(table: Table) -> dict[str, TableArm]:
+    "One of several settings is there with each; without, as it ran first."
+    found: dict[str, TableArm] = {}
+    for name, _, r in runs(table):
+        fields = read_arm(r["parameters"])
+        found.setdefault(name, TableArm(name, fields))
+        if name != "vanilla":
+            found.setdefault(r["arm"], TableArm(r["arm"], fields))
+    return found
+
+
+def _said(table: Table) -> str:
+    if not table.planned:
+        return f"{table.study}: no study file"
+    if not table.rows:
+        return f"{table.study}: no runs yet, {table.planned} planned"
+    text = f"{table.study}: {len(table.rows)} of {table.planned} runs"
+    text += f", {len(table.lost)} failed" * bool(table.lost)
+    other = f", {table.left_out} by other code left out"
+    return text + other * bool(table.left_out)
 
 # %% ../../nbs/making/02_tables.ipynb #e2cb980f
 def setting_name(
@@ -235,9 +248,8 @@ def read_table(
     study: str,  # its name
     project: Project | None = None,  # None: the one around the current folder
 ) -> Table:
-    """The finished runs of a study, from its file and its table alone; never
-    fails because one of them is missing or short. Raises TableError where the
-    table is damaged.
+    """The finished runs of a study, from its file and its table, as far as they
+    are there. Raises TableError where the table is damaged.
     """
     project = project or find_project()
     try:

@@ -329,6 +329,8 @@ def finished(tmp_path):
 def test_every_rule_finds_its_arms_in_the_study_files(finished):
     of = lambda study: read_table(study, finished)  # noqa: E731
     merging, dose = of("merging"), of("dose")
+    assert of("larger").seeds == (1800, 1801, 1802, 1803, 1804)
+    assert of("larger").complete
     doses = c1_by_strength(
         joined(dose, merging), (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     )
