@@ -82,16 +82,21 @@ def _law(
     }
 
 # %% ../../nbs/making/28_sliders.ipynb #592577c3
+_SHARE = 1 / 3  # of the directions that is protected, for the law of signs
+
+
 def _left(alpha: Any, kappa: float) -> dict[str, Any]:
     "What five optimizers leave of a protected step."
     a = alpha * (2 - alpha)
     adam = left_by_adam(alpha, kappa)
-    flipped = 2 / np.pi * a * (1 - kappa) / (1 - a * kappa)
+    # the sign's energy in a protected direction: of its signal, and of rounding
+    energy = lambda signal: 2 / np.pi * signal / _SHARE + 1 - 2 / np.pi
+    edited = (1 - alpha) ** 2 * kappa / (1 - a * kappa)
     return {
         "SGD": 1 - alpha,
         "Adam": adam,
         "Shampoo": np.sqrt(adam),
-        "signs, Lion": np.sqrt(1 - flipped),
+        "signs, Lion": np.sqrt(energy(edited) / energy(kappa)),
         "Muon, exact": np.ones_like(adam),
     }
 
@@ -112,7 +117,8 @@ def _forgives(alpha: float, kappa: float) -> dict[str, Any]:
     return {
         "title": f"Of the protected step an edit of {alpha:.2f} leaves"
         f" {here['SGD']:.2f} under SGD, {here['Adam']:.2f} under Adam,"
-        f" {here['signs, Lion']:.2f} under signs, 1.00 in Muon’s exact step",
+        f" {here['signs, Lion']:.2f} under signs (a third of the directions"
+        " protected), 1.00 in Muon’s exact step",
         "said": {"alpha": f"{alpha:.2f}", "kappa": f"{kappa:.2f}"},
         "parts": parts,
     }

@@ -95,7 +95,7 @@ def base_config(
     return replace(BaseConfig(), **given)
 
 # %% ../../nbs/training/11_base.ipynb #db0d04b6
-_RULE = 1  # raise it with every change to how a base is made
+_RULE = 2  # raise it with every change to how a base is made
 
 
 def base_text(
@@ -120,10 +120,11 @@ def base_key(
 def weights_hash(
     weights: dict[str, Tensor],  # by name
 ) -> str:  # 64 hexadecimal digits
-    "Hash of names and numbers."
+    "Hash of names, kinds of number, shapes and numbers."
     parts: list[bytes] = []
     for name, x in weights.items():
-        parts += [name.encode(), x.numpy().tobytes()]
+        about = f"{name} {x.dtype} {tuple(x.shape)}"
+        parts += [about.encode(), x.numpy().tobytes()]
     return digest(parts)
 
 
@@ -224,6 +225,7 @@ class Base:
     written: Tensor  # (windows, context + 1) uint8, by the model itself
     key: str  # hash of settings and text
     weights: str  # hash of the weights
+    text: str  # hash of what it wrote
     losses: dict[str, float]  # text -> held-out nats per byte
     seconds: float  # of training
 
@@ -235,13 +237,14 @@ def _finish(run: _BaseRun, stream: Stream, key: str, path: Path) -> None:
     for domain in stream:
         windows = evaluation_windows(domain.test, 64, c.context)
         losses[domain.name] = held_out_losses(model, windows).mean().item()
-    weights = model.state_dict()
+    weights, written = model.state_dict(), _written(model, c)
     made = {
         "key": key,
         "config": asdict(c),
         "model": weights,
         "weights": weights_hash(weights),
-        "written": _written(model, c),
+        "written": written,
+        "text": weights_hash({"written": written}),
         "losses": losses,
         "seconds": run.seconds,
         "torch": str(torch.__version__),
@@ -271,7 +274,7 @@ def load_base(
     c = config
     model = build_model(c.size, c.context)
     model.load_state_dict(found["model"])
-    named = ("written", "key", "weights", "losses", "seconds")
+    named = ("written", "key", "weights", "text", "losses", "seconds")
     return Base(config, model, **{name: found[name] for name in named})
 
 
@@ -283,11 +286,16 @@ def _check_base(found: dict[str, Any], key: str, path: Path) -> None:
             " its settings or its text are others; delete it and make the base"
             " again"
         )
-    if (own := weights_hash(found["model"])) != found["weights"]:
-        raise ValueError(
-            f"{path} is damaged: its weights have the hash {own[:16]}, noted"
-            f" was {found['weights'][:16]}; delete it and make the base again"
-        )
+    parts = (
+        ("its weights have", found["model"], found["weights"]),
+        ("what it wrote has", {"written": found["written"]}, found["text"]),
+    )
+    for what, part, noted in parts:
+        if (own := weights_hash(part)) != noted:
+            raise ValueError(
+                f"{path} is damaged: {what} the hash {own[:16]}, noted was"
+                f" {noted[:16]}; delete it and make the base again"
+            )
 
 # %% ../../nbs/training/11_base.ipynb #f5d12f48
 def make_base(

@@ -490,7 +490,8 @@ class _Resumed(_Afterwards):
         apart = ("checkpoint", "arm")
         named = {k: v for k, v in asdict(self.config).items() if k not in apart}
         named |= {"stream_hash": self.stream.hash}
-        return plain(named | {"base_weights": self.base.weights})
+        named |= {"base_weights": self.base.weights}
+        return plain(named | {"base_written": self.base.text})
 
     def _path(self) -> Path | None:
         kept = self.config.checkpoint
@@ -631,6 +632,7 @@ def _result(
         "domains": run.stream.names,
         "base": run.base.key,
         "base_weights": run.base.weights,
+        "base_written": run.base.text,
     }
     return plain(
         {

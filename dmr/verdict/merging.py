@@ -17,6 +17,7 @@ from dmr.reporting.statistics import (
     Interval,
     Point,
     Points,
+    differences,
     enough_seeds,
     holm,
     match_control,
@@ -25,11 +26,12 @@ from dmr.reporting.statistics import (
     paired_p,
     shared_seeds,
 )
-from .tables import Table, put_once
+from .rules import sign_p
+from .tables import Table, has_diverged, put_once
 
 # %% auto #0
-__all__ = ['pick', 'points', 'finals', 'Finding', 'forgets_share', 'best_row', 'ends_below', 'gap_closed', 'closes',
-           'interpolation_curve', 'judge_merge']
+__all__ = ['pick', 'points', 'finals', 'Finding', 'preliminary', 'forgets_share', 'share_of', 'best_row', 'ends_below',
+           'gap_closed', 'closes', 'finals_by_setting', 'interpolation_curve', 'judge_merge']
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00006
 def pick(
@@ -52,15 +54,19 @@ def pick(
 
 
 def _number(row: Mapping[str, Any], column: str) -> float:
-    "A number of a run; NaN where it failed."
+    "A number of a run; NaN where it failed, +∞ where it diverged."
     value = row.get(column)
-    return math.nan if value in (None, "") else float(value)
+    if value not in (None, ""):
+        return float(value)
+    return math.inf if "status" in row and has_diverged(row) else math.nan
 
 
 def points(
     rows: Mapping[Any, Mapping[str, Any]],  # seed -> run
 ) -> dict[Any, Point]:
-    "Learning accuracy and forgetting of each seed; NaN where a run failed."
+    """Learning accuracy and forgetting of each seed; NaN where a run failed,
+    +∞ where it diverged.
+    """
     columns = ("learning_accuracy", "forgetting")
     return {
         s: Point(*(_number(r, c) for c in columns)) for s, r in rows.items()
@@ -70,7 +76,9 @@ def points(
 def finals(
     rows: Mapping[Any, Mapping[str, Any]],  # seed -> run
 ) -> dict[Any, float]:
-    "Final average of each seed, nats per byte; NaN where a run failed."
+    """Final average of each seed, nats per byte; NaN where a run failed, +∞
+    where it diverged.
+    """
     return {s: _number(r, "final_average") for s, r in rows.items()}
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00009
@@ -79,7 +87,8 @@ class Finding:
     "What a rule found."
 
     rule: str
-    # holds, fails, not comparable, too few seeds, not complete, no runs
+    # holds, fails, not comparable, too few seeds, not complete, no runs;
+    # preliminary: holds, preliminary: fails, where runs are to come
     outcome: str
     interval: Interval | None = None
     note: str = ""  # with what it was compared, and what stands beside it
@@ -94,8 +103,8 @@ class Finding:
 
 
 def _counted(
-    seeds: Iterable[Any],  # all that were seen in the study
-    # who -> seed -> value; NaN where its run failed
+    seeds: Iterable[Any],  # all that the study plans
+    # who -> seed -> value; not finite where its run failed
     sides: Mapping[str, Mapping[Any, float]],
 ) -> tuple[bool, str]:
     "Have four seeds in five a number on every side, and what is lacking?"
@@ -111,22 +120,59 @@ def _counted(
         said += [f"failed runs of {who}: {lost}"] * bool(lost)
     return enough_seeds(len(both), len(every)), ", ".join(said)
 
-
+# %% ../../nbs/making/09_merging.ipynb #a8c00028
 def _judged(
-    rule: str, interval: Interval, holds: bool, note: str, gaps: str = ""
+    rule: str,
+    interval: Interval,
+    holds: bool,
+    note: str,
+    gaps: str = "",
+    # seed -> below 0 where the arm does what is asked; +∞: it diverged
+    signs: Mapping[Any, float] | None = None,
 ) -> Finding:
+    "A run of the arm that diverged is no gap: the sign test must agree."
+    signs = signs or {}
+    if math.inf in signs.values():
+        below = sum(d < 0 for d in signs.values())
+        above = sum(d > 0 for d in signs.values())
+        p = sign_p(below, above)
+        holds = holds and below > above and p < 0.05
+        said = (
+            f"diverged runs of the arm: {list(signs.values()).count(math.inf)}"
+            f", so by signs: {below} of {below + above} seeds, p {p:.2g}"
+        )
+        gaps = ", ".join(filter(None, (gaps, said)))
     outcome = "holds" if holds else "fails"
     if interval.exploratory:
         outcome = "too few seeds"
     return Finding(rule, outcome, interval, note, gaps)
 
+
+def _signs(
+    arm: Mapping[Any, float],  # seed -> value, +∞ where its run diverged
+    difference: Mapping[Any, float],  # seed -> what the rule asks below 0
+) -> dict[Any, float]:
+    lost = {s: x for s, x in arm.items() if x == math.inf}
+    return {**difference, **lost}
+
+
+def preliminary(
+    found: Finding,
+    table: Table,  # the study
+) -> Finding:
+    "Says so where some of its runs have not ended: nothing holds or fails yet."
+    if table.complete or found.outcome not in ("holds", "fails"):
+        return found
+    return replace(found, outcome=f"preliminary: {found.outcome}")
+
+
 # %% ../../nbs/making/09_merging.ipynb #ebf2ac5f
 def forgets_share(
-    arm: Points,  # NaN where its run failed
+    arm: Points,  # NaN where its run failed, +∞ where it diverged
     rival: Curve,  # weight or rate -> seed -> point, rising in learning
     share: float = 0.5,  # of the rival's forgetting, in (0, 1]
     rule: str = "half of the rival's forgetting at equal learning",
-    seeds: Iterable[Any] = (),  # all that were seen in the study
+    seeds: Iterable[Any] = (),  # all that the study plans
 ) -> Finding:
     """Is the arm's forgetting below a share of the rival's that learned as
     much? The interval is that of F − share · F_rival, in nats.
@@ -143,15 +189,28 @@ def forgets_share(
     theirs = {s: here[s] - d for s, d in matched.difference.items()}
     if len(theirs) < 2 or not matched.enough:
         return Finding(rule, "not comparable", gaps=apart)
+    here |= {s: x for s, (_, x) in arm.items() if x == math.inf}
+    return share_of(here, theirs, share, rule, apart)
+
+
+def share_of(
+    here: Mapping[Any, float],  # seed -> what the arm forgets; +∞: diverged
+    theirs: Mapping[Any, float],  # seed -> what the rival forgets, finite
+    share: float,  # of the rival's, in (0, 1]
+    rule: str,
+    gaps: str = "",
+) -> Finding:
+    "`forgets_share` where both are known at equal learning, for two seeds."
     values = np.array(list(theirs.values()))
     error = values.std(ddof=1) / math.sqrt(len(values))
     note = f"the rival forgets {values.mean():.3f}"
     if values.mean() <= 5 * error:
         note += f" ± {error:.3f}: nothing to halve"
-        return Finding(rule, "not comparable", None, note, apart)
-    d = mean_interval({s: here[s] - share * f for s, f in theirs.items()})
-    note += f", the arm {np.mean(list(here.values())):.3f}"
-    return _judged(rule, d, d.high < 0, note, apart)
+        return Finding(rule, "not comparable", None, note, gaps)
+    asked = {s: here[s] - share * f for s, f in theirs.items()}
+    note += f", the arm {np.mean([here[s] for s in theirs]):.3f}"
+    d = mean_interval(asked)
+    return _judged(rule, d, d.high < 0, note, gaps, _signs(here, asked))
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00013
 #: Setting -> seed -> final average, of one rival; NaN where a run failed.
@@ -160,19 +219,44 @@ _Rows = Mapping[Any, Mapping[Any, float]]
 
 def best_row(
     rows: _Rows,
+    seeds: Iterable[Any] = (),  # all that the study plans
 ) -> Any:  # the setting with the lowest mean; None: no finished run
-    """The setting that ends lowest, by the mean over its seeds, of those with
-    the most seeds.
+    """The setting that ends lowest, of those with numbers in four seeds of
+    five, by the mean over the seeds that they share. Where none has so many:
+    of those with the most.
     """
     known = {
-        k: [x for x in at.values() if math.isfinite(x)]
+        k: {s for s, x in at.items() if math.isfinite(x)}
         for k, at in rows.items()
     }
+    every = set(seeds).union(*rows.values())
     most = max(map(len, known.values()), default=0)
-    means = {k: np.mean(x) for k, x in known.items() if x and len(x) == most}
-    return min(means, key=lambda k: means[k]) if means else None
+    if not most:
+        return None
+    whole = [k for k, at in known.items() if enough_seeds(len(at), len(every))]
+    fit = whole or [k for k, at in known.items() if len(at) == most]
+    shared = set.intersection(*(known[k] for k in fit))
+    mean = lambda k: np.mean([rows[k][s] for s in shared or known[k]])
+    return min(fit, key=mean)
 
 
+def _others(
+    name: str,
+    rows: _Rows,
+    best: Any,  # the setting that is left out; None: none is
+    seeds: Iterable[Any],
+) -> str:
+    "What failed and what has not run at a rival's other settings, in words."
+    every, said = set(seeds).union(*rows.values()), []
+    for key, at in rows.items():
+        lost = sum(not math.isfinite(x) for x in at.values())
+        counts = {"failed": lost, "not run": len(every) - len(at)}
+        what = [f"{n} {word}" for word, n in counts.items() if n]
+        if key != best and what:
+            said.append(f"{name} at {key}: {' and '.join(what)}")
+    return ", ".join(said)
+
+# %% ../../nbs/making/09_merging.ipynb #a8c00029
 def _untested(
     arm: Mapping[Any, float], rivals: Mapping[str, _Rows], seeds: Iterable[Any]
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -180,24 +264,25 @@ def _untested(
     every = tuple(seeds)
     untested, gaps = {}, {}
     for name, rows in rivals.items():
-        key = best_row(rows)
+        key = best_row(rows, every)
+        others = _others(name, rows, key, every)
         if key is None:
-            lost = sum(map(len, rows.values()))
-            untested[name] = "no runs"
-            gaps[name] = f"failed runs of {name}: {lost}" * bool(lost)
+            untested[name], gaps[name] = "no runs", others
             continue
         sides = {"the arm": arm, name: rows[key]}
-        enough, gaps[name] = _counted(every, sides)
+        enough, said = _counted(every, sides)
+        gaps[name] = ", ".join(filter(None, (said, others)))
         if not enough:
             untested[name] = "too few seeds"
     return untested, gaps
 
 # %% ../../nbs/making/09_merging.ipynb #a4c56258
 def ends_below(
-    arm: Mapping[Any, float],  # seed -> final average; NaN: failed
+    # seed -> final average; NaN: failed, +∞: diverged
+    arm: Mapping[Any, float],
     rivals: Mapping[str, _Rows],  # name -> setting -> seed -> final average
     margin: float = 0.0,  # nats that the arm may end above
-    seeds: Iterable[Any] = (),  # all that were seen in the study
+    seeds: Iterable[Any] = (),  # all that the study plans
 ) -> list[Finding]:
     """Does the arm end below each rival's best row, or at most `margin` above?
     Paired over seeds; Holm over the rivals, those that have not run included.
@@ -206,8 +291,9 @@ def ends_below(
     rules = {name: f"ends {where} {name}" for name in rivals}
     if not arm:
         return [Finding(rule, "no runs") for rule in rules.values()]
-    untested, gaps = _untested(arm, rivals, seeds)
-    best = {name: best_row(rows) for name, rows in rivals.items()}
+    every = {*seeds, *arm}
+    untested, gaps = _untested(arm, rivals, every)
+    best = {name: best_row(rows, every) for name, rows in rivals.items()}
     there = {
         name: {s: x + margin for s, x in rivals[name][key].items()}
         for name, key in best.items()
@@ -224,9 +310,11 @@ def ends_below(
         low = paired_difference(arm, there[name]).high < 0
         d = paired_difference(arm, rivals[name][best[name]])
         note = f"against {best[name]}; Holm's p {p[name]:.2g}"
-        one = _judged(rule, d, low and p[name] < 0.05, note, gaps[name])
+        signs = _signs(arm, differences(arm, there[name]))
+        sure = low and p[name] < 0.05
+        one = _judged(rule, d, sure, note, gaps[name], signs)
         if low and open_ and not d.exploratory:
-            said = ", ".join(filter(None, (open_, gaps[name])))
+            said = ", ".join(filter(None, (open_, one.gaps)))
             one = replace(one, outcome="not complete", gaps=said)
         found.append(one)
     return found
@@ -271,22 +359,32 @@ def closes(
     goal: _Rows,
     share: float,  # of the gap, such as 0.85
     name: str,  # of the goal
-    seeds: Iterable[Any] = (),  # all that were seen in the study
+    seeds: Iterable[Any] = (),  # all that the study plans
 ) -> Finding:
     "Does the arm close at least this share of the gap from plain to the goal?"
     rule = f"closes {share:.0%} of the gap from plain to {name}"
-    start, end = best_row(plain), best_row(goal)
+    every = {*seeds, *arm}
+    start, end = best_row(plain, every), best_row(goal, every)
     if not arm or start is None or end is None:
         return Finding(rule, "no runs")
     sides = {"the arm": arm, "plain": plain[start], name: goal[end]}
-    enough, gaps = _counted(seeds, sides)
+    enough, gaps = _counted(every, sides)
+    others = [_others("plain", plain, start, every)]
+    others += [_others(name, goal, end, every)]
+    gaps = ", ".join(filter(None, (gaps, *others)))
     ratio = gap_closed(arm, plain[start], goal[end])
     note = f"from {start} to {end}"
     if not enough:
         return Finding(rule, "too few seeds", ratio, note, gaps)
     if ratio is None:
         return Finding(rule, "not comparable", None, "no clear gap", gaps)
-    return _judged(rule, ratio, ratio.low >= share, note, gaps)
+    short = {
+        s: share * (x - goal[end][s]) - (x - arm[s])
+        for s, x in plain[start].items()
+        if all(math.isfinite(side.get(s, math.nan)) for side in sides.values())
+    }
+    signs = _signs(arm, short)
+    return _judged(rule, ratio, ratio.low >= share, note, gaps, signs)
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00020
 #: What a rule calls a rival -> arms of the study file that belong to it.
@@ -306,9 +404,12 @@ _GOALS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _settings(table: Table, *arms: str) -> dict[str, dict[Any, float]]:
-    """Every setting of these arms, in words -> seed -> final average, NaN where
-    the run failed. Raises ValueError for two runs of a setting and seed.
+def finals_by_setting(
+    table: Table,
+    *arms: str,  # names in the study file
+) -> dict[str, dict[Any, float]]:
+    """Every setting of these arms, in words -> seed -> final average, as
+    `finals` has it. Raises ValueError for two runs of a setting and seed.
     """
     found: dict[str, dict[Any, float]] = {}
     for r in (*table.rows, *table.lost):
@@ -348,15 +449,16 @@ def judge_merge(
     share: Mapping[str, float],  # 'replay', 'joint training' -> share to close
     lr: float = 2e-3,  # the arm's rate
 ) -> list[Finding]:
-    """Every rule on one arm of the study of merges. Raises ValueError for a
-    goal without an arm, and for two runs of a setting and seed.
+    """Every rule on one arm of the study of merges; preliminary while runs are
+    to come. Raises ValueError for a goal without an arm, and for two runs of a
+    setting and seed.
     """
     if unknown := share.keys() - _GOALS.keys():
         raise ValueError(
             f"share has {sorted(unknown)}; a gap is known to"
             f" {' and to '.join(_GOALS)}"
         )
-    seen = {r["seed"] for r in (*table.rows, *table.lost)}
+    seen = table.every_seed
     rows = pick(table, arm, lr=lr)
     mine, curve = finals(rows), interpolation_curve(table, lr)
     found = [
@@ -364,13 +466,13 @@ def judge_merge(
         if len(curve) > 1
         else Finding("half of the rival's forgetting", "no runs")
     ]
-    rivals = {k: _settings(table, *arms) for k, arms in _RIVALS.items()}
+    rivals = {k: finals_by_setting(table, *arms) for k, arms in _RIVALS.items()}
     found += ends_below(mine, rivals, seeds=seen)
-    plain = _settings(table, "vanilla")
+    plain = finals_by_setting(table, "vanilla")
     for goal, least in share.items():
-        there = _settings(table, *_GOALS[goal])
+        there = finals_by_setting(table, *_GOALS[goal])
         found.append(closes(mine, plain, there, least, goal, seen))
     for name, arms in _REPLAY.items():
-        there = _settings(table, *arms)
+        there = finals_by_setting(table, *arms)
         found += ends_below(mine, {name: there}, 0.02, seen)
-    return found
+    return [preliminary(f, table) for f in found]

@@ -9,10 +9,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..reporting.statistics import holm, paired_p
+from ..reporting.statistics import enough_seeds, holm, paired_p
 from .answers import DISPLACED, FIXED, REPLAY, SHARED
-from .merging import Finding, best_row, ends_below
-from .rules import Evidence, Verdict, verdict_c1, verdict_c4
+from dmr.verdict.merging import (
+    Finding,
+    best_row,
+    ends_below,
+    finals_by_setting,
+    preliminary,
+)
+from dmr.verdict.rules import (
+    HOLDS,
+    UNDECIDED,
+    Evidence,
+    Verdict,
+    verdict_c1,
+    verdict_c4,
+)
 from .tables import Table, evidence, runs
 
 # %% auto #0
@@ -127,7 +140,9 @@ def c4_of_authors(
     merging: Table,  # for the plain runs
     arm: str = AUTHORS,
 ) -> Verdict | None:  # None: no runs yet
-    "C4 by its first rule, for the preprint's own arm."
+    """C4 by its first rule, for the preprint's own arm; undecided in place of
+    holds while a rival lacks runs in more than one seed of five.
+    """
     beside = by_strength(dose)
     names = [
         strength_name(a, alpha)
@@ -137,13 +152,19 @@ def c4_of_authors(
     e = evidence(joined(joined(authors, merging), beside, names))
     if e is None or arm not in e.arms:
         return None
-    missing = [name for name in names if name not in e.arms]
+    seeds = authors.every_seed
+    there = lambda name: len(seeds & e.arms.get(name, {}).keys())
+    missing = [n for n in names if not enough_seeds(there(n), len(seeds))]
     own = (AUTHORS, AUTHORS_SMALL)
     rivals = [*(name for name in e.arms if name not in own), "vanilla"]
     verdict = verdict_c4(e, arm, rivals)
-    if missing:
-        lost = f"not yet among the rivals: {', '.join(missing)}"
-        verdict = replace(verdict, reasons=(*verdict.reasons, lost))
+    lost = [f"not yet among the rivals: {', '.join(missing)}"] * bool(missing)
+    lost += [str(authors)] * (not authors.complete)
+    if lost:
+        reasons = (*verdict.reasons, *lost)
+        open_ = verdict.verdict == HOLDS
+        word = UNDECIDED if open_ else verdict.verdict
+        verdict = replace(verdict, verdict=word, reasons=reasons)
     return verdict
 
 # %% ../../nbs/making/10_regimes.ipynb #c0b00016
@@ -159,34 +180,28 @@ FIRST_PAGE: dict[str, tuple[str, str]] = {
 }
 
 
-def _finals(table: Table, arm: str) -> dict[str, dict[Any, float]]:
-    "Rate in words -> seed -> final average."
-    found: dict[str, dict[Any, float]] = {}
-    for name, _, r in runs(table):
-        if name == arm:
-            said = f"lr {float(r['parameters']['lr']):g}"
-            found.setdefault(said, {})[r["seed"]] = float(r["final_average"])
-    return found
-
-
 def _missing(table: Table, *arms: str) -> str:
     "What of these arms has ended without a number."
-    lost = [arm for arm, _, _ in runs(table, None, table.lost)]
+    lost = [r["arm"] for r in table.lost]
     return "; ".join(f"{lost.count(a)} failed: {a}" for a in arms if a in lost)
 
 
 def first_page(table: Table) -> list[Finding]:
     """Each statement of the first page: holds, fails, not complete, too few
-    seeds, or no runs. A comparison that has not run counts in the correction.
+    seeds, or no runs; preliminary while runs are to come. A comparison that has
+    not run counts in the correction.
     """
     found, p = [], dict.fromkeys(FIRST_PAGE, 1.0)
+    every = table.every_seed
     for rule, (arm, rival) in FIRST_PAGE.items():
-        mine = next(iter(_finals(table, arm).values()), {})
-        rows = _finals(table, rival)
-        one = replace(ends_below(mine, {rival: rows})[0], rule=rule)
+        mine = next(iter(finals_by_setting(table, arm).values()), {})
+        rows = finals_by_setting(table, rival)
+        (one,) = ends_below(mine, {rival: rows}, seeds=every)
+        one = replace(one, rule=rule)
         if one.interval is not None:
-            p[rule] = paired_p(mine, rows[best_row(rows)])
-            one = replace(one, note=f"against {best_row(rows)}")
+            best = best_row(rows, every)
+            p[rule] = paired_p(mine, rows[best])
+            one = replace(one, note=f"against {best}")
         found.append(one)
     p = holm(p)
     for i, one in enumerate(found):
@@ -195,4 +210,4 @@ def first_page(table: Table) -> list[Finding]:
             found[i] = replace(one, outcome="not complete", note=lost)
         elif one.outcome == "holds" and p[one.rule] >= 0.05:
             found[i] = replace(one, outcome="fails")
-    return found
+    return [preliminary(f, table) for f in found]

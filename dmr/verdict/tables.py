@@ -34,8 +34,8 @@ from ..studies.table import Ledger, read_rows
 from .rules import Evidence
 
 # %% auto #0
-__all__ = ['TableArm', 'Table', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured', 'measure',
-           'put_once', 'curves', 'has_diverged', 'evidence', 'Line', 'compare']
+__all__ = ['TableArm', 'Table', 'setting_name', 'runs', 'nominal_rows', 'mean_overlap', 'part_value', 'read_table', 'Measured',
+           'measure', 'put_once', 'curves', 'has_diverged', 'evidence', 'Line', 'compare']
 
 # %% ../../nbs/making/02_tables.ipynb #78e4ff5e
 @dataclass(frozen=True)
@@ -77,11 +77,17 @@ class Table:
     # part -> nominal rate
     nominal: Mapping[str, float] = field(default_factory=dict)
     code: str = ""  # version of the code that most rows have
+    seeds: tuple[Any, ...] = ()  # of the study file, each once
 
     @property
     def failed(self) -> dict[str, int]:
         "arm -> runs of it that ended in an error."
         return dict(Counter(str(r["arm"]) for r in self.lost))
+
+    @property
+    def every_seed(self) -> set[Any]:
+        "The seeds that are planned, or were seen in a run."
+        return {*self.seeds, *(r["seed"] for r in (*self.rows, *self.lost))}
 
     @property
     def complete(self) -> bool:
@@ -94,13 +100,14 @@ class Table:
         return math.fsum(float(r.get("wall_s") or 0) for r in self.rows)
 
     @cached_property
+    def scanned(self) -> dict[str, tuple[str, ...]]:
+        "Arms with several settings at a rate -> in which parameters."
+        return _scanned((*self.rows, *self.lost))
+
+    @cached_property
     def arms(self) -> dict[str, TableArm]:
-        "Every arm with a finished run, by name; plain training is 'vanilla'."
-        found: dict[str, TableArm] = {}
-        for name, _, r in runs(self):
-            arm = TableArm(name, read_arm(r["parameters"]))
-            found.setdefault(name, arm)
-        return found
+        "Every arm with a finished run, by name; plain is 'vanilla'."
+        return _arms(self)
 
     def summary(self) -> str:
         "What there is, with its seeds and hours: how a page begins."
@@ -111,31 +118,82 @@ class Table:
         return f"{self}; seeds {span}, {hours:.1f} core hours"
 
     def __str__(self) -> str:
-        if not self.planned:
-            return f"{self.study}: no study file"
-        if not self.rows:
-            return f"{self.study}: no runs yet, {self.planned} planned"
-        text = f"{self.study}: {len(self.rows)} of {self.planned} runs"
-        text += f", {len(self.lost)} failed" * bool(self.lost)
-        other = f", {self.left_out} by other code left out"
-        return text + other * bool(self.left_out)
+        return _said(self)
+
+# %% ../../nbs/making/02_tables.ipynb #14414ddb
+def _scanned(
+    every: Iterable[Mapping[str, Any]],  # runs
+) -> dict[str, tuple[str, ...]]:
+    """Arms with several settings at one rate -> the parameters in which those
+    differ.
+    """
+    met: dict[Any, list[Mapping[str, Any]]] = {}
+    for r in every:
+        at = (r.get("part"), r["arm"], r["parameters"]["lr"], r["seed"])
+        met.setdefault(at, []).append(r["parameters"])
+    found: dict[str, set[str]] = {}
+    for (_, arm, *_), given in met.items():
+        if len(given) > 1:
+            names = {k for p in given for k in p} - {"checkpoint"}
+            differ = {
+                k for k in names if len({repr(p.get(k)) for p in given}) > 1
+            }
+            found.setdefault(arm, set()).update(differ)
+    return {arm: tuple(sorted(keys)) for arm, keys in found.items() if keys}
+
+
+def _arms(table: Table) -> dict[str, TableArm]:
+    "One of several settings is there with each; without, as it ran first."
+    found: dict[str, TableArm] = {}
+    for name, _, r in runs(table):
+        fields = read_arm(r["parameters"])
+        found.setdefault(name, TableArm(name, fields))
+        if name != "vanilla":
+            found.setdefault(r["arm"], TableArm(r["arm"], fields))
+    return found
+
+
+def _said(table: Table) -> str:
+    if not table.planned:
+        return f"{table.study}: no study file"
+    if not table.rows:
+        return f"{table.study}: no runs yet, {table.planned} planned"
+    text = f"{table.study}: {len(table.rows)} of {table.planned} runs"
+    text += f", {len(table.lost)} failed" * bool(table.lost)
+    other = f", {table.left_out} by other code left out"
+    return text + other * bool(table.left_out)
 
 # %% ../../nbs/making/02_tables.ipynb #e2cb980f
+def setting_name(
+    table: Table,
+    run: Mapping[str, Any],  # of the table
+) -> str:
+    "What an arm is called; with its setting where it has several at a rate."
+    said = [str(run["arm"])]
+    for key in table.scanned.get(said[0], ()):
+        value = run["parameters"].get(key)
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        said.append(f"{key} {value:g}" if known else f"{key} {value}")
+    return ", ".join(said)
+
+
 def runs(
     table: Table,
     part: str | None = None,  # None: all
     # None: the finished ones
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
-    "The arm's name, the multiple of the nominal rate, and the row of each run."
+    """The arm's name, the multiple of the nominal rate, and the row of each
+    run. An arm with several settings at one rate is named with its setting.
+    """
     for r in table.rows if rows is None else rows:
         if part is None or r["part"] == part:
             lr = float(r["parameters"]["lr"])
             plain = read_arm(r["parameters"]).plain
-            name = "vanilla" if plain else str(r["arm"])
+            name = "vanilla" if plain else setting_name(table, r)
             yield name, round(lr / table.nominal.get(r["part"], lr), 6), r
 
-
+# %% ../../nbs/making/02_tables.ipynb #e2cb9810
 def nominal_rows(table: Table, arm: str) -> list[Mapping[str, Any]]:
     "Runs of an arm at the nominal rate."
     return [r for name, rate, r in runs(table) if (name, rate) == (arm, 1.0)]
@@ -190,9 +248,8 @@ def read_table(
     study: str,  # its name
     project: Project | None = None,  # None: the one around the current folder
 ) -> Table:
-    """The finished runs of a study, from its file and its table alone; never
-    fails because one of them is missing or short. Raises TableError where the
-    table is damaged.
+    """The finished runs of a study, from its file and its table, as far as they
+    are there. Raises TableError where the table is damaged.
     """
     project = project or find_project()
     try:
@@ -245,6 +302,7 @@ def read_table(
         len(good) - len(kept),
         {part: rate for part, rate in rates.items() if rate},
         code,
+        tuple(dict.fromkeys(c.seed for c in plan.cells)),
     )
 
 # %% ../../nbs/making/02_tables.ipynb #08eaa803

@@ -29,8 +29,9 @@
   };
   const left = (alpha, kappa) => {
     const a = alpha * (2 - alpha), adam = kappa === 1 ? 1 : (1 - alpha) / Math.sqrt(1 - a * kappa);
+    const energy = (signal) => 2 / Math.PI * signal * 3 + 1 - 2 / Math.PI; // a third of the directions is protected
     return { "SGD": 1 - alpha, "Adam": adam, "Shampoo": Math.sqrt(adam),
-      "signs, Lion": Math.sqrt(1 - 2 / Math.PI * a * (1 - kappa) / (1 - a * kappa)), "Muon, exact": 1 };
+      "signs, Lion": Math.sqrt(energy((1 - alpha) ** 2 * kappa / (1 - a * kappa)) / energy(kappa)), "Muon, exact": 1 };
   };
   const forgives = ({ alpha, kappa }) => {
     const here = left(alpha, kappa), names = Object.keys(here), x = across(alpha), labels = apart(names.map((name) => up(here[name])), 19, BASE);
@@ -42,7 +43,7 @@
     });
     return {
       title: `Of the protected step an edit of ${two(alpha)} leaves ${two(here.SGD)} under SGD, ${two(here.Adam)} under Adam, ` +
-        `${two(here["signs, Lion"])} under signs, 1.00 in Muon’s exact step`,
+        `${two(here["signs, Lion"])} under signs (a third of the directions protected), 1.00 in Muon’s exact step`,
       said: { alpha: two(alpha), kappa: two(kappa) }, parts,
     };
   };

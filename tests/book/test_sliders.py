@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 from dmr.book import sliders
+from dmr.theory import left_by_signs
 
 ROOT = Path(__file__).resolve().parents[2]
 _LAW = ("alpha", "kappa", "beta2", "steps")
@@ -80,6 +82,26 @@ def test_the_script_draws_the_frame_that_python_draws(script, kind, values):
                 assert numbers(drawn) == pytest.approx(
                     numbers(value), abs=0.1 + 1e-9 if name == "d" else 1e-6
                 ), (part, name)
+
+
+@pytest.mark.parametrize("kappa", [0.05, 1 / 3, 0.6, 0.82])
+def test_the_curve_of_signs_is_what_signs_do(kappa):
+    """Drawn gradients of two sizes, 32 of 96 directions protected: their signs
+    leave what the figure says, and what the arcsine law says.
+    """
+    d, r, rng = 96, 32, np.random.default_rng(3)
+    assert sliders._SHARE == r / d
+    U = np.linalg.qr(rng.normal(size=(d, r)))[0]
+    P = U @ U.T
+    C = kappa / r * P + (1 - kappa) / (d - r) * (np.eye(d) - P)
+    m = rng.multivariate_normal(np.zeros(d), C, 10_000, method="cholesky")
+    size = lambda step: np.linalg.norm(np.sign(step) @ U)  # noqa: E731
+    for alpha in (0.3, 0.7, 0.9, 0.99):
+        drawn = size(m - alpha * m @ P) / size(m)
+        shown = sliders._left(alpha, kappa)["signs, Lion"]
+        assert shown == pytest.approx(drawn, abs=0.02)
+        law = left_by_signs(C, U, alpha)
+        assert shown == pytest.approx(law, abs=0.02)
 
 
 FIRST = {kind: values for kind, values in reversed(PLACES)}

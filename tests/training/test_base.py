@@ -95,6 +95,26 @@ def test_a_file_that_is_another_base_is_refused(tmp_path):
         load_base(TINY, tmp_path)
 
 
+def test_a_file_whose_written_text_was_changed_is_refused(tmp_path):
+    made = make_base(TINY, tmp_path, progress=False)
+    path = made_file(tmp_path)
+    good = read_checkpoint(path)
+    assert made.text == good["text"] != made.weights
+    good["written"][0, 0] ^= 1
+    write_checkpoint(path, good)
+    with pytest.raises(ValueError, match="what it wrote has the hash"):
+        load_base(TINY, tmp_path)
+
+
+def test_the_hash_of_weights_knows_shapes_and_kinds():
+    x = torch.arange(6, dtype=torch.float32)
+    one = base.weights_hash({"x": x})
+    assert one == base.weights_hash({"x": x.clone()})
+    for other in (x.view(2, 3), x.view(torch.int32)):
+        assert other.numpy().tobytes() == x.numpy().tobytes()
+        assert base.weights_hash({"x": other}) != one
+
+
 def test_what_it_writes_comes_in_windows_of_a_training(tmp_path):
     found = make_base(TINY, tmp_path, progress=False)
     assert found.written.dtype == torch.uint8

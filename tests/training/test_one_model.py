@@ -230,6 +230,8 @@ def test_a_row_of_the_table(results):
     assert row["measured"].startswith('[{"accuracy"')
     own = results["protected"]["identity"]["base_weights"]
     assert row["identity_base_weights"] == own
+    text = results["protected"]["identity"]["base_written"]
+    assert row["identity_base_written"] == text != own
 
 
 def test_the_template_takes_the_parameters_of_a_run():

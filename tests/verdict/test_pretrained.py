@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmr.reporting.statistics import Point
 from dmr.studies.identity import Identity
 from dmr.studies.study import find_project, read_study
 from dmr.studies.table import row_of
@@ -16,10 +17,14 @@ from dmr.training.one_model import OneConfig
 from dmr.verdict.pretrained import (
     OURS,
     PARTS,
+    ROWS,
     chosen,
     chosen_rival,
+    judge_points,
     judge_pretrained,
+    judge_rows,
     methods,
+    moonshot,
     points_of,
     rival_curves,
 )
@@ -180,6 +185,146 @@ def test_a_rival_takes_what_loses_least_and_still_learns(good):
     assert chosen_rival(Table("tuning_pretrained"), "L2 to the start") is None
 
 
+SEEDS = range(5)
+LINE = {
+    x: {s: Point(2 - x + 0.01 * s, 0.4 * x + 0.004 * s * x) for s in SEEDS}
+    for x in (0.0, 0.5, 1.0)
+}
+ARM = {s: Point(1.5 + 0.01 * s, 0.05 + 0.002 * s) for s in SEEDS}
+
+
+def lower(curve, share):
+    return {
+        x: {s: Point(p[0], share * p[1]) for s, p in at.items()}
+        for x, at in curve.items()
+    }
+
+
+def without(curve, *seeds):
+    "A curve whose middle point is missing at these seeds."
+    middle = {s: p for s, p in curve[0.5].items() if s not in seeds}
+    return curve | {0.5: middle}
+
+
+def test_a_rival_that_lacks_runs_does_not_leave_in_silence():
+    """Against the rival that lost least the rule fails; without two of its
+    five runs it would hold against the other one.
+    """
+    hard = lower(LINE, 0.2)
+    found = judge_points(ARM, {"soft": LINE, "hard": hard})
+    assert found.outcome == "fails" and "against hard" in found.note
+    one = judge_points(ARM, {"soft": LINE, "hard": without(hard, 0)})
+    assert one.outcome == "fails" and "against hard" in one.note
+    two = judge_points(ARM, {"soft": LINE, "hard": without(hard, 0, 1)})
+    assert two.outcome == "not complete"
+    assert "runs of hard are missing" in two.gaps
+    none = judge_points(ARM, {"soft": LINE, "hard": {0.0: LINE[0.0]}})
+    assert none.outcome == "not complete"
+    # a failure needs no other rival
+    other = judge_points(ARM, {"hard": hard, "soft": without(LINE, 0, 1)})
+    assert other.outcome == "fails" and "soft" in other.gaps
+
+
+def test_a_rival_that_never_learned_as_much_is_named():
+    slow = {x: at for x, at in LINE.items() if x < 1}
+    slow[0.5] = {s: Point(1.8, 0.01) for s in SEEDS}
+    found = judge_points(ARM, {"soft": LINE, "slow": slow})
+    assert found.outcome == "holds"
+    assert found.gaps.startswith("slow: 5 of 5 seeds: learned more")
+
+
+def test_rivals_are_compared_on_the_seeds_that_they_share():
+    "A rival that lost its hardest seed is not the lower for it."
+    steep = {
+        x: {s: Point(2 - x, x * (0.2 + 0.1 * s)) for s in SEEDS}
+        for x in (0.0, 0.5, 1.0)
+    }
+    worse = without(lower(steep, 1.05), 4)
+    mean = lambda curve: (
+        sum(p[1] for p in curve[0.5].values())
+        / len(  # noqa: E731
+            curve[0.5]
+        )
+    )
+    assert mean(worse) < mean(steep)
+    arm = {s: Point(1.5, 0.01 * s) for s in SEEDS}
+    assert (
+        "against steep"
+        in judge_points(arm, {"worse": worse, "steep": steep}).note
+    )
+
+
+def test_planned_seeds_and_failed_runs_count(good):
+    "Two failed runs of five, of the arm or of plain training, are too many."
+
+    def failed(arm, seeds, error="Killed"):
+        gone = lambda r: r["arm"] == arm and r["seed"] in seeds  # noqa: E731
+        keys = ("part", "arm", "seed", "parameters")
+        about = {"status": "failed", "error": error}
+        rows = good[0].rows
+        return replace(
+            good[0],
+            rows=tuple(r for r in rows if not gone(r)),
+            lost=tuple(
+                {k: r[k] for k in keys} | about for r in rows if gone(r)
+            ),
+        )
+
+    one = lambda table: judge_pretrained(table, good[1], "near")[MINE]  # noqa: E731
+    mine = one(failed("projection by self", (1300,)))
+    assert mine.outcome == "holds" and mine.interval.n == 4
+    assert "failed runs of the arm: 1" in mine.gaps
+    mine = one(failed("projection by self", (1300, 1301)))
+    assert mine.outcome == "not comparable"
+    mine = one(failed("plain", (1300, 1301)))
+    assert mine.outcome == "not complete"
+    assert "failed runs of plain at lr 0.002: 2" in mine.gaps
+    # a divergence: of five seeds the signs can never be sure
+    mine = one(failed("projection by self", (1300,), "loss is nan"))
+    assert mine.outcome == "fails" and "diverged runs" in mine.gaps
+    assert one(replace(good[0], seeds=tuple(range(1300, 1310)))).outcome == (
+        "not comparable"
+    )
+    early = one(replace(good[0], planned=131))
+    assert early.outcome == "preliminary: holds"
+    bare = replace(
+        good[0], rows=tuple(r for r in good[0].rows if "SFA" not in r["arm"])
+    )
+    assert one(bare).outcome == "not complete" and "SFA" in one(bare).gaps
+
+
+def test_the_moonshot_needs_the_three_other_rivals(good):
+    """The rows learn as much as our whole training, which lost as much: the
+    second rule fails. Where our training lost little it holds.
+    """
+    assert judge_pretrained(*good, "far")[MINE].outcome == "holds"
+    assert judge_rows(*good, "far")[MINE].outcome == "fails"
+    assert moonshot(*good).outcome == "fails"
+    less = {"projection by self, merge by self": 0.2, "projection by self": 0.2}
+    best = table(STUDY, less), table(TUNING, less)
+    found = judge_rows(*best, "far")
+    assert list(found) == list(OURS) and found[MINE].outcome == "holds"
+    assert moonshot(*best).outcome == "holds"
+    for row in ROWS:
+        # one rival that loses a third of it, or has not run
+        strong = table(STUDY, less | {row: 0.3})
+        weakest = judge_rows(strong, best[1], "near")[MINE]
+        assert weakest.outcome == "fails" and row in weakest.note
+        assert moonshot(strong, best[1]).outcome == "fails"
+        rows = tuple(r for r in best[0].rows if r["arm"] != row)
+        gone = judge_rows(replace(best[0], rows=rows), best[1], "near")[MINE]
+        assert gone.outcome == "not complete" and row in gone.gaps
+
+
+def test_the_tuning_is_of_the_same_base(good):
+    other = tuple(
+        r | {"identity_base_weights": "cd" * 32} for r in good[1].rows
+    )
+    for judge in (judge_pretrained, judge_rows):
+        with pytest.raises(ValueError, match="pretrained and tuning.* 2 bases"):
+            judge(good[0], replace(good[1], rows=other), "near")
+
+
 def test_no_verdict_from_three_seeds(good):
     few = replace(
         good[0], rows=tuple(r for r in good[0].rows if r["seed"] < 1303)
@@ -191,7 +336,11 @@ def test_no_verdict_from_three_seeds(good):
 def test_runs_from_two_bases_are_not_mixed(good):
     rows = list(good[0].rows)
     rows[3] = rows[3] | {"identity_base_weights": "cd" * 32}
-    with pytest.raises(ValueError, match="has runs from 2 bases"):
+    with pytest.raises(ValueError, match="runs from 2 bases"):
+        methods(replace(good[0], rows=tuple(rows)), "near")
+    # the same weights that wrote another text
+    rows[3] = good[0].rows[3] | {"identity_base_written": "cd" * 32}
+    with pytest.raises(ValueError, match="runs from 2 bases"):
         methods(replace(good[0], rows=tuple(rows)), "near")
 
 
@@ -247,6 +396,10 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     if not runs:
         assert len(shown) == 1 and "no runs yet, 130 planned" in shown[0]
         return
-    assert len(shown) == 5
+    assert len(shown) == 7
     assert f"| {MINE} | lr 0.001, rank 32 | 0.9 |" in shown[1]
-    assert "holds: -" in shown[2] and "**far**" in shown[4]
+    assert "holds: -" in shown[2] and "**far**" in shown[6]
+    # the second rule and what both say; and what is lacking is printed
+    assert "self-written replay lose, each**" in shown[3]
+    assert shown[4].startswith("the moonshot: fails")
+    assert "learned more than the control at any rate" in shown[2]

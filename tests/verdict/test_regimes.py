@@ -154,8 +154,20 @@ def test_c4_of_the_preprints_arm(ratio, rival, verdict):
     assert (found.verdict, found.n) == (verdict, 10)
     # strengths that are no rivals stay out, and none is missing
     assert "0.3" not in str(found) and "not yet" not in str(found)
+    # without a rival it cannot have won; that it has lost stays known
+    less = "undecided at n" if verdict == "holds" else verdict
+    for arm in (DISPLACED, SHARED):
+        gone = lambda r: r["arm"] == arm and r["seed"] > 6  # noqa: B023, E731
+        few = [r for r in every if not gone(r)]
+        found = c4_of_authors(authors, replace(dose, rows=tuple(few)), merging)
+        assert found.verdict == less
+        assert f"not yet among the rivals: {arm}, α 0.5" in str(found)
     without = c4_of_authors(authors, Table("dose"), merging)
     assert "not yet among the rivals" in str(without)
+    assert without.verdict != "holds"
+    early = replace(authors, planned=authors.planned + 10)
+    found = c4_of_authors(early, dose, merging)
+    assert found.verdict == less and "30 of 40 runs" in str(found)
 
 
 def ends(arm, final, seeds=5, lr=1e-3, status=None):
@@ -209,6 +221,36 @@ def test_the_first_pages_statements_on_a_larger_model():
     assert set(words.values()) == {"holds"}
     assert {f.outcome for f in first_page(larger(seeds=3))} == {"too few seeds"}
     assert {f.outcome for f in first_page(Table("larger"))} == {"no runs"}
+
+
+def test_a_statement_is_preliminary_before_the_last_run():
+    "Four of five planned seeds: it leans, and does not hold yet."
+    early = replace(larger(seeds=4), planned=45, seeds=tuple(range(5)))
+    words = {f.outcome for f in first_page(early)}
+    assert words == {"preliminary: holds"}
+    few = replace(early, seeds=tuple(range(6)))
+    assert {f.outcome for f in first_page(few)} == {"too few seeds"}
+
+
+def test_interpolation_counts_at_its_better_weight():
+    "Two weights at one rate are two rows, and the better one is the rival."
+    rows = list(larger().rows)
+    for r in ends("interpolation", 2.1):
+        p = r["parameters"] | {"interpolate": 0.3}
+        rows.append(r | {"parameters": p})
+    found = first_page(simulated.whole(rows, "larger", {"": 5e-4}))
+    one = next(f for f in found if "interpolation" in f.rule)
+    assert one.outcome == "fails" and "weight 0.3" in one.note
+
+
+def test_the_larger_model_has_a_lower_rate_and_a_second_weight():
+    cells = read_study(ROOT / "nbs/experiments/studies/larger.yaml").cells
+    of = lambda arm, key: {  # noqa: E731
+        c.parameters[key] for c in cells if c.arm == arm
+    }
+    assert of("vanilla", "lr") == {1.25e-4, 2.5e-4, 5e-4}
+    assert of("interpolation", "interpolate") == {0.3, 0.5}
+    assert len(cells) == 50
 
 
 def test_a_failed_run_leaves_a_statement_open():
@@ -287,6 +329,8 @@ def finished(tmp_path):
 def test_every_rule_finds_its_arms_in_the_study_files(finished):
     of = lambda study: read_table(study, finished)  # noqa: E731
     merging, dose = of("merging"), of("dose")
+    assert of("larger").seeds == (1800, 1801, 1802, 1803, 1804)
+    assert of("larger").complete
     doses = c1_by_strength(
         joined(dose, merging), (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
     )

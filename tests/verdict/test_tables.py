@@ -2,11 +2,13 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import simulated
 
+from dmr.reporting.arms import base_rate
 from dmr.studies.study import find_project, read_study
 from dmr.verdict.answers import (
     ADAPTIVE,
@@ -17,7 +19,10 @@ from dmr.verdict.answers import (
     SHARED,
     STUDIES,
 )
-from dmr.verdict.tables import evidence, read_table
+from dmr.verdict.drawings import draw_domains, draw_growth, draw_plane
+from dmr.verdict.pages import final_table
+from dmr.verdict.planes import at_equal_learning
+from dmr.verdict.tables import compare, curves, evidence, read_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,3 +186,46 @@ def test_an_arm_is_a_value_with_fields():
     assert [n for n, a in arms.items() if a.composed] == [both]
     assert [n for n, a in arms.items() if a.control] == names[-1:]
     assert arms["vanilla"].fields.plain and not arms[both].fields.plain
+
+
+@pytest.mark.parametrize("study", ["merging", "merging_long"])
+def test_settings_of_one_arm_at_one_rate_are_told_apart(study):
+    """The study files with a made-up number for every run: interpolation has
+    several weights at one rate. Lines, tables and figures know each.
+    """
+    plan = read_study(find_project(ROOT).studies / f"{study}.yaml")
+    rows = []
+    for c in plan.cells:
+        p = c.parameters
+        rate = (p["lr"] / 2e-3) ** 0.5 * (p["interpolate"] or 1.0)
+        noise = 0.01 * ((7 * c.seed + len(c.arm)) % 5)
+        about = {"arm": c.arm, "seed": c.seed, "parameters": p}
+        domains = ("a", "b", "c")
+        lost, learned = 0.5 * rate + noise, 2.2 - 0.2 * rate
+        rows.append(simulated.row(lost, learned, domains, **about))
+    nominal = {"": base_rate(c.parameters for c in plan.cells)}
+    table = simulated.whole(rows, study, nominal)
+    weights = {c.parameters["interpolate"] for c in plan.cells} - {None}
+    names = {f"interpolation, interpolate {w:g}" for w in weights}
+    found = curves(table)
+    assert len(names) > 1 and names <= set(found)
+    assert "interpolation" not in found and "Fisher merge 0.7" in found
+    for w in weights:
+        at = found[f"interpolation, interpolate {w:g}"]
+        r = next(r for r in rows if r["parameters"]["interpolate"] == w)
+        mine = at[r["parameters"]["lr"] / nominal[""]][r["seed"]]
+        assert mine.forgetting == pytest.approx(r["forgetting"])
+    at_nominal = {a for a in names if 1.0 in found[a]}
+    lines = {x.name for x in compare(table)}
+    assert at_nominal <= lines and "vanilla" not in lines
+    text = final_table(table)
+    assert all(a in text for a in at_nominal)
+    for draw in (draw_plane, draw_growth, draw_domains):
+        fig, alt = draw(table)
+        assert fig.axes and alt
+    assert at_equal_learning(table, "")
+    # what ran once at a rate keeps its name, and a run twice is still an error
+    plain = simulated.table({SHARED: 1.0})
+    assert plain.scanned == {} and set(plain.arms) == {"vanilla", SHARED}
+    with pytest.raises(ValueError, match="two runs of seed"):
+        curves(replace(table, rows=(*table.rows, table.rows[-1])))
