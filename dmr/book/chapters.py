@@ -223,7 +223,7 @@ def project_root(
 OPENING_PAGES: tuple[tuple[str, str], ...] = (
     ("contents", "Contents and reading path"),
     ("glossary", "Glossary"),
-    ("gallery", "Figures"),
+    ("gallery", "Figures of the book"),
 )
 #: Pages that the build makes, after the chapters: page, title.
 CLOSING_PAGES: tuple[tuple[str, str], ...] = (

@@ -59,7 +59,7 @@ def _pages_without_notebook(
         "Every figure of the story, the guides and the studies; each links to"
         " the text around it."
     )
-    gallery = front_matter("Figures", about, toc="false")
+    gallery = front_matter("Figures of the book", about, toc="false")
     parts = ("", "Story", "Guides", "Reference", "Appendix")
     pictures = [(c, p) for c, p in pictures if c.part in parts]
     seconds = {path: x.wall_s for path, (x, _) in book.executions.items()}
