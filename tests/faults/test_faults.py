@@ -34,9 +34,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    made = Ground(tmp_path_factory.mktemp("ground") / "project")
-    made.make()
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DMR_CACHE", "")  # `Ground` sets it; here it is put back
+        made = Ground(tmp_path_factory.mktemp("ground") / "project")
+        made.make()
+        yield made
 
 
 @pytest.mark.parametrize(

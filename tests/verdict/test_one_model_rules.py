@@ -388,7 +388,7 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     monkeypatch.setattr(
         "IPython.display.display", lambda x: shown.append(x.data)
     )
-    page = ROOT / "nbs/experiments/18_pretrained.ipynb"
+    page = ROOT / "nbs/experiments/18_third_protocol.ipynb"
     space: dict = {}
     for cell in json.loads(page.read_text())["cells"]:
         if cell["cell_type"] == "code":
