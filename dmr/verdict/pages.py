@@ -295,8 +295,8 @@ def dose_table(
         at(r): r["forgetting"] for a, _, r in runs(table) if a == "vanilla"
     }
     groups: dict[tuple[float, int], list[Mapping[str, Any]]] = {}
-    for a, _, r in runs(table):
-        if a == arm and at(r) in plain:
+    for _, _, r in runs(table):
+        if r["arm"] == arm and at(r) in plain:
             key = (r["parameters"]["alpha"], r["parameters"]["rank"])
             groups.setdefault(key, []).append(r)
     rows = []
