@@ -74,11 +74,10 @@ def _thumbnail(
     "Store a small copy for the gallery."
     from PIL import Image
 
-    wide = _THUMBNAIL * 11 // 10
-    high = max(1, round(picture.height * wide / picture.width))
-    small = picture.resize((wide, high), Image.Resampling.LANCZOS)
+    high = max(1, round(picture.height * _THUMBNAIL / picture.width))
+    small = picture.resize((_THUMBNAIL, high), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    small.save(data, format="webp", quality=38, method=6)
+    small.save(data, format="webp", quality=36, method=6)
     return data.getvalue()
 
 # %% ../../nbs/making/15_figures.ipynb #1308f066

@@ -39,7 +39,8 @@ def _path(x: Sequence[float], y: Sequence[float]) -> str:
 
 def _apart(ends: Sequence[float], gap: float, lowest: float) -> list[float]:
     "Heights of labels near `ends`, none on another, none below `lowest`."
-    order, at = sorted(range(len(ends)), key=lambda i: ends[i]), list(ends)
+    near = lambda i: round(ends[i], 3)  # curves that meet keep their order
+    order, at = sorted(range(len(ends)), key=near), list(ends)
     for above, here in zip(order, order[1:]):
         at[here] = max(at[here], at[above] + gap)
     for here in reversed(order):

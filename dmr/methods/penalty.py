@@ -343,7 +343,7 @@ def _wide(p: Tensor) -> Tensor:
     dtype = torch.promote_types(p.dtype, torch.float32)
     return p.detach().to(dtype, copy=True)
 
-
+# %% ../../nbs/methods/08_penalty.ipynb #4af8618e
 class _FollowsPath(Penalty):
     "In a step: ω ← ω - g Δθ."
 

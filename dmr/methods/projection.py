@@ -27,6 +27,11 @@ from dmr.routing.modification import (
     stacks,
     user_level,
 )
+
+# %% auto #0
+__all__ = ['project', 'importances', 'components', 'energy_share', 'Projection']
+
+# %% ../../nbs/methods/02_projection.ipynb #c385c391
 from dmr.routing.sharding import (
     data_groups,
     local,
@@ -37,9 +42,6 @@ from dmr.routing.sharding import (
 )
 from ..routing.step import Vectors, as_vectors
 from ..routing.strength import check_fraction
-
-# %% auto #0
-__all__ = ['project', 'importances', 'components', 'energy_share', 'Projection']
 
 # %% ../../nbs/methods/02_projection.ipynb #b800fce6
 def project(
@@ -91,7 +93,7 @@ def _stacked(
         found |= zip(names, (X @ U).unbind())
     return found, alone + [n for n in bases if targets[n].part is not None]
 
-
+# %% ../../nbs/methods/02_projection.ipynb #c5bc2a11
 def components(
     vectors: Vectors,
     bases: Mapping[str, Tensor],  # U (fan_in, r) of each name that is wanted
@@ -766,7 +768,7 @@ class _Covering(_Saved):
             line.append(U.shape[1])
         return out
 
-
+# %% ../../nbs/methods/02_projection.ipynb #55a9434d
 class _Told(_Covering):
     "What a projection costs and protects."
 

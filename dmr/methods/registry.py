@@ -71,8 +71,8 @@ _UNIT = "λ = 1, mean importance as unit"
 def _rescaling(method: Callable[..., Modification]) -> Callable:
     return lambda *args, **options: method(*args, form="rescale", **options)
 
-# %% ../../nbs/methods/12_registry.ipynb #6cb17e5d
-_ROWS = (
+# %% ../../nbs/methods/12_registry.ipynb #6cb17f00
+_PROJECTIONS = (
     Family(
         "projection", "projection", Projection, (), "shared",
         "this project; cf. arXiv:2103.09762, arXiv:2604.22407", "rank 32",
@@ -100,11 +100,10 @@ _ROWS = (
         "4 P · vectors · D + vectors · w", "two products with all vectors",
         "`vectors` backward passes, Gram-Schmidt",
     ),
-    Family(
-        "agem", "conflict", AGEM, ("buffer", "loss_fn"), "shared",
-        "arXiv:1812.00420 (ICLR 2019)", "256 examples a reference, SGD",
-        _FRACTION, _BATCH, "none",
-    ),
+)  # fmt: skip
+
+# %% ../../nbs/methods/12_registry.ipynb #6cb17f01
+_PENALTIES = (
     Family(
         "ewc", "penalty", EWC, ("loss_fn", "seed"), "shared",
         "arXiv:1612.00796 (PNAS 2017); online: arXiv:1805.06370",
@@ -124,11 +123,26 @@ _ROWS = (
         "si_scale", "penalty", _rescaling(SI), (), "shared",
         "the rescaling form of SI", _UNIT, "16 P", _TWO, _ONE,
     ),
+)  # fmt: skip
+
+# %% ../../nbs/methods/12_registry.ipynb #6cb17f02
+_CONFLICTS = (
+    Family(
+        "agem", "conflict", AGEM, ("buffer", "loss_fn"), "shared",
+        "arXiv:1812.00420 (ICLR 2019)", "256 examples a reference, SGD",
+        _FRACTION, _BATCH, "none",
+    ),
+)  # fmt: skip
+_REPLAYS = (
     Family(
         "replay", "replay", ReplayMix, ("buffer", "loss_fn"), "shared",
         "cf. arXiv:1902.10486", "half of each batch", _FRACTION, _BATCH,
         "none", steps_too=False,
     ),
+)  # fmt: skip
+
+# %% ../../nbs/methods/12_registry.ipynb #6cb17f03
+_CONTROLS = (
     Family(
         "random", "control", RandomBasis, ("seed",), "shared",
         "random directions, ranks as for projection", "as projection",
@@ -147,7 +161,10 @@ _ROWS = (
         _THIN, _EIGEN,
     ),
 )  # fmt: skip
-FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+
+# %% ../../nbs/methods/12_registry.ipynb #6cb17f09
+_ALL = (*_PROJECTIONS, *_CONFLICTS, *_PENALTIES, *_REPLAYS, *_CONTROLS)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 # %% ../../nbs/methods/12_registry.ipynb #37d543c0
 def make(

@@ -120,7 +120,7 @@ def _reservoir_size(
 #: Writes examples: how many, and boundaries so far -> batches of them.
 Writer = Callable[[int, int], Iterable[Batch]]
 
-
+# %% ../../nbs/methods/09_replay.ipynb #48ac8249
 class _Fills(Modification):
     "Keeps a buffer, and fills it."
 

@@ -33,13 +33,15 @@ from dmr.routing.consolidation import (
     check_weight,
     is_constant,
 )
-from ..routing.modification import Target, find_targets, matches
-from ..routing.sharding import local
-from ..routing.strength import check_fraction
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'Seen', 'FisherVariant', 'regression_mean', 'softened', 'RegMean', 'joint_basis', 'kronecker_mean',
            'nearest_product', 'output_gradients', 'kronecker_factors', 'KFACMerge']
+
+# %% ../../nbs/methods/13_rivals.ipynb #7df9769b
+from ..routing.modification import Target, find_targets, matches
+from ..routing.sharding import local
+from ..routing.strength import check_fraction
 
 # %% ../../nbs/methods/13_rivals.ipynb #2d482a92
 def _check_alone(trained: Trained) -> None:

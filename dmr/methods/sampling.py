@@ -45,7 +45,7 @@ def _first(x: Any) -> int | None:
     found = x[0] if isinstance(x, (list, tuple)) and x else x
     return found if isinstance(found, int) else None
 
-
+# %% ../../nbs/methods/14_sampling.ipynb #25657f14
 def _ends(
     model: nn.Module,
     tokenizer: Any,  # or None

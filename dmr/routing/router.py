@@ -27,6 +27,11 @@ from dmr.routing.consolidation import (
     check_weight,
     check_weights,
 )
+
+# %% auto #0
+__all__ = ['MomentRouter']
+
+# %% ../../nbs/routing/08_router.ipynb #6c5fcc65
 from dmr.routing.inflation import (
     Inflation,
     all_ratios,
@@ -56,6 +61,8 @@ from dmr.routing.modification import (
 )
 from .moments import Differences, Moments, moments_of
 from .sharding import replicas, shard_groups, sum_over
+
+# %% ../../nbs/routing/08_router.ipynb #e04c4b34
 from dmr.routing.step import (
     EditOf,
     Round,
@@ -83,9 +90,6 @@ from dmr.routing.step import (
     together,
 )
 from .strength import Fixed, Strength
-
-# %% auto #0
-__all__ = ['MomentRouter']
 
 # %% ../../nbs/routing/08_router.ipynb #c6849978
 def _after_closure(
@@ -1005,7 +1009,7 @@ def _writes() -> bool:
     alone = not both.is_available() or not both.is_initialized()
     return alone or both.get_rank() == 0
 
-
+# %% ../../nbs/routing/08_router.ipynb #f6aee957
 class _Saved(_Filed):
     "A routed optimizer that can be saved to a file."
 
@@ -1257,8 +1261,58 @@ def _meet(
         vars(modification).update(before)
         raise
 
+# %% ../../nbs/routing/08_router.ipynb #d18f69b5
+class _Chosen(_Reloaded):
+    "A routed optimizer that is put together from what the user chose."
+
+    include: list[str] | str | None
+    exclude: list[str] | str | None
+
+    def _choose(
+        self,
+        modification: Modification,
+        routing: str | None,
+        strength: Strength | float | None,
+    ) -> None:
+        "What is edited, where it goes, and how much of it."
+        self.modification = modification
+        usual = modification.usual_routing
+        routing = check_routing(usual if routing is None else routing)
+        self.routings = [kind.meaning(routing) for kind in self.kinds]
+        alike = len({*self.routings}) == 1
+        self.routing = self.routings[0] if alike else routing
+        self.strength = _as_strength(strength, modification)
+        names = _class_names(self.optimizers)
+        for each in zip(names, self.kinds, self.routings):
+            check_meaning(*each, modification)
+
+# %% ../../nbs/routing/08_router.ipynb #d18f69b7
+class _Wired(_Chosen):
+    "Attaches itself, once nothing can be refused any more."
+
+    def _wire(self) -> None:
+        _check_own(self)
+        _check_free(self, self.modification)
+        _check_merge(self, self.consolidation)
+        self.strangers = len(_strangers(self.optimizers, self.names))
+        if self.strangers:
+            message = (
+                f"{self.strangers} parameters of the optimizer are not the"
+                " model's: they are stepped, but never routed"
+            )
+            warnings.warn(message, stacklevel=user_level())
+        targets = find_targets(self.model, self.include, self.exclude)
+        if len(self.optimizers) > 1:
+            _check_division(self, targets)
+        _warn_left_out(self)
+        self.consolidation.attach(self)
+        self.modification.group = self.group
+        _meet(self.modification, self.model, targets)
+        self.modification.serves = True
+        self._attach()
+
 # %% ../../nbs/routing/08_router.ipynb #d18f69b6
-class MomentRouter(_Reloaded):
+class MomentRouter(_Wired):
     """Route a modified gradient through the moments of a torch optimizer.
 
     Attach it once; the training loop stays `loss.backward();
@@ -1311,38 +1365,11 @@ class MomentRouter(_Reloaded):
     ):
         super().__init__(model, optimizer)
         self.include, self.exclude = include, exclude
-        self.modification = _as_modification(modification)
-        usual = self.modification.usual_routing
-        routing = check_routing(usual if routing is None else routing)
-        self.routings = [kind.meaning(routing) for kind in self.kinds]
-        alike = len({*self.routings}) == 1
-        self.routing = self.routings[0] if alike else routing
-        self.strength = _as_strength(strength, self.modification)
-        names = _class_names(self.optimizers)
-        for each in zip(names, self.kinds, self.routings):
-            check_meaning(*each, self.modification)
-        self.guard = check_guard(guard, self.routing)
         self.track_step = _check_every(track_step)
         self.check_finite, self.restore_grad = check_finite, restore_grad
         self.track_inflation = track_inflation
         self.consolidation = _as_consolidation(consolidation)
         self.group = replicas(model, process_group)
-        _check_own(self)
-        _check_free(self, self.modification)
-        _check_merge(self, self.consolidation)
-        self.strangers = len(_strangers(self.optimizers, self.names))
-        if self.strangers:
-            message = (
-                f"{self.strangers} parameters of the optimizer are not the"
-                " model's: they are stepped, but never routed"
-            )
-            warnings.warn(message, stacklevel=user_level())
-        targets = find_targets(self.model, include, exclude)
-        if len(self.optimizers) > 1:
-            _check_division(self, targets)
-        _warn_left_out(self)
-        self.consolidation.attach(self)
-        self.modification.group = self.group
-        _meet(self.modification, self.model, targets)
-        self.modification.serves = True
-        self._attach()
+        self._choose(_as_modification(modification), routing, strength)
+        self.guard = check_guard(guard, self.routing)
+        self._wire()

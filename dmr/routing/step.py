@@ -22,6 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+# %% auto #0
+__all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'Vectors',
+           'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
+           'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
+           'edit_gradients', 'give_all_back', 'first_moment', 'clamped', 'edits', 'route', 'offer_look', 'amend',
+           'taken', 'batches', 'taken_together', 'displace', 'remember', 'check_copies', 'differ', 'follow', 'finish',
+           'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments', 'check_differences', 'check_meaning',
+           'check_guard']
+
+# %% ../../nbs/routing/05_step.ipynb #ccef976e
 from dmr.routing.modification import (
     BATCHED,
     Dense,
@@ -45,15 +55,6 @@ from dmr.routing.moments import (
 )
 from .sharding import local, sum_over, total
 from .strength import Fixed, Strength
-
-# %% auto #0
-__all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'Vectors',
-           'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
-           'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
-           'edit_gradients', 'give_all_back', 'first_moment', 'clamped', 'edits', 'route', 'offer_look', 'amend',
-           'taken', 'batches', 'taken_together', 'displace', 'remember', 'check_copies', 'differ', 'follow', 'finish',
-           'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments', 'check_differences', 'check_meaning',
-           'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #e62f44fa
 #: The routings: which moment of the optimizer sees the edited gradient

@@ -58,6 +58,14 @@ from dmr.training.examples import (
     tokenize_examples,
 )
 from .finetuning import FinetuneConfig, _adapted_model
+
+# %% auto #0
+__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'SAVE_EVERY', 'REQUEST',
+           'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16', 'Request',
+           'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order', 'Bench', 'Arm',
+           'Training', 'Finetuned', 'save_model', 'finetune', 'compare', 'save_small_llama', 'example_case']
+
+# %% ../../nbs/training/10_finetune.ipynb #46eb0b5a
 from dmr.training.held_out import (
     SHARES,
     HeldOut,
@@ -73,12 +81,6 @@ from dmr.training.held_out import (
 from .limits import read_range
 from .loop import _check_same_run, _find_device, _Progress, plain
 from .pretrained import MODELS, encode, small_llama
-
-# %% auto #0
-__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'SAVE_EVERY', 'REQUEST',
-           'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16', 'Request',
-           'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order', 'Bench', 'Arm',
-           'Training', 'Finetuned', 'save_model', 'finetune', 'compare', 'save_small_llama', 'example_case']
 
 # %% ../../nbs/training/10_finetune.ipynb #1e908d01
 #: What `method` may be, and what it does.

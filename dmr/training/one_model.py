@@ -37,10 +37,11 @@ from dmr.training.held_out import (
 )
 from .limits import read_range
 from dmr.training.loop import (
+    _Progress,
     _check_same_run,
     _defaults,
     _environment,
-    _Progress,
+    epoch_starts,
     evaluating,
     evaluation_windows,
     plain,
@@ -205,15 +206,7 @@ def _starts(
     drawn = generator_for(c.seed, "batches", c.domains[0])
     if c.sampling == "random":
         return sample_starts(length, context, c.steps, c.batch, drawn)
-    windows, wanted = (length - 1) // context, c.steps * c.batch
-    if wanted > windows:
-        raise ValueError(
-            f"steps={c.steps} of {c.batch} windows need {wanted:,} windows, and"
-            f" {c.domains[0]!r} has {windows:,} side by side; pass"
-            f" steps<={windows // c.batch}, or sampling='random'"
-        )
-    order = torch.randperm(windows, generator=drawn)
-    return (order[:wanted] * context).view(c.steps, c.batch)
+    return epoch_starts(length, context, c.steps, c.batch, drawn)
 
 # %% ../../nbs/training/12_one_model.ipynb #e81c940e
 class Held:

@@ -45,7 +45,7 @@ class Claim(NamedTuple):
     # what refutes it; C1 to C4 at the nominal rate or at equal learning
     refuted: str
 
-
+# %% ../../nbs/making/01_rules.ipynb #80d0506b
 CLAIMS: dict[str, Claim] = {
     "C1": Claim(
         "shared-routing projection collapses to near vanilla",
@@ -78,6 +78,10 @@ CLAIMS: dict[str, Claim] = {
         " at 16 < 0",
         "an interval of the growth, or of the difference at stage 16, above 0",
     ),
+}
+
+# %% ../../nbs/making/01_rules.ipynb #80d0506c
+CLAIMS |= {
     "C6": Claim(
         "effective LR along old directions inflates by 1/(1−α) within 8 %,"
         " eight α",

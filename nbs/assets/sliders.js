@@ -7,7 +7,7 @@
   const path = (points) => "M" + points.map(([x, y]) => x.toFixed(1) + "," + y.toFixed(1)).join("L");
   const grid = [...Array(51).keys()], short = (v) => String(+v.toPrecision(3));
   const apart = (ends, gap, lowest) => {
-    const order = ends.map((_, i) => i).sort((i, j) => ends[i] - ends[j] || i - j), at = [...ends];
+    const near = (i) => +ends[i].toFixed(3), order = ends.map((_, i) => i).sort((i, j) => near(i) - near(j) || i - j), at = [...ends];
     for (let k = 1; k < at.length; k++) at[order[k]] = Math.max(at[order[k]], at[order[k - 1]] + gap);
     for (const i of order.reverse()) { at[i] = Math.min(at[i], lowest); lowest = at[i] - gap; }
     return at;

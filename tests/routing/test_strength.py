@@ -215,6 +215,22 @@ def test_a_router_carries_out_the_schedule_on_the_share_of_energy(
         )
 
 
+def stepping(model, optimizer, router):
+    "A function that takes steps: the overlap and the strength of each."
+    draw = torch.Generator().manual_seed(1)
+
+    def train(n):
+        seen = []
+        for _ in range(n):
+            g = torch.randn(4, 6, generator=draw, dtype=torch.float64)
+            model.weight.grad = g
+            optimizer.step()
+            seen.append((router.last.get("overlap"), router.last.get("alpha")))
+        return seen
+
+    return train
+
+
 def test_the_average_starts_with_the_first_basis_and_runs_on_over_boundaries():
     torch.manual_seed(0)
     model = nn.Linear(6, 4, bias=False).double()
@@ -223,30 +239,15 @@ def test_the_average_starts_with_the_first_basis_and_runs_on_over_boundaries():
     router = dmr.MomentRouter(
         model, optimizer, dmr.Projection(rank=1, every=1), strength=strength
     )
-    step = 0
-
-    def train(n):
-        nonlocal step
-        seen = []
-        for _ in range(n):
-            step += 1
-            model.weight.grad = torch.randn(
-                4,
-                6,
-                generator=torch.Generator().manual_seed(step),
-                dtype=torch.float64,
-            )
-            optimizer.step()
-            seen.append(router.last.get("overlap"))
-        return seen
-
-    assert train(3) == [None] * 3 and strength.average is None
+    train = stepping(model, optimizer, router)
+    signals = lambda n: [signal for signal, _ in train(n)]
+    assert signals(3) == [None] * 3 and strength.average is None
     router.consolidate()
-    signals = train(4)
+    found = signals(4)
     router.consolidate()
-    signals += train(3)
+    found += signals(3)
     assert router.last["alpha"] == pytest.approx(
-        list(schedule(signals, 0.8, 0.9))[-1], rel=1e-12
+        list(schedule(found, 0.8, 0.9))[-1], rel=1e-12
     )
 
 
@@ -262,23 +263,7 @@ def test_a_restart_goes_back_to_the_start_at_every_boundary():
     router = dmr.MomentRouter(
         model, optimizer, dmr.Projection(rank=1, every=1), strength=strength
     )
-    step = 0
-
-    def train(n):
-        nonlocal step
-        seen = []
-        for _ in range(n):
-            step += 1
-            model.weight.grad = torch.randn(
-                4,
-                6,
-                generator=torch.Generator().manual_seed(step),
-                dtype=torch.float64,
-            )
-            optimizer.step()
-            seen.append((router.last.get("overlap"), router.last.get("alpha")))
-        return seen
-
+    train = stepping(model, optimizer, router)
     train(3)
     for n in (4, 3, 1):
         router.consolidate()

@@ -85,6 +85,21 @@ def numbers(done):
     return done.texts, runs, done.best, done.prompts
 
 
+def stop(monkeypatch, call, when):
+    "A call that is interrupted in the first step for which `when` holds."
+    step, kill = Training.train_step, os.kill
+
+    def interrupted(self):
+        if when(self):
+            kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
 @pytest.mark.parametrize("method", [*METHODS])
 def test_interrupted_and_resumed_equals_undisturbed(method, made, monkeypatch):
     whole = tuned(made, "whole", method=method)
@@ -146,17 +161,7 @@ def test_a_training_resumed_at_its_merge_counts_the_rows_of_a_step(
 
 
 def test_a_folder_may_be_moved(made, monkeypatch):
-    step = Training.train_step
-
-    def interrupted(self):
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(Training, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(made, "first")
-    monkeypatch.undo()
+    stop(monkeypatch, lambda: tuned(made, "first"), lambda x: x.step == 2)
     (made / "first").rename(made / "second")
     done = tuned(made, "second")
     assert done.checkpoint == str(made / "second/model")
@@ -385,17 +390,11 @@ def test_trainings_that_have_ended_are_counted(made, capsys, monkeypatch):
     given = SMALL | {"output": made / "out", "progress": True}
     given |= {"rates": [1e-3, 3e-3], "lora": 2, "steps": 4}
     call = partial(compare, made / "tiny", made / "new.txt", made / "old.txt")
-    step = Training.train_step
-
-    def interrupted(self):
-        if self.arm.rate == 3e-3 and self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(Training, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        call(**given)
-    monkeypatch.undo()
+    stop(
+        monkeypatch,
+        lambda: call(**given),
+        lambda x: x.arm.rate == 3e-3 and x.step == 1,
+    )
     first = [x for x in capsys.readouterr().out.splitlines() if " done: " in x]
     assert len(first) == 1 and first[0].startswith("1 of 3 trainings done: me")
     assert re.search(r"learned [+-]\d.*; about \d+:\d\d left$", first[0])
@@ -470,17 +469,7 @@ def test_a_folder_is_of_one_request(made):
 def test_other_weights_under_the_same_name_are_not_gone_on_with(
     made, monkeypatch
 ):
-    step = Training.train_step
-
-    def interrupted(self):
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(Training, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(made)
-    monkeypatch.undo()
+    stop(monkeypatch, lambda: tuned(made), lambda x: x.step == 2)
     save_small_llama(made / "tiny", seed=1, width=32)
     with pytest.raises(ValueError, match="is of a run with start="):
         tuned(made)
@@ -553,17 +542,11 @@ def test_a_saved_past_survives_an_interruption(made, monkeypatch):
     (made / "tiny").rename(made / "base")
     (made / "first/model").rename(made / "tiny")
     whole = tuned(made, "whole", keep="saved", accumulation=2)
-    step = Training.train_step
-
-    def interrupted(self):
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(Training, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(made, "parts", keep="saved", accumulation=2)
-    monkeypatch.undo()
+    stop(
+        monkeypatch,
+        lambda: tuned(made, "parts", keep="saved", accumulation=2),
+        lambda x: x.step == 2,
+    )
     parts = tuned(made, "parts", keep="saved", accumulation=2)
     assert numbers(parts) == numbers(whole)
 
