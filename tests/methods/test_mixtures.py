@@ -171,9 +171,7 @@ def test_an_expert_without_tokens_has_no_direction_and_trains_on():
     model, _ = made("mixtral")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     projection = dmr.Projection(rank=3, every=1)
-    router = dmr.MomentRouter(
-        model, optimizer, projection, "displacement", 1.0
-    )
+    router = dmr.MomentRouter(model, optimizer, projection, "displacement", 1.0)
     one = [torch.full((1, 5), 7)]
     with torch.no_grad():  # a router that sends this token to two experts
         model.get_parameter("model.layers.0.mlp.gate.weight").zero_()
