@@ -22,7 +22,7 @@ from dmr.routing.consolidation import (
 from ..routing.modification import accumulator, user_level
 from ..routing.moments import Moments
 from dmr.routing.sharding import (
-    all_finite,
+    is_finite,
     local,
     placed_like,
     shard_groups,
@@ -571,7 +571,7 @@ def _remembered(
 def _take_in(merge: _Moving, new: Mapping[str, Tensor]) -> None:
     "The domain's curvature enters the past's; a new domain begins."
     for name, f in _remembered(merge, new):
-        if _narrow(merge.storage) and not all_finite(f):
+        if _narrow(merge.storage) and not is_finite(f):
             raise ValueError(f"the curvature of {name!r}: {_ADVICE}")
         merge.past[name] = f
     merge.anchor()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .modification import Learner, Made, user_level
 from .moments import Moments, as_optimizers, moments_of
 from dmr.routing.sharding import (
-    all_finite,
+    is_finite,
     local,
     placed_like,
     shard_groups,
@@ -207,7 +207,7 @@ def check_weights(
     still = {n for n, p in weights.items() if is_constant(p, before.get(n))}
     named = [pair for x in (weights, before, *kept) for pair in x.items()]
     checked = [(name, x) for name, x in named if name not in still]
-    bad = next((name for name, x in checked if not all_finite(x)), None)
+    bad = next((name for name, x in checked if not is_finite(x)), None)
     device = local(next(iter(weights.values()))).device
     flag = torch.tensor(float(bad is not None), device=device)
     groups = [shard_groups(name, p) for name, p in weights.items()]

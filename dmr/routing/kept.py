@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files import read_checkpoint, write_checkpoint
 from .modification import Made, accumulator
-from .sharding import all_finite
+from .sharding import is_finite
 
 # %% auto #0
 __all__ = ['fingerprint', 'weights_print', 'leave_out', 'put_back', 'non_finite', 'describe', 'make_again', 'write_kept',
@@ -121,7 +121,7 @@ def non_finite(
     if isinstance(state, float):
         state = torch.tensor(state)
     if isinstance(state, Tensor) and state.is_floating_point():
-        return None if all_finite(_whole(state)) else where
+        return None if is_finite(_whole(state)) else where
     return None
 
 # %% ../../nbs/routing/11_kept.ipynb #fd1749ac

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['local', 'all_finite', 'shard_groups', 'data_groups', 'sum_over', 'total', 'same_everywhere', 'placed_like', 'Packed',
+__all__ = ['local', 'is_finite', 'shard_groups', 'data_groups', 'sum_over', 'total', 'same_everywhere', 'placed_like', 'Packed',
            'replicas', 'unwrapped']
 
 # %% ../../nbs/routing/04_sharding.ipynb #61a19abc
@@ -25,7 +25,7 @@ def local(x: Any) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def all_finite(x: Any) -> bool:
+def is_finite(x: Any) -> bool:
     "Is every number finite, of the rows that this process holds?"
     mine = local(x)  # torch asks no float of one byte for it
     mine = mine.float() if mine.element_size() == 1 else mine

@@ -68,11 +68,13 @@ def test_what_is_said_of_the_stories():
         assert said in text(page), page
 
 
-def test_studies_without_rows_have_no_runs_yet():
-    if not read_table("merging_long").rows:
-        for page in ("index", "why/16_verdict", "why/12_repair"):
-            said = text(f"{page}.ipynb")
-            assert "has no runs yet" in said and "is running" not in said
+def test_pages_say_how_far_the_deciding_study_is():
+    table = read_table("merging_long")
+    words = "has only begun" if table.rows else "has no runs yet"
+    for page in ("index", "why/16_verdict", "why/12_repair"):
+        said = text(f"{page}.ipynb")
+        assert (words in said) == (not table.complete), page
+        assert "is running" not in said
 
 
 def test_a_long_stream_gets_the_settings_that_were_explored():
