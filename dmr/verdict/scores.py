@@ -61,21 +61,26 @@ def at_best(
 
 # %% ../../nbs/making/08_scores.ipynb #b0ced619
 #: What the strip shows: study -> arm -> words.
+_MERGE = "average by curvature"
+_STEP = "displacement projection"
 SHOWN: dict[str, dict[str, str]] = {
+    "merging_long": {
+        "joint training": "bound: all domains at once",
+        f"{REPLAY} + Fisher merge": f"replay, and {_MERGE}",
+        REPLAY: "mix in 0.5 % of the old text (replay)",
+        f"{_STEP} + Fisher merge 0.7": f"{_MERGE}, edit the step",
+        "Fisher merge 0.7": f"{_MERGE}, all past kept",
+        "Fisher merge 0.8, keep 0.5 (the default)": f"{_MERGE}, the default",
+        "interpolation": "plain average with the old weights",
+        "EWC": "pull back to the old weights (EWC)",
+    },
     "eight": {
-        "control: joint training": "bound: all domains at once",
         REPLAY: "mix in 0.5 % of the old text (replay)",
         FIXED: "edit the first moment only (decoupled)",
         DISPLACED: "edit the step (displacement)",
-        "interpolation 0.5": "average with the old weights",
+        "interpolation 0.5": "plain average with the old weights",
         SHARED: "edit the gradient (shared)",
         ADAPTIVE: "the preprint's adaptive strength",
-    },
-    "explore_merging": {
-        REPLAY: "mix in 0.5 % of the old text",
-        "Fisher merge 0.7": "average by curvature, all past kept",
-        "interpolation": "average with the old weights",
-        "Fisher merge 0.8, keep 0.5": "average by curvature, the default",
     },
 }
 
@@ -158,12 +163,10 @@ def _draw_bar(ax: Axes, y: float, bar: Bar) -> None:
     ax.text(0.003, y + 0.2, bar.words, va="bottom", fontsize=10.5)
 
 
-def _group_heading(found: Sequence[Bar]) -> str:
+def _group_heading(found: Sequence[Bar], table: Table) -> str:
     "What a further group of bars rests on."
-    n = found[0].saved.n
-    sure = f"another study, {n} orders of the domains"
-    few = f"Exploratory, another study: {n} order{'s' * (n > 1)} of the domains"
-    return few if found[0].saved.exploratory else sure
+    few = "exploratory, " * found[0].saved.exploratory
+    return f"Another study: {few}{scale_text(table).split(', ', 1)[1]}"
 
 # %% ../../nbs/making/08_scores.ipynb #254eeb9c
 def draw_scores(
@@ -173,16 +176,16 @@ def draw_scores(
     "The strip of bars: how far below plain training each method ends."
     from matplotlib.figure import Figure as NewFigure
 
-    groups = [bars(tables[name], arms) for name, arms in shown.items()]
-    rows = sum(map(len, groups)) + 0.9 * (len(groups) - 1)
+    groups = {n: bars(tables[n], arms) for n, arms in shown.items()}
+    first, *_ = groups.values()
+    rows = sum(map(len, groups.values())) + 0.9 * (len(groups) - 1)
     fig = NewFigure(figsize=(4.6, 0.5 * rows + 1.2), layout="constrained")
     ax, y, said = fig.subplots(), 0.0, []
-    for found in groups:
-        if found is not groups[0]:
-            ax.text(
-                0, y - 0.2, _group_heading(found), fontsize=9.5, style="italic"
-            )
-            said.append(_group_heading(found))
+    for name, found in groups.items():
+        if found is not first:
+            head = _group_heading(found, tables[name])
+            ax.text(0, y - 0.2, head, fontsize=9.5, style="italic")
+            said.append(head)
             y -= 0.9
         for bar in found:
             _draw_bar(ax, y, bar)
@@ -190,18 +193,21 @@ def draw_scores(
             number = f"{bar.saved.estimate:.3f}" if few else bar.saved.brief
             said.append(f"{bar.words} {number}")
             y -= 1
-    low = min(bar.saved.low for bar in groups[0])
+    every = [bar.saved for found in groups.values() for bar in found]
+    low = min(0 if i.exploratory else i.low for i in every)
+    high = max(i.estimate if i.exploratory else i.high for i in every)
     ax.axvline(0, color="#5f6368", lw=1)
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
-    ax.set(yticks=[], xticks=[], ylim=(y + 0.6, 0.6), xlim=(min(low, 0), 0.5))
+    ax.set(yticks=[], xticks=[], ylim=(y + 0.6, 0.6))
+    ax.set_xlim(min(low, 0), high + 0.08)
     scale = scale_text(next(iter(tables.values())))
     ax.set_xlabel(
-        "final loss below plain Adam's (nats per byte),\nwith 95 % intervals;"
-        f" {scale}",
+        "final loss below plain Adam's (nats per byte),\nwith 95 %"
+        f" intervals;\n{scale}",
         fontsize=9.5,
     )
-    ax.set_title(_score_title(groups[0]))
+    ax.set_title(_score_title(first))
     return fig, (
         "How far below plain Adam each method ends, mean loss over all"
         f" domains in nats per byte with 95 % intervals; {scale}."
