@@ -93,10 +93,10 @@ def test_a_long_stream_gets_the_settings_that_were_explored():
     assert min(ends, key=lambda a: sum(ends[a]) / len(ends[a])) == arm
 
 
-def test_adapters_are_asked_about_first():
+def test_the_rate_is_asked_about_first_with_adapters_too():
     said = text("why/16_verdict.ipynb")
-    place = [said.index(x) for x in ('("pre", "ask"', '("ask", "text"')]
-    assert place == sorted(place) and '("text", "pre"' not in said
+    place = [said.index(x) for x in ('("ask", "rate"', '("ask", "text"')]
+    assert place == sorted(place) and '"ask"' in said[: place[0]]
     lora = read_table("lora")
     finals = lambda arm, lr: [
         r["final_average"]
