@@ -9,6 +9,7 @@ that a mistake in one of them shows as a difference.
 """
 
 import csv
+import functools
 import json
 import math
 import re
@@ -24,20 +25,22 @@ REPLAY = "replay 0.5 % shared"
 csv.field_size_limit(1 << 27)
 
 
-def quantile(df, p=0.975):
-    "Of Student's t: its density summed by trapezoids, turned by bisection."
+def cdf(x, df):
+    "Of Student's t: its density summed by trapezoids."
     log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
     c = math.exp(log_c) / math.sqrt(df * math.pi)
+    t = np.linspace(0, x, 20_001)
+    y = c * (1 + t**2 / df) ** (-(df + 1) / 2)
+    return 0.5 + float(np.sum(y[1:] + y[:-1]) * x / 40_000)
 
-    def above(x):
-        t = np.linspace(0, x, 20_001)
-        y = c * (1 + t**2 / df) ** (-(df + 1) / 2)
-        return 0.5 + float(np.sum(y[1:] + y[:-1]) * x / 40_000) - p
 
+@functools.cache
+def quantile(df, p=0.975):
+    "Its inverse, by bisection."
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if above(middle) > 0 else (middle, high)
+        low, high = (low, middle) if cdf(middle, df) > p else (middle, high)
     return low
 
 
@@ -94,11 +97,15 @@ def slopes(h, d):
 
 def control(runs, seed, learning):
     "Plain Adam's forgetting where it learns so much; None: out of reach."
-    curve = sorted(
-        (rate, at[seed][1], at[seed][0]) for rate, at in runs[PLAIN].items()
-    )
+    curve = [(rate, *at[seed][1::-1]) for rate, at in runs[PLAIN].items()]
+    return on_curve(curve, learning)
+
+
+def on_curve(curve, learning):
+    "Of (knob, learning, forgetting): forgetting at a learning accuracy."
+    curve = sorted(curve)
     best = min(range(len(curve)), key=lambda i: curve[i][1])
-    branch = curve[: best + 1]  # from the smallest rate to the best
+    branch = curve[: best + 1]  # from the smallest knob to the best
     x, y = np.array([p[1:] for p in branch[::-1]]).T
     h = np.diff(x)
     if len(x) < 2 or (h <= 0).any() or not x[0] <= learning <= x[-1]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dmr.reporting.statistics import (
+    EXPLORATORY,
     Curve,
     Interval,
     Point,
@@ -104,7 +105,7 @@ class Finding:
 
 def _counted(
     seeds: Iterable[Any],  # all that the study plans
-    # who -> seed -> value; not finite where its run failed
+    # who -> seed -> value; not finite where its run failed or diverged
     sides: Mapping[str, Mapping[Any, float]],
 ) -> tuple[bool, str]:
     "Have four seeds in five a number on every side, and what is lacking?"
@@ -112,26 +113,29 @@ def _counted(
         who: {s for s, x in at.items() if math.isfinite(x)}
         for who, at in sides.items()
     }
+    # a diverged run of the arm is a number, whatever the others did
+    worst = {s for s, x in sides["the arm"].items() if x == math.inf}
+    known["the arm"] |= worst
     every = set(seeds).union(*sides.values())
-    both = set.intersection(*known.values())
+    both = set.intersection(*known.values()) | worst
     said = [f"{len(both)} of {len(every)} seeds count"] * (both != every)
     for who, at in sides.items():
-        lost = len(at) - len(known[who])
+        lost = sum(not math.isfinite(x) for x in at.values())
         said += [f"failed runs of {who}: {lost}"] * bool(lost)
-    return enough_seeds(len(both), len(every)), ", ".join(said)
+    fewest = min(map(len, (both, *known.values())))
+    return enough_seeds(fewest, len(every)), ", ".join(said)
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00028
 def _judged(
     rule: str,
-    interval: Interval,
+    interval: Interval | None,  # of seeds with finite numbers; None: too few
     holds: bool,
     note: str,
-    gaps: str = "",
+    gaps: str,
     # seed -> below 0 where the arm does what is asked; +∞: it diverged
-    signs: Mapping[Any, float] | None = None,
+    signs: Mapping[Any, float],
 ) -> Finding:
     "A run of the arm that diverged is no gap: the sign test must agree."
-    signs = signs or {}
     if math.inf in signs.values():
         below = sum(d < 0 for d in signs.values())
         above = sum(d > 0 for d in signs.values())
@@ -143,7 +147,7 @@ def _judged(
         )
         gaps = ", ".join(filter(None, (gaps, said)))
     outcome = "holds" if holds else "fails"
-    if interval.exploratory:
+    if len(signs) <= EXPLORATORY:
         outcome = "too few seeds"
     return Finding(rule, outcome, interval, note, gaps)
 
@@ -185,12 +189,12 @@ def forgets_share(
     gaps = [matched.fell_out()] if matched.reasons else []
     gaps += [f"failed runs of the arm: {lost}"] * bool(lost)
     apart = ", ".join(gaps)
+    worst = {s: x for s, (_, x) in arm.items() if x == math.inf}
     here = {s: arm[s].forgetting for s in matched.difference}
     theirs = {s: here[s] - d for s, d in matched.difference.items()}
-    if len(theirs) < 2 or not matched.enough:
+    if not enough_seeds(len(worst) + len(theirs), matched.n):
         return Finding(rule, "not comparable", gaps=apart)
-    here |= {s: x for s, (_, x) in arm.items() if x == math.inf}
-    return share_of(here, theirs, share, rule, apart)
+    return share_of(here | worst, theirs, share, rule, apart)
 
 
 def share_of(
@@ -200,7 +204,9 @@ def share_of(
     rule: str,
     gaps: str = "",
 ) -> Finding:
-    "`forgets_share` where both are known at equal learning, for two seeds."
+    "`forgets_share` where both are known at equal learning."
+    if len(theirs) < 2:  # the others diverged, or are too few
+        return _judged(rule, None, False, "", gaps, _signs(here, {}))
     values = np.array(list(theirs.values()))
     error = values.std(ddof=1) / math.sqrt(len(values))
     note = f"the rival forgets {values.mean():.3f}"
@@ -307,15 +313,18 @@ def ends_below(
         if name in untested:
             found.append(Finding(rule, untested[name], gaps=gaps[name]))
             continue
-        low = paired_difference(arm, there[name]).high < 0
-        d = paired_difference(arm, rivals[name][best[name]])
+        row = rivals[name][best[name]]
+        some = len(shared_seeds(arm, row)) > 1
+        d = paired_difference(arm, row) if some else None
+        low = d is not None and d.high < margin
         note = f"against {best[name]}; Holm's p {p[name]:.2g}"
         signs = _signs(arm, differences(arm, there[name]))
-        sure = low and p[name] < 0.05
-        one = _judged(rule, d, sure, note, gaps[name], signs)
-        if low and open_ and not d.exploratory:
+        one = _judged(rule, d, low, note, gaps[name], signs)
+        if one.outcome == "holds" and open_:
             said = ", ".join(filter(None, (open_, one.gaps)))
             one = replace(one, outcome="not complete", gaps=said)
+        elif one.outcome == "holds" and p[name] >= 0.05:
+            one = replace(one, outcome="fails")
         found.append(one)
     return found
 
@@ -372,19 +381,20 @@ def closes(
     others = [_others("plain", plain, start, every)]
     others += [_others(name, goal, end, every)]
     gaps = ", ".join(filter(None, (gaps, *others)))
-    ratio = gap_closed(arm, plain[start], goal[end])
     note = f"from {start} to {end}"
     if not enough:
-        return Finding(rule, "too few seeds", ratio, note, gaps)
-    if ratio is None:
-        return Finding(rule, "not comparable", None, "no clear gap", gaps)
+        return Finding(rule, "too few seeds", None, note, gaps)
     short = {
         s: share * (x - goal[end][s]) - (x - arm[s])
         for s, x in plain[start].items()
         if all(math.isfinite(side.get(s, math.nan)) for side in sides.values())
     }
     signs = _signs(arm, short)
-    return _judged(rule, ratio, ratio.low >= share, note, gaps, signs)
+    ratio = gap_closed(arm, plain[start], goal[end])
+    if ratio is None and math.inf not in signs.values():
+        return Finding(rule, "not comparable", None, "no clear gap", gaps)
+    reached = ratio is not None and ratio.low >= share
+    return _judged(rule, ratio, reached, note, gaps, signs)
 
 # %% ../../nbs/making/09_merging.ipynb #a8c00020
 #: What a rule calls a rival -> arms of the study file that belong to it.

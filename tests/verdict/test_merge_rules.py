@@ -208,6 +208,34 @@ def test_a_diverged_run_of_the_arm_is_a_failure(lost, outcome):
     assert "by signs" not in rival["ends below EWC"].gaps
 
 
+@pytest.mark.parametrize("lost", [3, 9, 10])
+def test_an_arm_that_diverges_often_fails(lost):
+    "It has not too few seeds: a diverged run is a number."
+    gone = [("merge", s) for s in range(lost)]
+    found = judge(table(failed=gone, error="the loss is nan"))
+    assert {f.outcome for f in found.values()} == {"fails"}
+    assert all(
+        f"diverged runs of the arm: {lost}" in str(f) for f in found.values()
+    )
+    # whatever a rival did in those seeds, but a rival needs its own numbers
+    for n, word in ((2, "fails"), (3, "too few seeds")):
+        more = [*gone, *(("EWC", s) for s in range(n))]
+        ewc = judge(table(failed=more, error="the loss is nan"))
+        assert ewc["ends below EWC"].outcome == word
+
+
+def test_what_fails_by_signs_fails_without_the_other_rivals():
+    gone = [("merge", 0), ("merge", 1)]
+    found = judge(table(failed=gone, absent=["EWC"], error="the loss is nan"))
+    assert found["ends below EWC"].outcome == "no runs"
+    assert found["ends below interpolation"].outcome == "fails"
+
+
+def test_too_few_seeds_show_no_share():
+    found = judge(table(failed=[("merge", s) for s in range(3)]))
+    assert {f.interval for f in found.values()} == {None}
+
+
 def test_nothing_holds_before_the_last_run():
     whole = table()
     early = replace(whole, planned=whole.planned + 1)
