@@ -1270,7 +1270,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _clear(folder: Path) -> None:
     "Take away what failed trainings left."
-    shutil.rmtree(folder / "runs")
+    shutil.rmtree(folder / "runs", ignore_errors=True)
     for name in (REQUEST, ".lock"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty, or not ours
@@ -1428,6 +1428,21 @@ def _collected(
         **head,
     )
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e76
+@contextmanager
+def _room(r: Request, folder: Path) -> Iterator[None]:
+    "A card without room, as a MemoryError with the ways out."
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        if not [*folder.glob("runs/*/*")]:
+            _clear(folder)
+        raise MemoryError(
+            f"batch={r.batch} rows of length={r.length} do not fit into the"
+            f" memory of {r.device}; pass a smaller batch and more"
+            " accumulation, checkpointing=True, a smaller length, or lora=8"
+        ) from e
+
 # %% ../../nbs/training/10_finetune.ipynb #900ac106
 def finetune(
     # a name that `dmr models` lists, a folder of save_pretrained, a .gguf
@@ -1459,7 +1474,8 @@ def finetune(
     arms = [Arm(r.method, rate, r.lora) for rate in r.rates]
     if progress:
         print(_opening(r, steps is None), flush=True)
-    return _train_all(r, arms, Path(output), True, progress)
+    with _room(r, Path(output)):
+        return _train_all(r, arms, Path(output), True, progress)
 
 
 def _opening(
@@ -1518,7 +1534,8 @@ def compare(
     if progress:
         opening = _opening(r, steps is None)
         print(f"{opening}\n{len(arms)} trainings", flush=True)
-    return _train_all(r, arms, Path(output), False, progress)
+    with _room(r, Path(output)):
+        return _train_all(r, arms, Path(output), False, progress)
 
 
 def _check_comparison(keep: Any, asked: dict[str, Any]) -> None:

@@ -217,15 +217,15 @@ def test_a_fit_that_begins_unprotected_says_so(tmp_path):
     "Where a part of the module was loaded from somewhere."
     loaded, made = Regression(), Regression()
     loaded.net.name_or_path = "some/model"
-    how = {"consolidation": FisherMerge()}
+    routed = lambda: LightningRouter(consolidation=FisherMerge())
     with pytest.warns(UserWarning, match="some/model': training begins unpro"):
-        fit(LightningRouter(**how), tmp_path, loaded)
+        fit(routed(), tmp_path, loaded)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*unprotected")
-        fit(LightningRouter(**how), tmp_path, made)
+        fit(routed(), tmp_path, made)
         again = Regression()
         again.net.name_or_path = "some/model"
-        known = LightningRouter(**how)
+        known = routed()
         router = known.attach(again, again.configure_optimizers())
         router.protect([*data()], again.loss)
         fit(known, tmp_path, again)

@@ -350,3 +350,16 @@ def test_a_training_that_begins_unprotected_says_so(merges, tmp_path):
         warnings.filterwarnings("error", message=".*unprotected")
         assert trained(load(tmp_path / "second"))[1] == 2
         trained(small_llama(width=16, layers=1, context=32)[0])  # made here
+
+
+def test_a_plain_trainer_refuses_at_the_start_what_keeps_examples(tmp_path):
+    "Not after the whole domain, where nothing was kept."
+    keeps = ReplayMix(ReplayBuffer(), lambda batch: batch.sum())
+    model, _ = small_llama(width=16, layers=1, context=32)
+    callbacks, rows = [RouterCallback(keeps)], data(8)
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=rows, callbacks=callbacks
+    )
+    with pytest.raises(ValueError, match=r"use RoutedTrainer\(..., router=c"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -660,6 +660,25 @@ def test_two_processes_do_not_share_a_folder(made):
     assert tuned(made).learned[0] > 0  # a lock that was left is nothing
 
 
+def test_a_card_without_room_names_the_ways_out(made, monkeypatch):
+    "And leaves the folder free for a smaller batch, if nothing was done."
+    step = Training.train_step
+
+    def full(self):
+        if self.arm.rate == 1e-3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", full)
+    said = "batch=2 rows of length=48 .* cpu; pass a smaller batch"
+    with pytest.raises(MemoryError, match=said):
+        tuned(made, rates=1e-3)
+    assert not (made / "out").exists()
+    with pytest.raises(MemoryError, match=said):
+        tuned(made, rates=[3e-3, 1e-3], keep=None)
+    assert (made / "out/runs/none-0.003/run.json").exists()
+
+
 def test_a_folder_of_the_users_survives_a_failure(made):
     (made / "out").mkdir()
     with pytest.raises(ValueError, match="not finite"):
