@@ -882,7 +882,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, LookupError, OSError, ImportError) as e:
+    except (ValueError, LookupError, OSError, ImportError, MemoryError) as e:
         print(
             f"dmr {args.command}:"
             f" {e.args[0] if isinstance(e, LookupError) and e.args else e}",

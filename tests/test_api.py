@@ -3,10 +3,12 @@ its README, guides and conformance chapter showed, with the names that they
 used, and one line that says where the thing lives now.
 """
 
+import re
 import subprocess
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +104,21 @@ def test_rooms_import_without_a_word():
         for room in ("routing", "training", "studies"):
             import_module(f"dmr.{room}")
         assert dmr.MomentRouter is import_module("dmr.routing").MomentRouter
+
+
+def test_the_readmes_lines_run_as_they_stand(capsys):
+    "On the home page's own model and domains, and print what stands there."
+    torch = import_module("torch")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", readme, re.S)
+    (shown,) = re.findall(r"```\n(MomentRouter\(.*?)```", readme, re.S)
+    torch.manual_seed(0)
+    layers = (torch.nn.Linear(20, 64), torch.nn.GELU(), torch.nn.Linear(64, 5))
+    batch = lambda: (torch.randn(32, 20), torch.randint(0, 5, (32,)))
+    domains = [[batch() for _ in range(30)] for _ in range(2)]
+    model = torch.nn.Sequential(*layers)
+    before = [p.detach().clone() for p in model.parameters()]
+    exec("".join(code), {"model": model, "domains": domains})
+    assert capsys.readouterr().out == shown
+    pairs = zip(model.parameters(), before)
+    assert not any(torch.equal(p, q) for p, q in pairs)

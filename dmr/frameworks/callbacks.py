@@ -23,7 +23,8 @@ from ..routing.sharding import unwrapped
 from ..routing.strength import Strength
 
 # %% auto #0
-__all__ = ['ROUTER_FILE', 'router_file', 'protects', 'file_hash', 'folder_hashes', 'changed_file', 'DomainCallback']
+__all__ = ['ROUTER_FILE', 'router_file', 'protects', 'begins_idle', 'file_hash', 'folder_hashes', 'changed_file',
+           'DomainCallback']
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #5a0336be
 class _Settings:
@@ -135,6 +136,13 @@ def _beside(model: Any) -> Path | None:
     return Path(name) if isinstance(name, str) and name else None
 
 
+def _origin(model: Any) -> str:  # empty: nothing of it remembers one
+    "Where a model, or a part of it, was loaded from."
+    parts = unwrapped(model).modules()
+    names = (getattr(part, "name_or_path", "") for part in parts)
+    return next((name for name in names if name and isinstance(name, str)), "")
+
+
 def router_file(path: str | Path) -> Path:
     "A router's file, which may be named by its folder."
     return Path(path) / ROUTER_FILE if Path(path).is_dir() else Path(path)
@@ -146,6 +154,12 @@ def protects(router: MomentRouter) -> bool:
     return (
         router.domains > 0 or router.steps > 0 or edited is None or bool(edited)
     )
+
+
+def begins_idle(router: MomentRouter) -> bool:
+    "Does a part of it do nothing until it has learned of a past?"
+    edits, merges = router.modification, router.consolidation
+    return edits.needs_consolidate or hasattr(merges, "past")
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #8be66634
 class _Filing(_Ending):
@@ -167,12 +181,12 @@ class _Filing(_Ending):
             router.take_up(self.read(router_file(self.saved)))
         elif path is not None and path.is_file():
             router.take_up(self.read(path))
-        elif path is not None and router.modification.needs_consolidate:
+        elif begins_idle(router) and (origin := _origin(model)):
             warnings.warn(
-                f"no {ROUTER_FILE} beside {str(beside)!r}: training begins"
+                f"no {ROUTER_FILE} was taken up for {origin!r}: training begins"
                 " unprotected, and what this model knows may be lost. Pass"
-                " saved=... if the file is elsewhere; for a model without one,"
-                " call router.protect(batches, loss_fn) before training",
+                " saved=... if there is a file; for a model without one, call"
+                " router.protect(batches, loss_fn) before training",
                 stacklevel=3,
             )
 

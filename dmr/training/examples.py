@@ -94,7 +94,8 @@ def _form_of(
         raise ValueError(f"{wrong}; {_FORM}")
     keys = tuple(sorted(_KEYS & row.keys()))
     if keys not in _FORMS:
-        has = " and ".join(map(repr, keys)) or "none of the known keys"
+        others = f"{', '.join(map(repr, [*row][:5]))} and " if row else ""
+        has = " and ".join(map(repr, keys)) or f"{others}none of the known keys"
         raise ValueError(f"{place} has {has}; {_FORM}")
     if wrong := misfit(row, _FORMS[keys], ""):
         raise ValueError(f"{place}: {wrong.lstrip('.')}; {_FORM}")
@@ -293,8 +294,7 @@ def split_examples(
         raise ValueError(
             f"{documents[0].source or 'the text'} is too short:"
             f" {share:.0%} of its text are {found} characters, and fewer than"
-            " 64 measure nothing; give more text, raise share, or pass held-out"
-            " text of your own"
+            " 64 measure nothing; give more text, or hold out a larger share"
         )
     return train, held_out
 

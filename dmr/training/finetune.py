@@ -60,10 +60,11 @@ from dmr.training.examples import (
 from .finetuning import FinetuneConfig, _adapted_model
 
 # %% auto #0
-__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'SAVE_EVERY', 'REQUEST',
-           'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16', 'Request',
-           'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order', 'Bench', 'Arm',
-           'Training', 'Finetuned', 'save_model', 'finetune', 'compare', 'save_small_llama', 'example_case']
+__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'ADAPTER', 'SAVE_EVERY',
+           'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16',
+           'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order',
+           'merged_model', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
+           'save_small_llama', 'example_case']
 
 # %% ../../nbs/training/10_finetune.ipynb #46eb0b5a
 from dmr.training.held_out import (
@@ -79,8 +80,20 @@ from dmr.training.held_out import (
     trained_weights,
 )
 from .limits import read_range
-from .loop import _check_same_run, _find_device, _Progress, plain
-from .pretrained import MODELS, encode, small_llama
+from dmr.training.loop import (
+    _check_same_run,
+    _defaults,
+    _find_device,
+    _Progress,
+    plain,
+)
+from dmr.training.pretrained import (
+    MODELS,
+    encode,
+    load_pretrained,
+    load_tokenizer,
+    small_llama,
+)
 
 # %% ../../nbs/training/10_finetune.ipynb #1e908d01
 #: What `method` may be, and what it does.
@@ -206,6 +219,15 @@ class Request:
         if not self.rates:
             raise ValueError("rates=[] trains nothing; pass a learning rate")
         _check_words(self)
+        if self.lora is not None and _is_adapter(self.model):
+            raise ValueError(
+                f"lora={self.lora} on {self.model!r}, which holds an adapter"
+                " itself: the new one would belong to weights that lie in no"
+                " folder. Pass lora=None (-p lora null) to train all weights,"
+                " or write the merged model first: dmr.training.finetune."
+                "merged_model(folder) gives it and its tokenizer, and"
+                " save_pretrained(...) of both writes them"
+            )
 
 # %% ../../nbs/training/10_finetune.ipynb #527b9800
 def _within(name: str, value: Any, limits: str) -> None:
@@ -215,7 +237,12 @@ def _within(name: str, value: Any, limits: str) -> None:
 
 
 def _check_words(r: Request) -> None:
-    "ValueError for a device, an arithmetic or a decay that is none."
+    "ValueError for a place, a device, an arithmetic or a decay that is none."
+    for name in ("model", "new", "keep"):
+        if getattr(r, name) == "":
+            raise ValueError(
+                f"{name}='' names nothing; pass a name, a file or a folder"
+            )
     if r.decay not in ("linear", "cosine", "none"):
         raise ValueError(
             f"decay={r.decay!r} is unknown; choose linear, cosine or none"
@@ -256,7 +283,12 @@ def make_request(
 ) -> Request:
     "A request with all that was not asked for. ValueError for what is wrong."
     device = device or usual_device()
-    found = _find_device(device)
+    try:
+        found = _find_device(device)
+    except RuntimeError as e:  # torch's, for a word that is no device
+        raise ValueError(
+            f"device={device!r} is unknown; pass cpu, cuda, cuda:1 or mps"
+        ) from e
     usual: dict[str, Any] = dict(USUAL["gpu" if found.type != "cpu" else "cpu"])
     usual |= {"accumulation": 1, "warmup": 0.1, "decay": "linear", "seed": 0}
     usual |= {"held_out": 0.1, "checkpointing": False, "targets": None}
@@ -302,6 +334,13 @@ def usual_steps(
 def _saved_method(model: str, method: str | None, lora: int | None) -> str:
     "The method of a router's file. ValueError where none can be gone on with."
     path = Path(model) / ROUTER_FILE
+    if _is_adapter(model):
+        raise ValueError(
+            f"keep='saved' is not offered for {model!r}, which holds an"
+            " adapter: it is merged into its model, and its router's file knows"
+            " the adapter alone. Pass a file or folder of old text, or"
+            " keep='self'"
+        )
     if not path.is_file():
         raise ValueError(
             f"keep='saved' needs {ROUTER_FILE} in the model's folder, and"
@@ -354,7 +393,34 @@ def read_sources(r: Request) -> Read:
     found = {"new": read_examples(r.new)}
     if r.keep is not None and r.keep not in WORDS:
         found["old"] = read_examples(r.keep)
+        _check_apart(r, *found.values())
     return found
+
+
+def _check_apart(
+    r: Request, new: Sequence[Example], old: Sequence[Example]
+) -> None:
+    "ValueError where a text is new and old; warns where a part of it is."
+    ours, theirs = (
+        {repr((x.parts, x.messages)) for x in part} for part in (new, old)
+    )
+    if not (both := ours & theirs):
+        return
+    said = (
+        f"{len(both)} of {len(theirs)} texts in keep={r.keep!r} stand in"
+        f" new={r.new!r} as well"
+    )
+    way_out = "take from one of the two what stands in both"
+    if both in (ours, theirs):
+        raise ValueError(
+            f"{said}; what is kept is text that is not to be learned, so"
+            f" {way_out}, or leave keep out"
+        )
+    warnings.warn(
+        f"{said}: they are learned, and say nothing of what is lost;"
+        f" {way_out}",
+        stacklevel=user_level(),
+    )
 
 
 def _identity(r: Request, read: Read) -> dict[str, Any]:
@@ -481,9 +547,82 @@ def _check_here(name: str) -> None:
             f" or one of {', '.join(MODELS)}"
         ) from None
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e71
+#: What an adapter's folder has and a model's has not.
+ADAPTER = "adapter_config.json"
+
+
+def _is_adapter(name: str | os.PathLike[str]) -> bool:
+    "Does a folder hold an adapter in place of a model?"
+    return (Path(name) / ADAPTER).is_file()
+
+
+def _base_of(folder: str) -> str:
+    "The model of an adapter's folder. ValueError where it names none."
+    found = read_object(Path(folder) / ADAPTER)
+    base = found.get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        return base
+    raise ValueError(
+        f"{Path(folder) / ADAPTER} names no model that the adapter is for;"
+        " write its name or folder there as base_model_name_or_path"
+    )
+
+
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e72
+def merged_model(
+    folder: str | os.PathLike[str],  # an adapter's, as peft writes it
+) -> tuple[Any, Any]:  # the model, in evaluation mode, and its tokenizer
+    """An adapter's model with the adapter merged into its weights. Raises
+    ValueError, with the way out, where one of the two cannot be opened.
+    """
+    name = os.fspath(folder)
+    base = _base_of(name)
+    peft = need("peft", "hf", "an adapter")
+    model: Any
+    try:
+        _check_here(base)
+        with _opening_errors(base):
+            opens = merged_model if _is_adapter(base) else load_pretrained
+            model, tokenizer = opens(base)
+    except ValueError as e:
+        raise ValueError(
+            f"{name!r} holds an adapter for {base!r}, which cannot be opened;"
+            " put that model back, or write where it is into"
+            f" {Path(name) / ADAPTER} ({e})"
+        ) from e
+    with _opening_errors(name):
+        adapted = peft.PeftModel.from_pretrained(model, name)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    if (Path(name) / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(name, name)
+    return merged.requires_grad_(True).eval(), tokenizer
+
+
+@contextmanager
+def _opening_errors(name: str) -> Iterator[None]:
+    "What libraries raise for damaged files, as a ValueError with a way out."
+    try:
+        yield
+    except (ValueError, ImportError, ConnectionError, MemoryError):
+        raise  # ours, or as good
+    except Exception as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        first = (str(e).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{name!r} cannot be opened ({type(e).__name__}: {first}); a file"
+            " is missing or damaged: copy or download it again, whole"
+        ) from e
+
+
 # %% ../../nbs/training/10_finetune.ipynb #cfb8fc38
-def _open_model(r: Request, lora: int | None) -> tuple[Any, Any]:
+def _load(r: Request, lora: int | None) -> tuple[Any, Any]:
     "The model, on its device and open for training, and its tokenizer."
+    if _is_adapter(r.model):
+        model, tokenizer = merged_model(r.model)
+        model.config.use_cache = False  # of generation
+        return model.to(r.device).train(), tokenizer
     # a folder called `small` is a folder, not the model made in place
     name = f".{os.sep}small" if r.model == "small" else r.model
     _check_here(name)
@@ -497,16 +636,43 @@ def _open_model(r: Request, lora: int | None) -> tuple[Any, Any]:
         device=r.device,
         seed=r.seed,
     )
+    with _opening_errors(r.model):
+        return _adapted_model(config)
+
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e74
+def _said_here(model: str, e: ValueError) -> ValueError:
+    "An error of another chapter, with the way out that there is here."
+    if "Target modules" in str(e):
+        return ValueError(
+            f"{model!r} has none of the layers that usually get adapters;"
+            " name yours, for example targets=['c_attn', 'c_proj']"
+        )
+    if "has no tokenizer in" in str(e):
+        return ValueError(
+            f"{model!r} has no tokenizer; write one with the same vocabulary"
+            " into its folder: AutoTokenizer.from_pretrained(NAME)"
+            f".save_pretrained({model!r})"
+        )
+    return e
+
+
+def _open_model(r: Request, lora: int | None) -> tuple[Any, Any]:
+    "A model that can be trained as asked for, and its tokenizer."
     model: Any
     try:
-        model, tokenizer = _adapted_model(config)
+        model, tokenizer = _load(r, lora)
     except ValueError as e:
-        if "Target modules" not in str(e):
-            raise
+        raise _said_here(r.model, e) from e.__cause__
+    if getattr(tokenizer, "eos_token_id", None) is None:
         raise ValueError(
-            f"{r.model!r} has none of the layers that usually get adapters;"
-            " name yours, for example targets=['c_attn', 'c_proj']"
-        ) from None
+            f"the tokenizer of {r.model!r} has no end-of-text token, so texts"
+            " cannot be kept apart; give it one: tokenizer.eos_token = '...',"
+            " then tokenizer.save_pretrained(folder of the model)"
+        )
+    if lora is not None:  # an adapter's folder says whose it is
+        known = r.model in MODELS or not Path(r.model).exists()
+        base = r.model if known else os.path.abspath(r.model)
+        model.peft_config["default"].base_model_name_or_path = base
     if r.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(
@@ -762,7 +928,8 @@ class _Resumable(_Stepping):
         path = self.folder / "state.pt"
         if (state := last_checkpoint(path)) is None:
             return False
-        _check_same_run(path, state["identity"], self.identity())
+        usual = _defaults(self.request)
+        _check_same_run(path, state["identity"], self.identity(), usual)
         for name, p in trained_weights(self.bench.model).items():
             p.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -919,10 +1086,12 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
         return
     seen = lambda path: not path.name.startswith(".")  # a lock is nothing
     inside = folder.is_dir() and [*filter(seen, folder.iterdir())]
-    if not folder.is_dir() or (inside and not read_object(folder / REQUEST)):
+    found = read_object(folder / REQUEST, {"request": dict}) if inside else {}
+    if not folder.is_dir() or (inside and not found):
         raise ValueError(f"{folder} holds something else; {way_out}")
-    if inside:
-        found = read_object(folder / REQUEST)
+    if found:
+        # what an earlier version did not ask for
+        found["request"] = _defaults(Request) | found["request"]
         if differing := [*_differences(found, asked)]:
             raise ValueError(
                 f"{folder} is of another request: {differing[0]}; {way_out}, or"
@@ -971,8 +1140,11 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)
     model.config.use_cache = True  # of generation; off in training
     _unpacked(model)
+    adapted = hasattr(model, "peft_config")
+    # peft would ask Hugging Face whether the vocabulary is another one
+    how = {"save_embedding_layers": False} if adapted else {}
     try:
-        model.save_pretrained(part)
+        model.save_pretrained(part, **how)
     finally:
         model.config.use_cache = False
     tokenizer.save_pretrained(part)
@@ -1098,7 +1270,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _clear(folder: Path) -> None:
     "Take away what failed trainings left."
-    shutil.rmtree(folder / "runs")
+    shutil.rmtree(folder / "runs", ignore_errors=True)
     for name in (REQUEST, ".lock"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty, or not ours
@@ -1256,6 +1428,21 @@ def _collected(
         **head,
     )
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e76
+@contextmanager
+def _room(r: Request, folder: Path) -> Iterator[None]:
+    "A card without room, as a MemoryError with the ways out."
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        if not [*folder.glob("runs/*/*")]:
+            _clear(folder)
+        raise MemoryError(
+            f"batch={r.batch} rows of length={r.length} do not fit into the"
+            f" memory of {r.device}; pass a smaller batch and more"
+            " accumulation, checkpointing=True, a smaller length, or lora=8"
+        ) from e
+
 # %% ../../nbs/training/10_finetune.ipynb #900ac106
 def finetune(
     # a name that `dmr models` lists, a folder of save_pretrained, a .gguf
@@ -1287,7 +1474,8 @@ def finetune(
     arms = [Arm(r.method, rate, r.lora) for rate in r.rates]
     if progress:
         print(_opening(r, steps is None), flush=True)
-    return _train_all(r, arms, Path(output), True, progress)
+    with _room(r, Path(output)):
+        return _train_all(r, arms, Path(output), True, progress)
 
 
 def _opening(
@@ -1306,7 +1494,7 @@ def _opening(
     elif usual and r.steps < USUAL["gpu"]["steps"]:
         line += f"\n(about {PASSES} times the text; pass steps=... for more)"
     beside = Path(r.model) / ROUTER_FILE
-    if r.keep is None and beside.is_file():
+    if r.keep is None and beside.is_file() and not _is_adapter(r.model):
         line += (
             f"\n({beside} knows what was protected, and is not used; pass"
             " keep='saved' to go on with it)"
@@ -1346,7 +1534,8 @@ def compare(
     if progress:
         opening = _opening(r, steps is None)
         print(f"{opening}\n{len(arms)} trainings", flush=True)
-    return _train_all(r, arms, Path(output), False, progress)
+    with _room(r, Path(output)):
+        return _train_all(r, arms, Path(output), False, progress)
 
 
 def _check_comparison(keep: Any, asked: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ _MERGE = "average by curvature"
 _STEP = "displacement projection"
 SHOWN: dict[str, dict[str, str]] = {
     "merging_long": {
-        "joint training": "bound: all domains at once",
+        "joint training": "for comparison: all domains at once",
         f"{REPLAY} + Fisher merge": f"replay, and {_MERGE}",
         REPLAY: "mix in 0.5 % of the old text (replay)",
         f"{_STEP} + Fisher merge 0.7": f"{_MERGE}, edit the step",

@@ -13,6 +13,7 @@ pytest.importorskip("lightning")
 import lightning.pytorch as lightning
 
 from dmr.frameworks.lightning import LightningRouter
+from dmr.methods.consolidation import FisherMerge
 from dmr.methods.projection import Projection
 from dmr.methods.replay import ReplayBuffer, ReplayMix
 from dmr.routing.router import MomentRouter
@@ -185,3 +186,46 @@ def test_a_fit_is_a_domain_and_what_is_protected_stays(tmp_path):
         fit(callback, tmp_path, module)
     assert callback.router.domains == 2
     assert callback.reports[1]["layers"]["net.0.weight"]["rank"] == 6
+
+
+def test_a_past_may_be_shown_before_the_first_fit(tmp_path):
+    "By a router on an optimizer of one's own; as in a bare loop."
+    batches = [*data()]
+    parts = lambda: (Projection(rank=3, every=1), "displacement", 0.9)
+    callback = LightningRouter(*parts(), consolidation=FisherMerge())
+    module = Regression()
+    first = callback.attach(module, module.configure_optimizers())
+    first.protect(batches[4:], module.loss)
+    fit(callback, tmp_path, module)
+
+    bare = Regression()
+    optimizer = bare.configure_optimizers()
+    merge = FisherMerge()
+    router = MomentRouter(bare, optimizer, *parts(), consolidation=merge)
+    router.protect(batches[4:], bare.loss)
+    for batch in batches:
+        optimizer.zero_grad()
+        bare.loss(batch).backward()
+        optimizer.step()
+    router.consolidate()
+    assert callback.router.domains == router.domains == 2
+    for p, q in zip(module.parameters(), bare.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_a_fit_that_begins_unprotected_says_so(tmp_path):
+    "Where a part of the module was loaded from somewhere."
+    loaded, made = Regression(), Regression()
+    loaded.net.name_or_path = "some/model"
+    routed = lambda: LightningRouter(consolidation=FisherMerge())
+    with pytest.warns(UserWarning, match="some/model': training begins unpro"):
+        fit(routed(), tmp_path, loaded)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*unprotected")
+        fit(routed(), tmp_path, made)
+        again = Regression()
+        again.net.name_or_path = "some/model"
+        known = routed()
+        router = known.attach(again, again.configure_optimizers())
+        router.protect([*data()], again.loss)
+        fit(known, tmp_path, again)

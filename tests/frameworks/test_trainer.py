@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from dmr.frameworks.lora import route_lora
 from dmr.frameworks.trainer import RoutedTrainer, RouterCallback
+from dmr.methods.consolidation import FisherMerge
 from dmr.methods.projection import Projection
 from dmr.methods.replay import ReplayBuffer, ReplayMix
 from dmr.routing.router import MomentRouter
@@ -318,3 +319,47 @@ def test_a_full_model_is_routed_by_the_same_two_lines(tmp_path):
         and callback.router.domains == 2
     )
     assert all("proj" in name for name in callback.router.modification.bases)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_training_that_begins_unprotected_says_so(merges, tmp_path):
+    "Of a projection and of a merge; not where the file is beside the model."
+    from transformers import LlamaForCausalLM
+
+    def parts():
+        if merges:
+            return {"consolidation": FisherMerge()}
+        return {"modification": Projection(rank=2, every=1)}
+
+    def trained(model):
+        callback = RouterCallback(**parts())
+        args, rows = arguments(tmp_path / "run", steps=2), data(8)
+        one = RoutedTrainer(model, args, train_dataset=rows, router=callback)
+        one.train()
+        return one, callback.router.domains
+
+    small_llama(width=16, layers=1, context=32)[0].save_pretrained(
+        tmp_path / "first"
+    )
+    load = LlamaForCausalLM.from_pretrained
+    with pytest.warns(UserWarning, match="first': training begins unprotected"):
+        one, domains = trained(load(tmp_path / "first"))
+    assert domains == 1
+    one.save_model(str(tmp_path / "second"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*unprotected")
+        assert trained(load(tmp_path / "second"))[1] == 2
+        trained(small_llama(width=16, layers=1, context=32)[0])  # made here
+
+
+def test_a_plain_trainer_refuses_at_the_start_what_keeps_examples(tmp_path):
+    "Not after the whole domain, where nothing was kept."
+    keeps = ReplayMix(ReplayBuffer(), lambda batch: batch.sum())
+    model, _ = small_llama(width=16, layers=1, context=32)
+    callbacks, rows = [RouterCallback(keeps)], data(8)
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=rows, callbacks=callbacks
+    )
+    with pytest.raises(ValueError, match=r"use RoutedTrainer\(..., router=c"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -70,6 +70,7 @@ def test_a_command_ends_with_a_page(command, empty):
     change = result["runs"][result["best"]]["change"]["new"]["bits_per_byte"]
     assert f"{change:+.3f}".lstrip("-+") in page
     if command == "finetune":
+        shows_everything(page, result)
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         AutoModelForCausalLM.from_pretrained(out / "model")
@@ -85,6 +86,30 @@ def test_a_command_ends_with_a_page(command, empty):
         assert state.stat().st_mtime < began
 
 
+def shows_everything(page, result):
+    "Gains and losses of each text, nine averages, samples before and after."
+    run = result["runs"][result["best"]]
+    assert {*run["change"]} == {"new", "old", "factbook", "speeches"}
+    bits = lambda x: x["bits_per_byte"]
+    cell = lambda x: f"<td>{x}</td>"
+    for name, x in run["change"].items():
+        before = result["texts"][name]
+        assert f"<th>{name}</th>" in page
+        assert cell(f"{bits(before) + bits(x):.3f}") in page
+        said = f"{bits(x):+.3f} ± {x['bits_per_byte_se']:.3f}"
+        assert cell(said) in page, name
+    assert len(run["way_back"]) == 9
+    for point in run["way_back"]:
+        assert f"<th>{point['share']:g}</th>" in page
+        for name in ("old", "factbook", "speeches"):
+            assert cell(f"{bits(point['change'][name]):+.3f}") in page
+    assert {*result["prompts"]} == {"new", "old"}
+    for name in result["prompts"]:
+        assert f"--- {name}: " in page
+    assert page.count("\nbefore: ") == page.count("\nafter:  ") == 2
+    assert "loss over the steps" in page or "On the way" in page
+
+
 def test_what_is_wrong_is_one_line(empty, capsys, monkeypatch):
     monkeypatch.chdir(empty)
     for argv, said in [
@@ -93,10 +118,23 @@ def test_what_is_wrong_is_one_line(empty, capsys, monkeypatch):
         (["../tiny", "../new.txt", "--method", "merge"], "keep='self'"),
         (["../tiny", "../new.txt", "--rates", "-1"], "rates=-1.0 lies outside"),
         (["../tiny", "../new.txt", "-p", "epochs", "3"], "unknown parameter"),
+        (["../tiny", "../new.txt", "--keep", "../new.txt"], "stand in new="),
     ]:
         assert main(["finetune", *argv, "-p", "device", "cpu"]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("dmr finetune: ") and said in err, err
+    assert not [*empty.iterdir()]
+
+
+def test_a_model_too_large_for_the_memory_is_one_line(
+    empty, capsys, monkeypatch
+):
+    monkeypatch.chdir(empty)
+    monkeypatch.setattr("dmr.training.pretrained.available_memory", lambda: 1)
+    argv = ["finetune", "../tiny", "../new.txt", "-p", "device", "cpu"]
+    assert main(argv) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("dmr finetune: ") and "take a smaller model" in err
     assert not [*empty.iterdir()]
 
 

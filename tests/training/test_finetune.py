@@ -21,7 +21,13 @@ from conftest import flat
 
 import dmr
 import dmr.training.finetune as finetune_module
-from dmr.files import locked, read_object, write_object
+from dmr.files import (
+    last_checkpoint,
+    locked,
+    read_object,
+    write_checkpoint,
+    write_object,
+)
 from dmr.routing.kept import read_kept
 from dmr.routing.router import MomentRouter
 from dmr.training.finetune import (
@@ -317,18 +323,169 @@ def test_a_bench_is_put_back_to_where_it_began(made):
         ({"keep": "none.txt"}, "no file or folder"),
         ({"length": 4096}, "too|positions|fewer|held-out rows"),
         ({"device": "cuda:9"}, "device='cuda:9'"),
+        ({"device": "tpu"}, "device='tpu' is unknown; pass cpu, cuda"),
         ({"lora": 2, "targets": ["c"]}, "targets=.'c_attn', 'c_proj'."),
         ({"decay": "slow"}, "choose linear, cosine or none"),
         ({"epochs": 3}, "unknown parameter 'epochs'"),
         ({"held_out": 0.9}, "held_out=0.9 lies outside"),
         ({"checkpointing": "yes"}, "checkpointing='yes' must be true or false"),
         ({"keep": "saved"}, "needs router.pt in the model's folder"),
+        ({"keep": "new.txt"}, "1 of 1 texts in keep=.*new.txt' stand in new="),
     ],
 )
 def test_bad_input_is_named_and_leaves_no_folder(wrong, said, made):
     with pytest.raises(ValueError, match=said):
         tuned(made, **wrong)
     assert not (made / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "new", "keep"])
+def test_an_empty_name_is_not_the_current_folder(name, made, monkeypatch):
+    "As where the variable of a script is not set."
+    monkeypatch.chdir(made)
+    given = {"model": "tiny", "new": "new.txt", "keep": "old.txt"} | {name: ""}
+    with pytest.raises(ValueError, match=f"{name}='' names nothing"):
+        dmr.finetune(**given, **SMALL)
+    assert not (made / "finetuned").exists()
+
+
+def test_old_text_that_is_new_as_well_is_spoken_of(tmp_path):
+    def asked(new, old):
+        for name, texts in (("new", new), ("old", old)):
+            rows = [json.dumps({"text": text}) for text in texts]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        names = (tmp_path / "new.jsonl", tmp_path / "old.jsonl")
+        return read_sources(make_request("m", *names, device="cpu"))
+
+    with pytest.raises(ValueError, match="2 of 2 texts in keep="):
+        asked("abc", "ab")
+    with pytest.raises(ValueError, match="1 of 3 texts in keep="):
+        asked("a", "abc")
+    with pytest.warns(UserWarning, match="1 of 2 texts in keep="):
+        asked("ab", "bc")
+    assert len(asked("ab", "cd")["old"]) == 2
+
+
+def _damaged(kind, folder):
+    weights, words = folder / "model.safetensors", folder / "tokenizer.json"
+    config = folder / "tokenizer_config.json"
+    if kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "lost":
+        weights.unlink()
+    elif kind == "another":
+        save_small_llama(folder.with_name("wide"), width=64)
+        shutil.copy(folder.with_name("wide") / weights.name, weights)
+    elif kind == "words":
+        words.unlink()
+        config.unlink()
+    else:
+        found = json.loads(config.read_text())
+        kept = {k: x for k, x in found.items() if not k.endswith("os_token")}
+        config.write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("cut", "tiny' cannot be opened .*: copy or download it again"),
+        ("lost", "tiny' cannot be opened .*: copy or download it again"),
+        ("another", "tiny' cannot be opened .*: copy or download it again"),
+        ("words", "tiny' has no tokenizer; write one .*NAME..save_pretrained"),
+        ("end", "tiny' has no end-of-text token.* tokenizer.eos_token = "),
+    ],
+)
+def test_a_model_that_lacks_something_is_named_with_the_way_out(
+    kind, said, made
+):
+    _damaged(kind, made / "tiny")
+    with pytest.raises(ValueError, match=said):
+        tuned(made)
+    assert not (made / "out").exists()
+
+
+def test_a_tokenizer_needs_no_padding(made):
+    "Rows are full, so nothing is filled up."
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(made / "tiny").pad_token is None
+    assert tuned(made, steps=1).run["change"]
+
+
+def test_an_adapters_folder_is_a_model(made, monkeypatch, capsys):
+    "It names its model from every folder; the two are trained as one."
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(made)
+    given = SMALL | {"lora": 2, "output": "first", "keep": "old.txt"}
+    first = dmr.finetune("tiny", "new.txt", **given)
+    (made / "third.txt").write_text("The moon has no wind at all. " * 120)
+    (made / "elsewhere").mkdir()
+    monkeypatch.chdir(made / "elsewhere")
+    base = AutoModelForCausalLM.from_pretrained(made / "tiny")
+    folder = made / first.checkpoint
+    adapted = peft.PeftModel.from_pretrained(base, folder).eval()
+    model, tokenizer = finetune_module.merged_model(folder)
+    ids = tokenizer("Rain falls", return_tensors="pt")["input_ids"]
+    wanted = adapted(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(input_ids=ids).logits, wanted)
+    given = SMALL | {"output": made / "on", "progress": True}
+    on = dmr.finetune(folder, made / "third.txt", **given)
+    assert "keep='saved'" not in capsys.readouterr().out
+    assert on.parameters["trained"] == on.parameters["all"]
+    # it begins where the adapter ended, but for a loss of the merge's digits
+    losses = first.texts["factbook"]["bits_per_byte"]
+    losses += first.run["change"]["factbook"]["bits_per_byte"]
+    assert on.texts["factbook"]["bits_per_byte"] == pytest.approx(losses, 1e-5)
+    weights_in(on.checkpoint)  # an ordinary folder
+
+
+def test_an_adapters_folder_says_what_it_cannot(made):
+    first = tuned(made, "first", lora=2)
+    folder, third = first.checkpoint, made / "third.txt"
+    third.write_text("The moon has no wind at all. " * 120)
+    given = SMALL | {"output": made / "out"}
+    call = partial(dmr.finetune, folder, third, **given)
+    for wrong, said in (
+        ({"lora": 2}, "lora=2 on .*merged_model"),
+        ({"keep": "saved"}, "keep='saved' is not offered for .*an adapter"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call(**wrong)
+    with pytest.raises(ValueError, match="lora=8 on .*lora=None"):
+        compare(folder, third, made / "old.txt", **given)
+    path = made / "first/model/adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["base_model_name_or_path"] == str(made / "tiny")
+    (made / "tiny").rename(made / "away")
+    with pytest.raises(ValueError, match="holds an adapter for .*tiny', which"):
+        call()
+    path.write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="names no model .*base_model_name_or"):
+        call()
+    assert not (made / "out").exists()
+
+
+def test_an_older_folder_is_gone_on_with(made, monkeypatch):
+    "A parameter that it does not know has the value that a request gives it."
+    stop(monkeypatch, lambda: tuned(made), lambda x: x.step == 2)
+    path = made / "out/request.json"
+    found = read_object(path)
+    del found["request"]["accumulation"]
+    write_object(path, found)
+    (state,) = (made / "out/runs").glob("*/state.pt")
+    contents = last_checkpoint(state)
+    del contents["identity"]["accumulation"]
+    write_checkpoint(state, contents)
+    with pytest.raises(ValueError, match="accumulation=None there and 1 here"):
+        tuned(made)
+    usual = lambda request: {"accumulation": 1}
+    monkeypatch.setattr(finetune_module, "_defaults", usual)
+    whole = tuned(made, "whole")
+    assert numbers(tuned(made)) == numbers(whole)
 
 
 def test_a_model_that_cannot_recompute_says_so(made, monkeypatch):
@@ -501,6 +658,25 @@ def test_two_processes_do_not_share_a_folder(made):
             tuned(made)
     assert [p.name for p in (made / "out").iterdir()] == [".lock"]
     assert tuned(made).learned[0] > 0  # a lock that was left is nothing
+
+
+def test_a_card_without_room_names_the_ways_out(made, monkeypatch):
+    "And leaves the folder free for a smaller batch, if nothing was done."
+    step = Training.train_step
+
+    def full(self):
+        if self.arm.rate == 1e-3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Training, "train_step", full)
+    said = "batch=2 rows of length=48 .* cpu; pass a smaller batch"
+    with pytest.raises(MemoryError, match=said):
+        tuned(made, rates=1e-3)
+    assert not (made / "out").exists()
+    with pytest.raises(MemoryError, match=said):
+        tuned(made, rates=[3e-3, 1e-3], keep=None)
+    assert (made / "out/runs/none-0.003/run.json").exists()
 
 
 def test_a_folder_of_the_users_survives_a_failure(made):

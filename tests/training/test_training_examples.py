@@ -166,6 +166,7 @@ GOOD = '{"prompt": "a", "completion": "b"}'
         ("[1]", "is a list, not an object"),
         ('"text"', "is text, not an object"),
         ("{}", "has none of the known keys"),
+        ('{"txt": "a", "id": 3}', "has 'txt', 'id' and none of the known"),
         ('{"prompt": "a"}', "has 'prompt'; write"),
         ('{"completion": "a"}', "has 'completion'; write"),
         ('{"text": "a", "messages": []}', "has 'messages' and 'text'"),
