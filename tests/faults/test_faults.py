@@ -45,6 +45,7 @@ def ground(tmp_path_factory):
     "name, count",
     [
         ("study at rest", 35),
+        ("table at rest", 19),
         ("kill at a write of a batch", 1),
         ("checkpoint of a train run", 12),
         ("kill at a write of a train run", 2),
