@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -72,13 +73,14 @@ RESULT_TYPE = "application/vnd.dmr.result+json"
 
 # %% ../../nbs/studies/04_run.ipynb #290b04bf
 _NONE = type(None)
+_NUMBER = (int, float, _NONE)
 #: What the files of a run's folder hold, as `dmr.files.misfit` reads it.
 _SPEC = {
     "parameters": dict,
     "run?": str,
     "template?": str,
     "identity?": (dict, _NONE),
-    "limits?": {...: (int, float, _NONE)},
+    "limits?": {...: _NUMBER},
     "cwd?": str,
 }
 _STATE = {
@@ -86,14 +88,25 @@ _STATE = {
     "error?": (str, _NONE),
     "attempts?": int,
     "traceback?": [str],
-    "kernel?": {"pid": int, "began": (int, float, _NONE)},
+    "kernel?": {"pid": int, "began": _NUMBER},
     "scratch?": str,
+    "ended?": (str, _NONE),
+    "wall_s?": _NUMBER,
+    "peak_memory?": _NUMBER,
 }
-_MARKER = {"sha256": str, "files?": {...: str}}
+_MARKER = {
+    "sha256": str,
+    "files?": {...: str},
+    "id?": (str, _NONE),
+    "finished?": (str, _NONE),
+    "wall_s?": _NUMBER,
+    "peak_memory?": _NUMBER,
+    "attempts?": (int, _NONE),
+}
 _RECORD = {
     "stage": (int, float),
     "eval_domain": (str, int),
-    "loss": (int, float, _NONE),
+    "loss": _NUMBER,
 }
 _RESULT = {
     "metrics?": dict,
@@ -161,6 +174,11 @@ class Run:
     def _marker(self) -> tuple[dict[str, Any], list[str]]:
         "The marker, and the files beside it that are not those it speaks of."
         marker = read_object(self.folder / "done.json", _MARKER)
+        planned = (self.spec.get("identity") or {}).get("id")
+        if planned and marker.get("id") not in (None, planned):
+            said = "is of another run and not used"
+            warnings.warn(f"{self.folder / 'done.json'} {said}", stacklevel=2)
+            marker = {}
         if not marker:
             return {}, ["done.json"]
         hashes = {"result.json": marker["sha256"], **marker.get("files", {})}

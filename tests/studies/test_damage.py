@@ -5,10 +5,12 @@ files of another shape, foreign modules, and terminals that know only ASCII.
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+import zlib
 
 import psutil
 import pytest
@@ -16,7 +18,14 @@ from tiny import BODY, EMIT, PARAMETERS, dmr, project, wait_for
 
 import dmr.studies.run as engine
 from dmr.files import read_object, write_object
-from dmr.studies.batch import Refused, _need_disk, _need_own_package, run_batch
+from dmr.studies.batch import (
+    Refused,
+    _need_disk,
+    _need_own_package,
+    bring_back,
+    describe,
+    run_batch,
+)
 from dmr.studies.plan import (
     make_plan,
     prepare_planned,
@@ -167,6 +176,38 @@ def test_an_old_result_on_another_text_is_made_again(tmp_path, monkeypatch):
     assert make_plan(study, folders).counts() == {OK: 1, KILLED: 1}
     assert "measured on another text" in run.state()["error"]
     assert run.result is None
+
+
+def test_the_files_of_another_run_are_not_taken_for_this_ones(made):
+    "Copied from one folder into another, with everything that fits together."
+    first, other = (p.run.folder for p in made().runs[:2])
+    for name in ("done.json", "result.json", "output.ipynb"):
+        shutil.copy(first / name, other / name)
+    with pytest.warns(UserWarning, match="done.json is of another run"):
+        assert made().counts() == {OK: 2, KILLED: 1}
+
+
+def test_a_result_on_another_text_does_not_keep_the_right_one_away(made):
+    "As a cluster brings it back into a folder that seems to be done."
+    plan = made()
+    right = plan.runs[0].run
+    names = ("output.ipynb", "result.json", "state.json", "done.json")
+    files = {n: zlib.compress((right.folder / n).read_bytes()) for n in names}
+    wrong = dict(metrics=dict(loss=2.0), parameters=dict(seed=7))
+    assert finish(plan.runs[0], plan, wrong).state()["state"] == KILLED
+    bring_back(right.folder, files)
+    assert right.result == dict(metrics=dict(loss=1.0))
+
+
+@pytest.mark.parametrize("wall", ["x", float("inf"), [1], -1])
+def test_a_time_that_is_none_stops_no_plan(made, wall):
+    plan = made()
+    path = plan.runs[0].run.folder / "done.json"
+    write_object(path, {**read_object(path), "wall_s": wall})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = made()
+    assert describe(plan, list(plan.runs), 1)[-1].endswith("3 s in all")
 
 
 # -- item 3: data of another shape ---------------------------------------------
