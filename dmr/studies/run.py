@@ -117,7 +117,7 @@ _RESULT = {
     "records?": [_RECORD],
 }
 
-
+# %% ../../nbs/studies/04_run.ipynb #5d0e19a1
 def bad_result(
     result: Any,  # what a template emitted
 ) -> str:  # empty: it can be used
@@ -160,6 +160,19 @@ def _file_hash(path: Path) -> str | None:  # None: it cannot be read
     except (OSError, ValueError):  # a name with a NUL is no path
         return None
 
+
+def _read_marker(
+    folder: Path, spec: Mapping[str, Any]
+) -> dict[str, Any]:  # empty: there is none, or it is damaged or another run's
+    "The marker of a run."
+    marker = read_object(folder / "done.json", _MARKER)
+    planned = (spec.get("identity") or {}).get("id")
+    if planned and marker.get("id") not in (None, planned):
+        said = f"{folder / 'done.json'} is of another run and not used"
+        warnings.warn(said, stacklevel=2)
+        return {}
+    return marker
+
 # %% ../../nbs/studies/04_run.ipynb #092c51ad
 @dataclass(frozen=True)
 class Run:
@@ -173,12 +186,7 @@ class Run:
 
     def _marker(self) -> tuple[dict[str, Any], list[str]]:
         "The marker, and the files beside it that are not those it speaks of."
-        marker = read_object(self.folder / "done.json", _MARKER)
-        planned = (self.spec.get("identity") or {}).get("id")
-        if planned and marker.get("id") not in (None, planned):
-            said = "is of another run and not used"
-            warnings.warn(f"{self.folder / 'done.json'} {said}", stacklevel=2)
-            marker = {}
+        marker = _read_marker(self.folder, self.spec)
         if not marker:
             return {}, ["done.json"]
         hashes = {"result.json": marker["sha256"], **marker.get("files", {})}

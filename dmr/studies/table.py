@@ -549,7 +549,7 @@ def _read_versions(path: Path) -> dict[str, Any] | None:  # None: damaged
     fits = found.get("seal") in (None, _sealed(found)["seal"])
     return found if fits else None
 
-
+# %% ../../nbs/studies/06_table.ipynb #5d0e19a2
 class CodeVersions:
     "The versions of the code behind a study's results."
 
