@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -140,16 +140,22 @@ class ArmRuns:
         return len(self.runs) + len(self.failed)
 
     def values(self, metric: str) -> dict[Any, float]:
-        "seed -> metric; NaN where the run did not give it."
-        return {
-            s: math.nan if r.get(metric) is None else float(r[metric])
-            for s, r in self.runs.items()
-        }
+        "seed -> metric; NaN where the run gave no number."
+        found = dict.fromkeys(self.runs, math.nan)
+        for s, r in self.runs.items():
+            with suppress(KeyError, TypeError, ValueError):
+                found[s] = float(r[metric])
+        return found
 
     def points(self) -> dict[Any, Point]:
         "seed -> point in the plane."
         a, f = self.values("learning_accuracy"), self.values("forgetting")
         return {s: Point(a[s], f[s]) for s in self.runs}
+
+    @property
+    def in_plane(self) -> bool:
+        "Whether a run of the arm has a place in the plane."
+        return any(all(map(math.isfinite, p)) for p in self.points().values())
 
 # %% ../../nbs/reporting/04_arms.ipynb #c00dd017
 @dataclass(frozen=True)
@@ -467,7 +473,7 @@ def plot_plane(study: Comparison) -> tuple[Figure, str]:
     """The forgetting–plasticity plane and its alternative text. Raises
     ValueError without a finished run.
     """
-    arms = [a for a in study.arms.values() if a.n]
+    arms = [a for a in study.arms.values() if a.in_plane]
     if not arms:
         raise ValueError(
             "no finished run to draw; see the errors of the failed ones"
@@ -485,7 +491,8 @@ def plot_plane(study: Comparison) -> tuple[Figure, str]:
         spots, ends = [], {}
         for a in arms:
             (mean,) = draw_arm(ax, {1.0: a.points()}, a.arm.style)
-            ends[a.name] = (*mean, a.arm.style["color"])
+            if all(map(math.isfinite, mean)):
+                ends[a.name] = (*mean, a.arm.style["color"])
             spots.append(
                 f"{a.name} {number_text(mean.forgetting, 3)} at"
                 f" {number_text(mean.learning_accuracy, 3)}"
@@ -496,7 +503,8 @@ def plot_plane(study: Comparison) -> tuple[Figure, str]:
             f"{seeds_text(study.n)}{caveat}; grey: the control",
             ylabel="forgetting (nats/byte)",
         )
-        _name_points(ax, ends, 0.25 / height)
+        if ends:
+            _name_points(ax, ends, 0.25 / height)
     return fig, (
         "Forgetting against learning accuracy, mean over seeds, in nats per"
         f" byte. {plane_finding(study)}. {'; '.join(spots)}."

@@ -857,7 +857,7 @@ def read_spreadsheet(
 def _pictures(study: Comparison) -> dict[str, _Picture]:
     "The figures that the study's runs allow."
     drawn = {}
-    if study.n:
+    if any(a.in_plane for a in study.arms.values()):
         drawn["plane"] = plot_plane(study)
     if stream_arms(study):
         drawn["stream"] = plot_stream(study)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -115,7 +116,7 @@ def _launch_there(
 # %% ../../nbs/studies/08_batch.ipynb #83748aa4
 def bring_back(folder: Path, files: Mapping[str, bytes]) -> None:
     "Write files that came from another machine, unless the run is done here."
-    if Run(folder).done:
+    if Run(folder).state()["state"] == OK:
         return
     for name in _CARRIED:
         if name in files:
@@ -191,8 +192,9 @@ def _measured(plan: Plan, what: str) -> list[float]:  # newest last
     for p in plan.runs:
         if p.state["state"] == OK:
             row = (p.found and p.found.row) or {}
-            values.append(p.state.get(what) or row.get(what))
-    return [float(v) for v in values if v]
+            with suppress(TypeError, ValueError):  # not measured, or no number
+                values.append(float(p.state.get(what) or row.get(what)))
+    return [v for v in values if 0 < v < math.inf]
 
 
 def _run_memory(plan: Plan) -> float:  # bytes

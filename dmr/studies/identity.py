@@ -9,10 +9,12 @@ import ast
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -277,11 +279,31 @@ class Identity:
 
 # %% ../../nbs/studies/03_identity.ipynb #6dd32fa3
 def _local_files(root: Path) -> dict[str, Path]:
-    "What an import may find in a project's folder: name -> file or package."
-    found = {p.stem: p for p in root.glob("*.py")}
+    "What an import may find in a project's folder: name -> file or folder."
+    found = {p.name: p for p in root.iterdir() if p.is_dir()}
+    found |= {p.stem: p for p in root.glob("*.py")}
     found |= {p.parent.name: p.parent for p in root.glob("*/__init__.py")}
     apart = {*sys.stdlib_module_names, "dmr"}
-    return {k: v for k, v in found.items() if k not in apart}
+    return {k: found[k] for k in found.keys() - apart if k.isidentifier()}
+
+
+def _comes_first(path: Path) -> bool:
+    "Whether an import finds a file or folder before installed packages."
+    if path.is_file() or (path / "__init__.py").is_file():
+        return True
+    there = [p for p in sys.path if Path(p).resolve() != path.parent.resolve()]
+    spec = PathFinder.find_spec(path.name, there)
+    return spec is None or spec.origin is None  # there, too, only a folder
+
+
+def _names_it(source: str, name: str) -> bool:
+    "Whether a source imports a name from the folder that Python starts in."
+    line = rf"\b(from|import)\b[^\n]*\b{name}\b"
+    joined = source.replace("\\\n", " ")
+    # what is imported from beside a module has a longer name, not this one
+    return bool(re.search(line, joined)) and bool(
+        imported_names(source, name, "._._._._._")
+    )
 
 
 def local_hashes(
@@ -293,10 +315,10 @@ def local_hashes(
     out: dict[str, str] = {}
     while todo and known:
         source = todo.pop()
-        near = [n for n in known if n in source]
-        for name in [n for n in near if imported_names(source, n)]:
+        for name in [n for n in known if _names_it(source, n)]:
             path = known.pop(name)
-            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+            for file in files if _comes_first(path) else []:
                 try:
                     text, hash = read_module(file)
                 except (SyntaxError, UnicodeDecodeError) as e:

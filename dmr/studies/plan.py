@@ -556,7 +556,7 @@ def _row_of_folder(f: Found, who: Mapping[str, Any]) -> dict[str, Any]:
     who, state = {**who, "run_id": f.run_id}, f.state()
     try:
         return row_of(who, identity, state, run.result)
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as e:
         error = f"its result makes no row: {e}"
         state = dict(state, state=FAILED, error=error)
         return row_of(who, identity, state, None)

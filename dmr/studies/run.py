@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -72,13 +73,14 @@ RESULT_TYPE = "application/vnd.dmr.result+json"
 
 # %% ../../nbs/studies/04_run.ipynb #290b04bf
 _NONE = type(None)
+_NUMBER = (int, float, _NONE)
 #: What the files of a run's folder hold, as `dmr.files.misfit` reads it.
 _SPEC = {
     "parameters": dict,
     "run?": str,
     "template?": str,
     "identity?": (dict, _NONE),
-    "limits?": {...: (int, float, _NONE)},
+    "limits?": {...: _NUMBER},
     "cwd?": str,
 }
 _STATE = {
@@ -86,14 +88,25 @@ _STATE = {
     "error?": (str, _NONE),
     "attempts?": int,
     "traceback?": [str],
-    "kernel?": {"pid": int, "began": (int, float, _NONE)},
+    "kernel?": {"pid": int, "began": _NUMBER},
     "scratch?": str,
+    "ended?": (str, _NONE),
+    "wall_s?": _NUMBER,
+    "peak_memory?": _NUMBER,
 }
-_MARKER = {"sha256": str, "files?": {...: str}}
+_MARKER = {
+    "sha256": str,
+    "files?": {...: str},
+    "id?": (str, _NONE),
+    "finished?": (str, _NONE),
+    "wall_s?": _NUMBER,
+    "peak_memory?": _NUMBER,
+    "attempts?": (int, _NONE),
+}
 _RECORD = {
     "stage": (int, float),
     "eval_domain": (str, int),
-    "loss": (int, float, _NONE),
+    "loss": _NUMBER,
 }
 _RESULT = {
     "metrics?": dict,
@@ -104,7 +117,7 @@ _RESULT = {
     "records?": [_RECORD],
 }
 
-
+# %% ../../nbs/studies/04_run.ipynb #5d0e19a1
 def bad_result(
     result: Any,  # what a template emitted
 ) -> str:  # empty: it can be used
@@ -144,8 +157,21 @@ def _file_hash(path: Path) -> str | None:  # None: it cannot be read
     "SHA-256 of a file."
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL is no path
         return None
+
+
+def _read_marker(
+    folder: Path, spec: Mapping[str, Any]
+) -> dict[str, Any]:  # empty: there is none, or it is damaged or another run's
+    "The marker of a run."
+    marker = read_object(folder / "done.json", _MARKER)
+    planned = (spec.get("identity") or {}).get("id")
+    if planned and marker.get("id") not in (None, planned):
+        said = f"{folder / 'done.json'} is of another run and not used"
+        warnings.warn(said, stacklevel=2)
+        return {}
+    return marker
 
 # %% ../../nbs/studies/04_run.ipynb #092c51ad
 @dataclass(frozen=True)
@@ -160,7 +186,7 @@ class Run:
 
     def _marker(self) -> tuple[dict[str, Any], list[str]]:
         "The marker, and the files beside it that are not those it speaks of."
-        marker = read_object(self.folder / "done.json", _MARKER)
+        marker = _read_marker(self.folder, self.spec)
         if not marker:
             return {}, ["done.json"]
         hashes = {"result.json": marker["sha256"], **marker.get("files", {})}
@@ -184,7 +210,10 @@ class Run:
         "What is going on: `state`, and what else is known."
         marker, lost = self._marker()
         if not lost:
-            result = read_json(self.folder / "result.json")
+            try:
+                result = read_json(self.folder / "result.json")
+            except RecursionError:  # brackets inside brackets
+                result = None
             if wrong := bad_result(result):
                 return dict(marker, state=FAILED, error=wrong)
             if wrong := other_run(result, self.spec):
@@ -243,10 +272,22 @@ def prepare_run(
     return run
 
 # %% ../../nbs/studies/04_run.ipynb #7db3e9eb
+def _scratch_parent() -> str:
+    "Where scratch folders are: their paths leave room for a socket's name."
+    return tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+
+
 def _scratch_folder() -> Path:
-    "A fresh folder whose path leaves room for a socket's name."
-    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
-    return Path(tempfile.mkdtemp(prefix="dmr-", dir=short))
+    "A fresh folder for the sockets of one run."
+    return Path(tempfile.mkdtemp(prefix="dmr-", dir=_scratch_parent()))
+
+
+def _clear_scratch(named: Any) -> None:
+    "Remove the folder that a state names, if only we can have made it."
+    path = Path(named) if isinstance(named, str) else Path()
+    ours = re.fullmatch(r"dmr-[a-z0-9_]{8}", path.name)
+    if ours and str(path.parent) == _scratch_parent():
+        shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/studies/04_run.ipynb #8cfa05d5
 def kernel_manager(
@@ -328,7 +369,7 @@ def _kill_tree(
         family = [*root.children(recursive=True), root]
         if os.getpgid(pid) == pid:
             os.killpg(pid, signal.SIGKILL)
-    except (psutil.Error, ProcessLookupError):
+    except (psutil.Error, ProcessLookupError, ValueError, OverflowError):
         return
     for p in family:
         with suppress(psutil.Error):
@@ -439,7 +480,9 @@ class _Supervisor:
         self.run, self.parent = Run(Path(folder)), parent
         self.spec = self.run.spec
         self.start = time.monotonic()
-        self.printed = self.log_size()  # by earlier attempts
+        self.printed = self.size_of("log.txt")  # by earlier attempts
+        limits = self.spec.get("limits") or {}
+        self.most_printed = limits.get("output_bytes") or math.inf
         self.state: dict[str, Any] = {}
         self.kernel: tuple[int, float | None] | None = None
         # why the kernel was ended, if we ended it
@@ -455,10 +498,10 @@ class _Supervisor:
         self.state.update(entries)
         write_object(self.run.folder / "state.json", self.state)
 
-    def log_size(self) -> int:
-        "Bytes of log.txt."
+    def size_of(self, name: str) -> int:
+        "Bytes of one of the run's files; 0: it is not there."
         with suppress(OSError):
-            return (self.run.folder / "log.txt").stat().st_size
+            return (self.run.folder / name).stat().st_size
         return 0
 
     def end(self, state: str, error: str) -> None:
@@ -510,11 +553,11 @@ _DISK_LEFT = 50e6
 
 def _check_room(s: _Supervisor) -> tuple[str, str] | None:
     "Hold what a run prints, and the disk, against their limits."
-    allowed = s.spec["limits"].get("output_bytes")
-    if allowed and s.log_size() - s.printed > allowed:
+    printed = max(s.size_of("log.txt") - s.printed, s.size_of("running.ipynb"))
+    if printed > s.most_printed:
         return FAILED, (
-            f"printed more than its limit of {allowed / 1e6:g} MB; print less,"
-            " or raise the study's limit: 'limits: {output: 200 MB}'"
+            f"printed more than its limit of {s.most_printed / 1e6:g} MB; print"
+            " less, or raise the study's limit: 'limits: {output: 200 MB}'"
         )
     free = shutil.disk_usage(s.run.folder).free
     if free < _DISK_LEFT:
@@ -558,6 +601,8 @@ def _finish(
         if s.kernel:
             _kill_tree(*s.kernel)
         with suppress(OSError):
+            if s.size_of("running.ipynb") > s.most_printed:
+                (folder / "running.ipynb").unlink()  # no program would open it
             os.replace(folder / "running.ipynb", folder / "failed.ipynb")
         with suppress(OSError):
             s.note(
@@ -681,8 +726,7 @@ def clear_leftovers(run: Run) -> int:  # attempts so far
         if kernel.get("began"):
             _kill_tree(kernel["pid"], kernel["began"])
         _end_marked(run.folder)
-    if old.get("scratch") and Path(old["scratch"]).name.startswith("dmr-"):
-        shutil.rmtree(old["scratch"], ignore_errors=True)
+    _clear_scratch(old.get("scratch"))
     for part in run.folder.glob(".*.tmp"):
         with suppress(OSError):
             part.unlink()
@@ -803,7 +847,8 @@ def supervise(
                 return 0
             s = _Supervisor(folder, parent)
             attempts = clear_leftovers(run) + 1
-            (run.folder / "done.json").unlink(missing_ok=True)
+            for old in ("done.json", "running.ipynb"):
+                (run.folder / old).unlink(missing_ok=True)
             scratch = _scratch_folder()
             _end_on_signals(s)
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,11 +179,12 @@ def _quantity(
     units: Mapping[str, float],  # SECONDS or BYTES
 ) -> float:
     "A duration in seconds or a size in bytes; raises ValueError."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and value > 0:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if plain and 0 < value < math.inf:
         return float(value)
     text = value if isinstance(value, str) else ""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]+)\s*", text)
+    number = r"\d{1,18}(?:\.\d*)?|\.\d+"
+    match = re.fullmatch(rf"\s*({number})\s*([A-Za-z]+)\s*", text)
     if not match or match[2] not in units or float(match[1]) <= 0:
         raise ValueError(
             f"{value!r} is no quantity; write for example '10 {list(units)[1]}'"
@@ -586,6 +588,13 @@ def _check_name(path: Path) -> None:
             f"{path.name}: a study is called as its file is, and its folder"
             f" of runs as well, so {path.stem!r} is no name; begin it with a"
             " letter or a digit"
+        )
+    name = str(path.absolute())
+    if any("\ud800" <= sign <= "\udfff" for sign in name):
+        raise StudyError(
+            f"{ascii(name)}: Python expects names of files in"
+            f" {sys.getfilesystemencoding()} here, and this is none; set"
+            " PYTHONUTF8=1 and try again"
         )
 
 # %% ../../nbs/studies/05_study.ipynb #8db06758

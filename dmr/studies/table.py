@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import locked, read_json, write_atomic, write_json
+from ..files import locked, misfit, read_json, write_atomic, write_json
 from .identity import Identity, code_parts, digest
 
 # %% auto #0
@@ -476,6 +476,8 @@ def check_rows(
     if wrong := wrong or _header_problem(columns):
         return Checked([], {1: wrong})
     found = _whole_rows(lines, columns, at)
+    if not (found.rows or found.damage):
+        return Checked([], {1: "is all there is: no row is left"})
     if not found.rows and len(found.damage) > 1:
         return Checked([], {1: "fits none of the rows: it was changed"})
     if found.rows and not found.sealed:
@@ -522,19 +524,32 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _is_versions(found: Any) -> bool:
-    "Whether a file's content is what `CodeVersions` writes."
-    if not isinstance(found, dict):
-        return False
-    codes, accepted = found.get("codes"), found.get("accepted")
-    if not (isinstance(codes, dict) and isinstance(accepted, list)):
-        return False
-    step = {"part", "old", "new"}
-    return all(isinstance(parts, dict) for parts in codes.values()) and all(
-        isinstance(a, dict) and step <= a.keys() for a in accepted
-    )
+_HASH = (str, type(None))
+_VERSIONS = {
+    "codes": {...: {...: str}},
+    "accepted": [{"part": str, "old": _HASH, "new": _HASH}],
+    "seal?": str,
+}
 
 
+def _sealed(versions: Mapping[str, Any]) -> dict[str, Any]:
+    "Versions of the code with a hash of what they say."
+    plain = {k: versions[k] for k in ("codes", "accepted")}
+    return {**plain, "seal": digest(plain)}
+
+
+def _read_versions(path: Path) -> dict[str, Any] | None:  # None: damaged
+    "What `CodeVersions` wrote; files of earlier times have no seal."
+    try:
+        found = read_json(path)
+    except RecursionError:
+        return None
+    if misfit(found, _VERSIONS):
+        return None
+    fits = found.get("seal") in (None, _sealed(found)["seal"])
+    return found if fits else None
+
+# %% ../../nbs/studies/06_table.ipynb #5d0e19a2
 class CodeVersions:
     "The versions of the code behind a study's results."
 
@@ -542,8 +557,7 @@ class CodeVersions:
 
     def versions(self) -> dict[str, Any]:
         "`codes`: hash -> parts of that version; `accepted`: harmless changes."
-        found = read_json(self.codes)
-        return found if _is_versions(found) else dict(codes={}, accepted=[])
+        return _read_versions(self.codes) or dict(codes={}, accepted=[])
 
     def remember(self, identity: Identity) -> None:
         "Keep the parts of a version, so that a later change can be explained."
@@ -563,7 +577,7 @@ class CodeVersions:
         "Read, change and write the file, under the folder's lock."
         self.codes.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.codes.parent, wait=60):
-            if self.codes.exists() and not _is_versions(read_json(self.codes)):
+            if self.codes.exists() and _read_versions(self.codes) is None:
                 aside = _set_aside(self.codes)
                 warnings.warn(
                     f"{self.codes.name} could not be read; it lies in"
@@ -572,7 +586,7 @@ class CodeVersions:
                 )
             versions = self.versions()
             change(versions)
-            write_json(self.codes, versions)
+            write_json(self.codes, _sealed(versions))
 
 # %% ../../nbs/studies/06_table.ipynb #8c6791b0
 @dataclass(frozen=True)

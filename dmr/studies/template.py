@@ -19,6 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..files import misfit
 from ..training.limits import Bounds, read_range, without_range
 
 # %% auto #0
@@ -235,20 +236,30 @@ def _plain_python(source: str) -> str:
         return TransformerManager().transform_cell(source)
 
 # %% ../../nbs/studies/02_template.ipynb #65940269
+_CELL = {"cell_type": str, "source": (str, list), "metadata?": {"tags?": [str]}}
+
+
+def _code_cells(path: Path) -> list[tuple[int, str, list[str]]]:
+    "Place, source and tags of a notebook's code cells; raises ValueError."
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := misfit(notebook, {"cells": [_CELL]}):
+            raise ValueError(wrong)
+        return [
+            (i, "".join(c["source"]), c.get("metadata", {}).get("tags", []))
+            for i, c in enumerate(notebook["cells"])
+            if c["cell_type"] == "code"
+        ]
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is not a notebook of format 4: {e}") from None
+
+
 def read_template(path: str | Path) -> Template:
     "Read a notebook; raises FileNotFoundError, or ValueError if it is none."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no template notebook at {path}")
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is not a notebook of format 4: {e}") from None
-    code = [
-        (i, "".join(c["source"]), c.get("metadata", {}).get("tags", []))
-        for i, c in enumerate(cells)
-        if c["cell_type"] == "code"
-    ]
+    code = _code_cells(path)
     tagged = [(i, s) for i, s, tags in code if "parameters" in tags]
     if len(tagged) != 1:
         raise ValueError(
@@ -264,7 +275,7 @@ def read_template(path: str | Path) -> Template:
         )
         for c in others:
             ast.parse(c.source)
-    except (ValueError, SyntaxError) as e:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
         raise ValueError(f"{path}: {e}") from None
     return Template(path, parameters, others)
 

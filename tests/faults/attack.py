@@ -60,15 +60,19 @@ def kinds(ground: Callable[[], batches.Ground]) -> Iterator[Kind]:
     "All kinds; `ground` makes the study when it is needed."
     at_rest = each_with(batches.FILES, HOW)
     yield Kind("study at rest", at_rest, 210, ground, batches.at_rest)
+    tables = each_with(batches.TABLES, HOW)
+    # of a table that is lost with all run folders nobody could know
+    tables += tuple(f"{t} alone" for t in tables if t != "lost tiny.csv")
+    yield Kind("table at rest", tables, 57, ground, batches.at_table)
     signals = each_with(batches.PARTS, ("KILL", "TERM", "INT"))
     signals += ("KILL all",)
-    yield Kind("signal in a batch", signals, 20, ground, batches.in_batch)
+    yield Kind("signal in a batch", signals, 30, ground, batches.in_batch)
     parts = tuple(batches.PARTS)
-    at_write = ("kill at a write of a batch", parts, 9, ground)
+    at_write = ("kill at a write of a batch", parts, 27, ground)
     yield Kind(*at_write, batches.at_write)
     texts = ("flip", "cut")
     yield Kind("text changed in a batch", texts, 4, ground, batches.in_text)
-    cluster = ("dask cluster", batches.CLUSTER, 11, ground)
+    cluster = ("dask cluster", batches.CLUSTER, 22, ground)
     yield Kind(*cluster, batches.in_cluster)
     states = each_with(checkpoints.STATES, BYTES)
     for name in ("train", "finetune"):

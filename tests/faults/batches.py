@@ -197,6 +197,58 @@ def at_rest(ground: Ground, fault: str, rng: random.Random) -> Verdict:
         return judge_rest(ground, Path(folder), file)
 
 
+# -- tables at rest ------------------------------------------------------------
+
+TABLES = ("tiny.csv", "tiny.code.json")
+
+
+def judge_table(ground: Ground, at: Path, file: str) -> Verdict:
+    "What becomes of a study whose table, or record of code, was damaged."
+    from dmr.studies.batch import _book_earlier
+    from dmr.studies.plan import make_plan
+    from dmr.studies.study import read_study
+    from dmr.studies.table import check_rows, read_rows
+
+    table, whole = at / "results/tiny.csv", ground.made / "results/tiny.csv"
+    known, name = read_rows(whole), lambda row: row["run_id"]
+    project = ground.project(at, table=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        study = read_study(ground.folders.studies / "tiny.yaml")
+        plan = make_plan(study, project)
+        left = check_rows(table).rows
+        if any(row not in filled(known) for row in filled(left)):
+            return "wrong", "a row that nobody wrote"
+        done = plan.counts().get("ok", 0)
+        if (project.runs / "tiny").exists():
+            if done < ground.n:
+                return "lost", f"{done} runs count"
+            _book_earlier(plan)  # as a batch does
+            if sorted(read_rows(table), key=name) != sorted(known, key=name):
+                return "lost", "the table is not as it was"
+    told = "; ".join(str(w.message) for w in caught)
+    if done == ground.n:
+        return ("noticed" if file in told else "healed"), told
+    return ("noticed" if file in told else "lost"), told
+
+
+def filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "Rows without their empty cells."
+    return [{k: v for k, v in row.items() if v} for row in rows]
+
+
+def at_table(ground: Ground, fault: str, rng: random.Random) -> Verdict:
+    "Damage the table of a finished study, with its run folders or without."
+    how, file, *alone = fault.split()
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder)
+        shutil.copytree(ground.made / "results", at / "results")
+        if not alone:
+            shutil.copytree(ground.made / "runs", at / "runs")
+        damage(at / "results" / file, how, rng)
+        return judge_table(ground, at, file)
+
+
 # -- a batch at work -----------------------------------------------------------
 
 

@@ -20,14 +20,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from attack import GOOD, HOW, Kind, keep, kinds, table, throw  # noqa: E402
-from batches import Ground, judge_live, judge_rest  # noqa: E402
+from batches import Ground, judge_live, judge_rest, judge_table  # noqa: E402
 from checkpoints import Routed, judge_router  # noqa: E402
 from cluster import Link  # noqa: E402
 from damage import damage, ended, forked  # noqa: E402
 
 from dmr.files import read_object, write_object
 from dmr.routing.strength import Fixed
-from dmr.studies.table import TableError
+from dmr.studies.table import TableError, read_rows, rows_text
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,7 @@ def ground(tmp_path_factory):
     "name, count",
     [
         ("study at rest", 35),
+        ("table at rest", 19),
         ("kill at a write of a batch", 1),
         ("checkpoint of a train run", 12),
         ("kill at a write of a train run", 2),
@@ -80,6 +81,19 @@ def test_a_forged_result_is_seen_as_wrong(ground, tmp_path):
     marker["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     write_object(folder / "done.json", marker)
     assert judge_rest(ground, tmp_path, "result.json")[0] == "wrong"
+
+
+def test_a_forged_row_and_a_row_that_went_are_seen(ground, tmp_path):
+    "With a checksum that fits: no reader could tell, we do."
+    shutil.copytree(ground.made / "results", tmp_path / "results")
+    table_file = tmp_path / "results/tiny.csv"
+    judge = lambda: judge_table(ground, tmp_path, "tiny.csv")[0]
+    rows = read_rows(table_file)
+    assert judge() == "healed"
+    table_file.write_text(rows_text(rows[:1], sealed=True))
+    assert judge() == "lost"
+    table_file.write_text(rows_text([{**rows[0], "lr": 9}], sealed=True))
+    assert judge() == "wrong"
 
 
 def test_another_state_of_a_router_is_seen_as_wrong(tmp_path):

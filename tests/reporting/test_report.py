@@ -522,6 +522,20 @@ def test_small_studies(results, tmp_path):
     assert "nan" not in Page(report.html.read_text()).text
 
 
+@pytest.mark.parametrize("given", [None, math.nan, "no number", {"a": 1}])
+def test_an_arm_without_its_numbers_stops_no_report(given, tmp_path):
+    "As a template of one's own leaves it, or a run that diverged."
+    results = demo(records=False)
+    for r in results[:3]:
+        r["metrics"] = dict(loss=1.0, forgetting=given)
+    report = R.write_report(results, tmp_path)
+    assert report.plane and "nan" not in report.table
+    for r in results:
+        r["metrics"] = dict(loss=1.0)
+    report = R.write_report(results, tmp_path / "none")
+    assert report.plane is None and report.html.exists()
+
+
 def test_metrics_without_records(tmp_path):
     report = R.write_report(demo(records=False), tmp_path)
     assert (

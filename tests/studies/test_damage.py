@@ -4,10 +4,13 @@ files of another shape, foreign modules, and terminals that know only ASCII.
 
 import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+import zlib
 
 import psutil
 import pytest
@@ -15,7 +18,14 @@ from tiny import BODY, EMIT, PARAMETERS, dmr, project, wait_for
 
 import dmr.studies.run as engine
 from dmr.files import read_object, write_object
-from dmr.studies.batch import Refused, _need_disk, _need_own_package, run_batch
+from dmr.studies.batch import (
+    Refused,
+    _need_disk,
+    _need_own_package,
+    bring_back,
+    describe,
+    run_batch,
+)
 from dmr.studies.plan import (
     make_plan,
     prepare_planned,
@@ -168,6 +178,38 @@ def test_an_old_result_on_another_text_is_made_again(tmp_path, monkeypatch):
     assert run.result is None
 
 
+def test_the_files_of_another_run_are_not_taken_for_this_ones(made):
+    "Copied from one folder into another, with everything that fits together."
+    first, other = (p.run.folder for p in made().runs[:2])
+    for name in ("done.json", "result.json", "output.ipynb"):
+        shutil.copy(first / name, other / name)
+    with pytest.warns(UserWarning, match="done.json is of another run"):
+        assert made().counts() == {OK: 2, KILLED: 1}
+
+
+def test_a_result_on_another_text_does_not_keep_the_right_one_away(made):
+    "As a cluster brings it back into a folder that seems to be done."
+    plan = made()
+    right = plan.runs[0].run
+    names = ("output.ipynb", "result.json", "state.json", "done.json")
+    files = {n: zlib.compress((right.folder / n).read_bytes()) for n in names}
+    wrong = dict(metrics=dict(loss=2.0), parameters=dict(seed=7))
+    assert finish(plan.runs[0], plan, wrong).state()["state"] == KILLED
+    bring_back(right.folder, files)
+    assert right.result == dict(metrics=dict(loss=1.0))
+
+
+@pytest.mark.parametrize("wall", ["x", float("inf"), [1], -1])
+def test_a_time_that_is_none_stops_no_plan(made, wall):
+    plan = made()
+    path = plan.runs[0].run.folder / "done.json"
+    write_object(path, {**read_object(path), "wall_s": wall})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = made()
+    assert describe(plan, list(plan.runs), 1)[-1].endswith("3 s in all")
+
+
 # -- item 3: data of another shape ---------------------------------------------
 
 
@@ -195,10 +237,11 @@ def test_a_bad_result_fails_its_run_and_no_other(made, result, said):
     assert said in rows[1]["error"]
 
 
-def test_records_that_make_no_row_fail_their_run_alone(made):
-    twice = [dict(stage=0, eval_domain="a", loss=1.0, trained_domain="a")] * 2
-    plan = made()
-    finish(plan.runs[0], plan, dict(metrics=dict(loss=1.0), records=twice))
+@pytest.mark.parametrize("stage, n", [(0, 2), (float("inf"), 1)])
+def test_records_that_make_no_row_fail_their_run_alone(made, stage, n):
+    record = dict(stage=stage, eval_domain="a", loss=1.0, trained_domain="a")
+    plan, records = made(), [dict(record, domain=0)] * n
+    finish(plan.runs[0], plan, dict(metrics=dict(loss=1.0), records=records))
     rows = table_rows(made())
     assert [r["status"] for r in rows] == [FAILED, OK, OK]
     assert "makes no row" in rows[0]["error"]
@@ -238,6 +281,73 @@ def test_a_damaged_file_stops_nothing(made, name, text):
         assert states[0] == KILLED
     else:
         assert states[0] == OK
+
+
+def test_brackets_without_end_and_names_that_are_none_stop_nothing(made):
+    plan, deep = made(), "[" * 100_000
+    folder = plan.runs[0].run.folder
+    (folder / "result.json").write_text(deep)
+    marker = read_object(folder / "done.json")
+    marker["sha256"] = engine._file_hash(folder / "result.json")
+    write_object(folder / "done.json", marker)
+    assert "the result is null" in made().runs[0].state["error"]
+    marker["files"] = {"a\0b": "0"}
+    write_object(folder / "done.json", marker)
+    assert made().counts() == {OK: 2, KILLED: 1}
+    (folder / "state.json").write_text(deep)
+    with pytest.warns(UserWarning, match="state.json is damaged"):
+        assert made().counts() == {OK: 2, "waiting": 1}
+
+
+def test_a_state_from_elsewhere_removes_no_folder_and_ends_no_process(
+    run, tmp_path, monkeypatch
+):
+    "Scratch folders are ours; a folder that is only called so is not."
+    scratch = engine._scratch_folder()
+    (tmp_path / "dmr-abcdefgh").mkdir()
+    mine = [scratch, tmp_path / "dmr-abcdefgh", scratch / "..", "dmr-abcdefgh"]
+    monkeypatch.chdir(tmp_path)
+    for named in mine[1:]:
+        kernel = dict(pid=-1, began=1.0)
+        state = dict(state="running", host=platform.node(), kernel=kernel)
+        state["scratch"] = str(named)
+        (run.folder / "state.json").write_text(json.dumps(state))
+        engine.clear_leftovers(run)
+        assert scratch.exists() and (tmp_path / "dmr-abcdefgh").exists()
+    state["scratch"] = str(scratch)
+    (run.folder / "state.json").write_text(json.dumps(state))
+    engine.clear_leftovers(run)
+    assert not scratch.exists()
+
+
+TEMPLATES = [
+    *("{}", "3", '{"cells": 3}', '{"cells": [3]}', '{"cells": ["x"]}'),
+    '{"cells": {"a": 1}}',
+    '{"cells": [{"cell_type": "code"}]}',
+    '{"cells": [{"source": "x"}]}',
+    '{"cells": [{"cell_type": "code", "source": [3]}]}',
+    '{"cells": [{"cell_type": "code", "source": "", "metadata": null}]}',
+    '{"cells": [{"cell_type": "code", "source": "", "metadata": {"tags": 3}}]}',
+    "[" * 100_000,
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("content", TEMPLATES)
+def test_a_template_of_another_shape_is_refused_by_name(tmp_path, content):
+    folders = project(tmp_path, "seeds: [0]\n")
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "nbs/experiments/tiny.ipynb").write_bytes(data)
+    with pytest.raises(StudyError, match="tiny.ipynb is not a notebook of"):
+        read_study(folders.studies / "tiny.yaml")
+
+
+def test_a_template_too_deep_to_be_read_is_refused_by_name(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\n")
+    path = tmp_path / "nbs/experiments/tiny.ipynb"
+    write_template(path, PARAMETERS, "x = " + "-" * 9000 + "1")
+    with pytest.raises(StudyError, match="tiny.ipynb: "):
+        read_study(folders.studies / "tiny.yaml")
 
 
 def test_an_edited_identity_is_passed_over_by_name(made):
@@ -296,13 +406,23 @@ def test_a_supervisor_that_dies_at_once_is_named(run, monkeypatch):
 def test_what_a_run_prints_and_the_disk_are_watched(run, monkeypatch):
     (run.folder / "log.txt").write_bytes(b"of an earlier attempt " * 100)
     s = engine._Supervisor(run.folder, os.getppid())
-    s.spec["limits"]["output_bytes"] = 1000
+    s.most_printed = 1000
     assert engine._check(s, 0) is None
     with open(run.folder / "log.txt", "ab") as log:
         log.write(b"x" * 1001)
     state, error = engine._check(s, 0)
     assert state == FAILED and "more than its limit of 0.001 MB" in error
-    s.spec["limits"]["output_bytes"] = None
+    s.printed += 1001
+    assert engine._check(s, 0) is None
+    (run.folder / "running.ipynb").write_bytes(b"x" * 1001)  # displayed
+    assert "more than its limit" in engine._check(s, 0)[1]
+    engine._finish(s, FAILED, "printed")
+    assert not list(run.folder.glob("*.ipynb"))  # too much for any reader
+    s.finished.clear()
+    (run.folder / "running.ipynb").write_text("{}")
+    engine._finish(s, FAILED, "printed")
+    assert (run.folder / "failed.ipynb").read_text() == "{}"
+    s.most_printed = float("inf")
     monkeypatch.setattr(engine, "_DISK_LEFT", 1e18)
     state, error = engine._check(s, 0)
     assert state == KILLED and "are free on the disk of" in error
@@ -351,6 +471,29 @@ def test_a_helper_beside_the_template_is_part_of_its_code(tmp_path):
     assert make_plan(study, folders).counts() == {"waiting": 1}
 
 
+def test_a_folder_of_helpers_is_part_of_the_code(tmp_path):
+    """Without `__init__.py`, too, unless an installed package has its name; and
+    a module beside one of ours is none of the project's.
+    """
+    body = "import os, \\\n  tools.one\nimport yaml\nfrom config import x\n"
+    cells = (PARAMETERS, body + BODY, EMIT)
+    folders = project(tmp_path, "seeds: [0]\nrecord: false\n", cells=cells)
+    study = read_study(folders.studies / "tiny.yaml")
+    code = lambda: make_plan(study, folders).code[1].keys()
+    for name in ("tools", "yaml", "training"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.py").write_text("x = 1\n")
+    assert code() == {"tools/one.py"}
+    plan = make_plan(study, folders)
+    finish(plan.runs[0], plan)
+    (tmp_path / "tools/one.py").write_text("x = 2\n")
+    assert make_plan(study, folders).counts() == {"waiting": 1}
+    (tmp_path / "config.py").write_text("from .training import one\n")
+    (tmp_path / "yaml/__init__.py").touch()
+    files = {"config.py", "tools/one.py", "yaml/__init__.py", "yaml/one.py"}
+    assert code() == files
+
+
 @pytest.mark.parametrize("name", ["größe", "試験", "a b"])
 def test_a_study_may_have_any_name_that_a_file_has(tmp_path, name):
     folders = project(tmp_path, "seeds: [0, 1]\n", name=name)
@@ -364,6 +507,16 @@ def test_a_name_that_is_a_folder_of_its_own_is_refused(tmp_path, name):
     folders = project(tmp_path, "seeds: [0]\n", name=name)
     with pytest.raises(StudyError, match="begin it with a letter or a digit"):
         read_study(folders.studies / f"{name}.yaml")
+
+
+def test_a_name_that_is_no_text_where_only_ascii_is_spoken_is_refused(
+    tmp_path,
+):
+    "As `LC_ALL=C` without UTF-8 gives it; no file of the run could name it."
+    folders = project(tmp_path, "seeds: [0]\n", name="größe")
+    name = "größe.yaml".encode().decode("ascii", "surrogateescape")
+    with pytest.raises(StudyError, match="set PYTHONUTF8=1"):
+        read_study(folders.studies / name)
 
 
 def test_a_half_is_shown_where_only_ascii_is_spoken(tmp_path):

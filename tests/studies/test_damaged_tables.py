@@ -121,6 +121,8 @@ def damaged(text, how):
         lines[3] = lines[3].replace(",ok,", ",", 1)
     if how == "lost checksum":
         lines[2] = lines[2].rpartition(",")[0] + ",\n"
+    if how == "only the header":
+        del lines[1:]
     if how == "lost header":
         del lines[0]
     if how == "a changed header":
@@ -146,6 +148,7 @@ DAMAGE = {
     "checksums under another name": (1, "calls the checksums 'checksun'"),
     "bad UTF-8": (3, "UTF-8"),
     "emptied": (1, "empty"),
+    "only the header": (1, "no row is left"),
 }
 
 
@@ -309,7 +312,15 @@ def test_a_new_column_leaves_old_checksums_alone(tmp_path):
     assert head.endswith(f",gain,{CHECKSUM}") and first.endswith(f",,{old}")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"codes": 3}', '{"codes": {}'])
+CODES = [
+    *("", "[]", '{"codes": 3}', '{"codes": {}', "[" * 100_000),
+    '{"codes": {"a": {"template": [1]}}, "accepted": []}',
+    '{"codes": {}, "accepted": [{"part": [], "old": {}, "new": "a"}]}',
+    '{"codes": {}, "accepted": [], "seal": "0"}',
+]
+
+
+@pytest.mark.parametrize("content", CODES)
 def test_a_lost_record_of_the_code_is_said_and_costs_no_run(
     content, tmp_path, monkeypatch
 ):
@@ -341,6 +352,28 @@ def test_a_lost_record_of_the_code_is_said_and_costs_no_run(
         (aside,) = codes.parent.glob("tiny.code.json.*.damaged")
         assert aside.read_text() == content
     assert json.loads(codes.read_text())["accepted"] == blessed
+
+
+def test_no_flipped_bit_of_the_code_record_passes(tmp_path):
+    "A blessing counts as it was given, or the whole record counts as lost."
+    ledger = Ledger(tmp_path / "t.csv", tmp_path / "t.code.json")
+    ledger.update(lambda v: v["codes"].update({"c0de": {"template": "ab12"}}))
+    ledger.accept([dict(part="template", old="ab12", new=None, reason="é")])
+    whole, data = ledger.versions(), ledger.codes.read_bytes()
+    assert whole["codes"] and whole["accepted"]
+    plain = lambda v: {k: v[k] for k in ("codes", "accepted")}
+    lost = 0
+    for at in range(len(data)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        ledger.codes.write_bytes(flipped)
+        found = plain(ledger.versions())
+        assert found in (plain(whole), dict(codes={}, accepted=[]))
+        lost += found != plain(whole)
+    assert lost > len(data) / 2
+    older = json.dumps(plain(whole))  # of earlier times, without a seal
+    ledger.codes.write_text(older)
+    assert ledger.versions() == plain(whole)
 
 
 def test_verdicts_refuse_a_damaged_table(tmp_path):
