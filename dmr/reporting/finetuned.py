@@ -155,7 +155,7 @@ def draw_curve(
     plt = need("matplotlib.pyplot", "experiments", "a figure")
     record = done.runs[done.best if run is None else run]
     steps = [0, *(point["step"] for point in record["curve"])]
-    fig, ax = plt.subplots()
+    fig, ax = plt.subplots(figsize=(4.4, 3.5))
     ax.axhline(0, color="#8a8f96", lw=0.8)
     curves = {
         name: [0, *(_bits(p["change"][name])[0] for p in record["curve"])]
@@ -174,7 +174,7 @@ def draw_curve(
         _label_end(ax, steps[-1], at, name, colour)
     learned = -curves["new"][-1]
     ax.set(
-        title=f"{learned:.2f} bits per byte learned in {steps[-1]} steps",
+        title=f"{learned:.2f} bits per byte\nlearned in {steps[-1]} steps",
         xlabel="steps",
         ylabel="change of the held-out loss\n(bits per byte)",
     )
@@ -203,7 +203,7 @@ def draw_way_back(
     "What is learned against what is lost, at each part of the way."
     plt = need("matplotlib.pyplot", "experiments", "a figure")
     record = done.runs[done.best if run is None else run]
-    fig, ax = plt.subplots()
+    fig, ax = plt.subplots(figsize=(4.4, 3.6))
     ax.axhline(0, color="#8a8f96", lw=0.8)
     others = [name for name in done.texts if name != "new"]
     ends = []
@@ -222,9 +222,12 @@ def draw_way_back(
     for name, (x, _), at in zip(others, ends, heights):
         _label_end(ax, x, at, name, _colour(done, name)["color"])
     half, whole = (way_back(done, others[0], run)[k] for k in (5, 10))
+    fig.suptitle(
+        f"Half of the way back: {half[0]:.2f} of {whole[0]:.2f}\n"
+        f"learned, {half[1]:+.2f} of {whole[1]:+.2f} lost on {others[0]}",
+        fontsize=11.5, fontweight="bold", x=0.02, ha="left",
+    )  # fmt: skip
     ax.set(
-        title=f"Half of the way back: {half[0]:.2f} of {whole[0]:.2f} learned,"
-        f"\n{half[1]:+.2f} of {whole[1]:+.2f} lost on {others[0]}",
         xlabel="learned on new text (bits per byte)",
         ylabel="lost (bits per byte)",
     )
@@ -333,28 +336,24 @@ def draw_plane(
     "Learned against lost: each control's path, and the method as a star."
     plt = need("matplotlib.pyplot", "experiments", "a figure")
     name = name or next(n for n in done.texts if n != "new")
-    fig, ax = plt.subplots(figsize=(6.0, 4.0))
+    fig, ax = plt.subplots(figsize=(4.4, 4.6), layout="constrained")
     ax.axhline(0, color="#8a8f96", lw=0.8)
     colours = (PALETTE[k] for k in ("none", "shared", "interpolation"))
     found, more = paths(done, name), (PALETTE["displacement"],) * 9
-    labels = []
     for (control, path), colour in zip(found.items(), [*colours, *more]):
-        ax.plot(*zip(*path), marker="o", ms=3.5, color=colour)
-        labels.append((*path[-1], control, colour))
+        ax.plot(*zip(*path), marker="o", ms=3.5, color=colour, label=control)
     for run in _trained(done):
         if "merge" in run["method"]:
             x, y = _point(run["change"], name)
             ax.plot(x, y, marker="*", ms=13, color=PALETTE["merge"])
     chosen = reference_run(done)
     x, y = _point(chosen["change"], name)
-    label = f"★ {chosen['method']}, rate {chosen['rate']:g}"
-    labels.append((x, y, label, PALETTE["merge"]))
-    low, high = ax.get_ylim()
-    heights = spread([at for _, at, *_ in labels], 0.055 * (high - low))
-    for (at, _, said, colour), height in zip(labels, heights):
-        _label_end(ax, at, height, said, colour)
+    label = f"{chosen['method']}, rate {chosen['rate']:g}"
+    star = {"marker": "*", "ms": 13, "ls": "", "color": PALETTE["merge"]}
+    ax.plot(x, y, **star, label=label)
+    fig.legend(loc="outside lower left", fontsize=9, ncols=2, columnspacing=1)
     ax.set(
-        title=f"{chosen['method']}: {x:.2f} learned, {y:+.2f} lost on {name}",
+        title=f"{chosen['method']}: {x:.2f} learned,\n{y:+.2f} lost on {name}",
         xlabel="learned on new text (bits per byte)",
         ylabel=f"lost on {name} (bits per byte)",
     )

@@ -179,7 +179,7 @@ def draw_scores(
     groups = {n: bars(tables[n], arms) for n, arms in shown.items()}
     first, *_ = groups.values()
     rows = sum(map(len, groups.values())) + 0.9 * (len(groups) - 1)
-    fig = NewFigure(figsize=(4.6, 0.5 * rows + 1.2), layout="constrained")
+    fig = NewFigure(figsize=(4.4, 0.5 * rows + 1.2), layout="constrained")
     ax, y, said = fig.subplots(), 0.0, []
     for name, found in groups.items():
         if found is not first:
