@@ -3,7 +3,9 @@ torch's own step on a copy, and the difference edited by hand.
 """
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,6 +514,52 @@ def test_an_optimizer_stepped_alone_leaves_the_others_router_alone():
     assert before == str(
         (second.state_dict(), adamw.state_dict(), model[2].weight)
     )
+
+
+class ScheduleFree(Lion):
+    "Known by its name."
+
+
+O = torch.optim
+#: First column of the table in the chapter on what optimizers forgive.
+PRACTICE = {
+    "SGD, momentum": [lambda p: O.SGD(p, momentum=0.9), O.SGD],
+    "Adam, AdamW, RAdam, Adamax": [O.Adam, O.AdamW, O.RAdam, O.Adamax],
+    "NAdam, 8-bit": [O.NAdam, Lion],
+    "schedule-free": [ScheduleFree],
+    "AMSGrad with state kept": [lambda p: O.Adam(p, amsgrad=True)],
+    "Adafactor": [O.Adafactor],
+    "Lion, sign descent": [Lion],
+    "Muon": [O.Muon],
+    "Shampoo": [Lion],
+    "SOAP": [Lion],
+}
+
+
+def takes(make, routing):
+    model = layer()
+    method = dmr.Projection(bases={"weight": basis()})
+    try:
+        MomentRouter(model, make(model.parameters()), method, routing, 1.0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def test_the_table_for_practitioners_is_what_the_router_takes():
+    page = Path(__file__).parents[2] / "nbs" / "why" / "10_forgives.ipynb"
+    cells = [
+        "".join(c["source"]) for c in json.loads(page.read_text())["cells"]
+    ]
+    (text,) = [cell for cell in cells if "| what protects |" in cell]
+    lines = [x.strip(" |").split(" | ") for x in text.splitlines() if "| " in x]
+    rows = {name: said for name, _, said in lines[2:]}
+    assert rows.keys() == PRACTICE.keys()
+    for name, said in rows.items():
+        for make in PRACTICE[name]:
+            assert takes(make, "shared")
+            assert takes(make, "displacement") == ("`displacement`" in said)
+            assert takes(make, "decoupled") or "`decoupled`" not in said
 
 
 def test_a_settled_table_of_moments():
