@@ -107,7 +107,7 @@ class Dense:
 #: a whole one.
 Edit = LowRank | Dense
 
-# %% ../../nbs/routing/01_modification.ipynb #afd3bb74
+# %% ../../nbs/routing/01_modification.ipynb #afd3bb75
 #: Up to how many elements a gradient is stacked with its equals, by device.
 SMALL = {"cpu": 2**12, "cuda": 2**22}
 #: The same for steps, and for what is added to gradients and weights.
@@ -115,7 +115,7 @@ BATCHED = {"cuda": 2**22}
 #: Elements of a stack: what it may cost in memory, unless a router says so.
 STACK_LIMIT = 2**25
 
-
+# %% ../../nbs/routing/01_modification.ipynb #afd3bb74
 def stacks(
     named: Mapping[str, Tensor],  # tensors by name
     # (name, tensor) -> what must agree for two of them to be stacked

@@ -438,6 +438,7 @@ class _Planning(_Looking):
     "Each optimizer's own part of a step."
 
     restore_grad: bool
+    stack_limit: int = STACK_LIMIT
 
     def _plan(self, flight: Round, place: int) -> None:
         "Route this optimizer's edits, or note what its step will change."
@@ -465,7 +466,6 @@ class _Joining(_Planning):
     "A round that the first optimizer opens and the others join."
 
     check_finite: bool
-    stack_limit: int = STACK_LIMIT
 
     def _joins(self, place: int) -> Round | None:
         "The round in flight, if this optimizer goes on with it."
@@ -489,8 +489,7 @@ class _Joining(_Planning):
         )
 
     def _step_of(self, place: int) -> Step:
-        at = (self.optimizers[place], self.kinds[place], self.names)
-        step = new_step(*at)
+        step = new_step(self.optimizers[place], self.kinds[place], self.names)
         step.most = self.stack_limit
         return step
 
