@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .inputs import catchable, first_input, input_rows, watched
 from .subspace import Growth, Sketch, grow
 from dmr.routing.modification import (
+    STACK_LIMIT,
     Dense,
     Edit,
     LowRank,
@@ -80,13 +81,15 @@ def _stacked(
     vectors: Vectors,
     bases: Mapping[str, Tensor],
     targets: Mapping[str, Target],
+    most: int,  # elements of a stack
 ) -> tuple[dict[str, Tensor], list[str]]:  # and names that stay alone
     "x U of small equal weights, in one product for each kind."
     found: dict[str, Tensor] = {}
     whole = [n for n in bases if targets[n].part is None]
     odd = lambda n, x: targets[n].transposed or x.dtype != bases[n].dtype
     agree = lambda n, x: n if odd(n, x) else bases[n].shape
-    grouped, alone = stacks({n: vectors[n] for n in whole}, agree)
+    those = {n: vectors[n] for n in whole}
+    grouped, alone = stacks(those, agree, most=most)
     for names in grouped:  # (n, out, fan_in) @ (n, fan_in, r)
         X = torch.stack([vectors[n] for n in names])
         U = torch.stack([bases[n] for n in names])
@@ -99,11 +102,12 @@ def components(
     bases: Mapping[str, Tensor],  # U (fan_in, r) of each name that is wanted
     targets: Mapping[str, Target],
     remember: bool,  # is ‖x‖² wanted soon, too?
+    most: int = STACK_LIMIT,  # elements of equal tensors that are stacked
 ) -> dict[str, Tensor]:  # (out, r) by name
     "x U for every basis."
     stack = bool(bases) and not vectors.made
     found, alone = (
-        _stacked(vectors, bases, targets) if stack else ({}, list(bases))
+        _stacked(vectors, bases, targets, most) if stack else ({}, list(bases))
     )
     x, of = torch.empty(0), ""
     for n in alone:
@@ -187,7 +191,8 @@ class _Looking(_Settings):
         bases = {n: U for n, U in bases.items() if own(n) in vectors}
         known = lambda n, U: n in self._C and self._C[n][0] is U
         missing = {n: U for n, U in bases.items() if not known(n, U)}
-        made = components(vectors, missing, self.targets, self._measures)
+        how = (self.targets, self._measures, self.stack_limit)
+        made = components(vectors, missing, *how)
         self._C |= {n: (missing[n], C) for n, C in made.items()}
         return {n: self._C[n][1] for n in bases}
 

@@ -21,9 +21,9 @@ from torch.nn.utils.parametrize import is_parametrized
 import dmr
 
 # %% auto #0
-__all__ = ['Edit', 'SMALL', 'BATCHED', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all', 'accumulator',
-           'square_norm', 'square_norms', 'Target', 'matches', 'find_targets', 'share_of', 'squared_cosine', 'Made',
-           'Learner', 'user_level', 'Modification', 'Nothing']
+__all__ = ['Edit', 'SMALL', 'BATCHED', 'STACK_LIMIT', 'as_matrix', 'as_weight', 'LowRank', 'Dense', 'stacks', 'add_all',
+           'accumulator', 'square_norm', 'square_norms', 'Target', 'matches', 'find_targets', 'share_of',
+           'squared_cosine', 'Made', 'Learner', 'user_level', 'Modification', 'Nothing']
 
 # %% ../../nbs/routing/01_modification.ipynb #11c1ff5f
 def as_matrix(
@@ -107,20 +107,22 @@ class Dense:
 #: a whole one.
 Edit = LowRank | Dense
 
-# %% ../../nbs/routing/01_modification.ipynb #afd3bb74
+# %% ../../nbs/routing/01_modification.ipynb #afd3bb75
 #: Up to how many elements a gradient is stacked with its equals, by device.
 SMALL = {"cpu": 2**12, "cuda": 2**22}
 #: The same for steps, and for what is added to gradients and weights.
 BATCHED = {"cuda": 2**22}
+#: Elements of a stack: what it may cost in memory, unless a router says so.
+STACK_LIMIT = 2**25
 
-
+# %% ../../nbs/routing/01_modification.ipynb #afd3bb74
 def stacks(
     named: Mapping[str, Tensor],  # tensors by name
     # (name, tensor) -> what must agree for two of them to be stacked
     key: Callable[[str, Tensor], Any],
     count: int = 4,  # smallest stack that pays
     limits: Mapping[str, int] = SMALL,  # device -> elements of one tensor
-    most: int = 2**25,  # elements of a stack: what it may cost in memory
+    most: int = STACK_LIMIT,  # elements of a stack
 ) -> tuple[list[list[str]], list[str]]:  # stacks, and names that stay alone
     "Group small tensors of equal shape, type and device."
     groups: dict[Any, list[str]] = {}
@@ -145,6 +147,7 @@ def add_all(
     onto: Mapping[str, Tensor],  # what each is added to, in place
     scales: Mapping[str, float | Tensor],  # one factor each
     limits: Mapping[str, int] = SMALL,  # device -> elements that are stacked
+    most: int = STACK_LIMIT,  # elements of a stack
 ) -> None:
     "x <- x + scale * edit for all; small equal low-rank ones in one product."
 
@@ -155,7 +158,7 @@ def add_all(
         number = id(s) if isinstance(s, Tensor) else s
         return (edit.U.shape, number) if edit.C.dtype == x.dtype else name
 
-    grouped, alone = stacks(onto, agree, limits=limits)
+    grouped, alone = stacks(onto, agree, limits=limits, most=most)
     for names in grouped:
         C, U = (
             torch.stack([getattr(edits[name], part) for name in names])
@@ -477,6 +480,7 @@ class _OptionalSetup:
     usual_strength: float = 1.0  # of a router that is given none
     serves: bool = False  # does a router use it? Set by the router
     group: Any = None  # processes with copies of the model; set by the router
+    stack_limit: int = STACK_LIMIT  # elements of a stack; set by the router
     #: protected directions U (fan_in, r) by name, where there are such
     bases: Mapping[str, Tensor] = {}
 

@@ -273,13 +273,19 @@ def soap_decay(state: dict, group: dict) -> float | Tensor:
     return rate_decay(state, group) if state else 0.0
 
 
-#: Optimizers of other libraries whose weight decay is known.
-LIBRARIES: dict[str, Callable[[dict, dict], float | Tensor]] = {
-    "bitsandbytes.AdamW8bit": rate_decay,
-    "bitsandbytes.Lion8bit": rate_decay,
-    "lion_pytorch.Lion": rate_decay,
-    "pytorch_optimizer.SOAP": soap_decay,
-    "torchao.AdamW8bit": rate_decay,
+_SIGNS = "it has no second moment: its step is a sign"
+_EIGHT = "its moments are kept in 8 bits, too few for a correction"
+_TURNED = "its second moment is of a turned gradient, in axes that turn again"
+#: Optimizers of other libraries whose weight decay is known, and why their
+#: moments cannot be edited apart.
+LIBRARIES: dict[
+    str, tuple[Callable[[dict, dict], float | Tensor], str]
+] = {
+    "bitsandbytes.AdamW8bit": (rate_decay, _EIGHT),
+    "bitsandbytes.Lion8bit": (rate_decay, _SIGNS),
+    "lion_pytorch.Lion": (rate_decay, _SIGNS),
+    "pytorch_optimizer.SOAP": (soap_decay, _TURNED),
+    "torchao.AdamW8bit": (rate_decay, _EIGHT),
 }
 _HIDDEN = ("ScheduleFree", "SFAdamW", "MSAM", "Lookahead")  # other weights
 _MASTERS = ("FP16", "Float16", "MixedPrecision")  # the same, in float32
@@ -303,12 +309,12 @@ def differences_of(optimizer: Optimizer) -> Differences:
     if known is not None:
         return STEPPED[known]
     read, package = _by_name(optimizer), cls.__module__.split(".")[0]
-    decay = LIBRARIES.get(f"{package}.{cls.__name__}")
+    decay, why = LIBRARIES.get(f"{package}.{cls.__name__}", (None, read.why))
     if decay is not None and not getattr(optimizer, "decoupled_wd", False):
-        return replace(read, decay=decay)
+        return replace(read, decay=decay, why=why)
     groups = optimizer.param_groups
     decays = any(group.get("weight_decay") for group in groups)
-    return replace(read, decay_known=not decays)
+    return replace(read, decay_known=not decays, why=why)
 
 # %% ../../nbs/routing/03_moments.ipynb #b609f8fc
 #: Optimizers that cannot be routed rightly -> why, and the way out.

@@ -53,6 +53,7 @@ from dmr.routing.kept import (
     write_kept,
 )
 from dmr.routing.modification import (
+    STACK_LIMIT,
     Modification,
     Nothing,
     Target,
@@ -88,6 +89,7 @@ from dmr.routing.step import (
     settle,
     strengthen,
     together,
+    unmet,
 )
 from .strength import Fixed, Strength
 
@@ -331,6 +333,7 @@ class _Tracking(_Measured):
 
     routings: list[str]  # what the routing means for each optimizer
     _copied: int = 0  # bytes of the weights that the last step copied
+    _met: frozenset[str] = frozenset()  # searched for copies of the weights
 
     def _wanted(self, step: Step, place: int) -> list[str]:
         "Whose difference is asked for."
@@ -379,6 +382,7 @@ class _Finishing(_Tracking):
     def _finish(self, flight: Round, place: int) -> None:
         step, routing = flight.parts[place], self.routings[place]
         displaced = finish(step, self.modification, routing)
+        self._met |= {*step.unmet}
         flight.seen_steps |= routing == "displacement" and not step.idle
         flight.take(place)
         if self._tracked():
@@ -434,6 +438,7 @@ class _Planning(_Looking):
     "Each optimizer's own part of a step."
 
     restore_grad: bool
+    stack_limit: int = STACK_LIMIT
 
     def _plan(self, flight: Round, place: int) -> None:
         "Route this optimizer's edits, or note what its step will change."
@@ -450,6 +455,9 @@ class _Planning(_Looking):
         if through:
             restore = self.restore_grad or self.modification.reads_grads
             route(step, edit, routing, self.guard, restore)
+        nothing = isinstance(self.modification, Nothing)
+        if routing == "displacement" and not nothing:
+            step.unmet = unmet(step, self._met)
         copied = remember(step, self._wanted(step, place))
         self._copied = max(copied, self._copied if flight.taken else 0)
 
@@ -481,8 +489,9 @@ class _Joining(_Planning):
         )
 
     def _step_of(self, place: int) -> Step:
-        kind = self.kinds[place]
-        return new_step(self.optimizers[place], kind, self.names)
+        step = new_step(self.optimizers[place], self.kinds[place], self.names)
+        step.most = self.stack_limit
+        return step
 
 # %% ../../nbs/routing/08_router.ipynb #448c8033
 class _Opening(_Joining):
@@ -978,7 +987,7 @@ class _Filed(_Described):
     #: settings that are taken over from a file, beside the three parts
     settings = (
         "routing include exclude guard check_finite track_step"
-        " track_inflation restore_grad"
+        " track_inflation restore_grad stack_limit"
     ).split()
 
     def parts(self) -> dict[str, Any]:
@@ -1145,15 +1154,15 @@ def _as_consolidation(given: Consolidation | None) -> Consolidation:
     return Interpolate() if given is None else given
 
 
-def _check_every(track_step: int) -> int:
-    "Return the number of steps, or raise a ValueError."
-    whole = isinstance(track_step, Integral)
-    if not whole or isinstance(track_step, bool) or track_step < 0:
+def _check_count(name: str, value: Any, what: str, none: str) -> int:
+    "Return the number, or raise a ValueError."
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < 0:
         raise ValueError(
-            f"track_step={track_step!r} is not a number of steps; pass 0"
-            " (never) or a positive integer"
+            f"{name}={value!r} is not a number of {what}; pass 0 ({none}) or a"
+            " positive integer"
         )
-    return int(track_step)
+    return int(value)
 
 # %% ../../nbs/routing/08_router.ipynb #7e02c4d1
 def _check_own(trained: Trained) -> None:
@@ -1307,6 +1316,7 @@ class _Wired(_Chosen):
         _warn_left_out(self)
         self.consolidation.attach(self)
         self.modification.group = self.group
+        self.modification.stack_limit = self.stack_limit
         _meet(self.modification, self.model, targets)
         self.modification.serves = True
         self._attach()
@@ -1356,6 +1366,9 @@ class MomentRouter(_Wired):
         # give p.grad back after shared and denominator; False saves one
         # product per weight
         restore_grad: bool = True,
+        # elements of equal weights that are stacked, where stacking pays: what
+        # it may cost in memory; 0: one weight at a time
+        stack_limit: int = STACK_LIMIT,
         # processes whose gradients are averaged; None: found if the model is
         # in DistributedDataParallel
         process_group: Any = None,
@@ -1365,7 +1378,10 @@ class MomentRouter(_Wired):
     ):
         super().__init__(model, optimizer)
         self.include, self.exclude = include, exclude
-        self.track_step = _check_every(track_step)
+        every = ("track_step", track_step, "steps", "never")
+        self.track_step = _check_count(*every)
+        most = ("stack_limit", stack_limit, "elements", "nothing is stacked")
+        self.stack_limit = _check_count(*most)
         self.check_finite, self.restore_grad = check_finite, restore_grad
         self.track_inflation = track_inflation
         self.consolidation = _as_consolidation(consolidation)

@@ -27,13 +27,14 @@ __all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'c
            'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
            'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
            'edit_gradients', 'give_all_back', 'first_moment', 'clamped', 'edits', 'route', 'offer_look', 'amend',
-           'taken', 'batches', 'taken_together', 'displace', 'remember', 'check_copies', 'differ', 'follow', 'finish',
-           'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments', 'check_differences', 'check_meaning',
-           'check_guard']
+           'taken', 'batches', 'taken_together', 'displace', 'remember', 'check_copies', 'unmet', 'look_for_copies',
+           'differ', 'follow', 'finish', 'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments',
+           'check_differences', 'check_meaning', 'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #ccef976e
 from dmr.routing.modification import (
     BATCHED,
+    STACK_LIMIT,
     Dense,
     Edit,
     LowRank,
@@ -187,7 +188,6 @@ class Before:
     weight: Tensor  # θ_before; once the step is over: lr·u
     decay: float | Tensor  # the share s by which decay shrinks it
     copies: dict[str, float | Tensor]  # what follows it: key -> how far
-    fresh: bool  # has the optimizer no state of it yet?
 
 # %% ../../nbs/routing/05_step.ipynb #8094ebcc
 @dataclass
@@ -204,6 +204,8 @@ class Step:
     undo: list[Undo] = field(default_factory=list)
     after: list[tuple[str, Edit, float | Tensor]] = field(default_factory=list)
     before: dict[str, Before] = field(default_factory=dict)
+    unmet: list[str] = field(default_factory=list)  # to look for copies in
+    most: int = STACK_LIMIT  # elements of equal weights that are stacked
 
     @property
     def idle(self) -> bool:
@@ -396,20 +398,21 @@ def edit_gradients(
     scale, alpha = step.grads.scale, step.alpha
     scaled = alpha if scale is None else alpha * scale
     grads = {name: local(step.live[name][0].grad) for name in thin}
-    add_all(thin, grads, dict.fromkeys(thin, -scaled), BATCHED)
+    scales = dict.fromkeys(thin, -scaled)
+    add_all(thin, grads, scales, BATCHED, step.most)
     if restore:
         undone = lambda n, g: Undo(g, g._version, thin[n], alpha, scaled)
         step.undo += [undone(n, g) for n, g in grads.items()]
 
 
-def give_all_back(
-    undo: Sequence[Undo],  # of a step that was taken
-) -> None:
+def give_all_back(step: Step) -> None:  # that was taken
     "The raw gradients again, in place."
+    undo = step.undo
     edits = {str(i): x.edit for i, x in enumerate(undo)}
     thin = {i: x for i, x in edits.items() if isinstance(x, LowRank)}
     amounts = {i: undo[int(i)].amount for i in thin}
-    add_all(thin, {i: undo[int(i)].grad for i in thin}, amounts, BATCHED)
+    grads = {i: undo[int(i)].grad for i in thin}
+    add_all(thin, grads, amounts, BATCHED, step.most)
     for i, x in enumerate(undo):
         if str(i) not in thin:
             give_back(x, stepped=True)
@@ -515,7 +518,7 @@ def route(
             continue
         factor = through_m * first_moment_factor(beta1, group["maximize"])
         thin.add(name, d, first_moment(step, name), alpha, factor)
-    add_all(thin.edits, thin.moments, thin.factors)
+    add_all(thin.edits, thin.moments, thin.factors, most=step.most)
     edit_gradients(step, cut, restore)
 
 # %% ../../nbs/routing/05_step.ipynb #42d35fbe
@@ -594,7 +597,7 @@ def batches(
         return id(group), float(at) if here and at is not None else None
 
     weights = {name: local(step.live[name][0]) for name in step.names}
-    return stacks(weights, agree, limits=BATCHED)
+    return stacks(weights, agree, limits=BATCHED, most=step.most)
 
 # %% ../../nbs/routing/05_step.ipynb #c7637141
 def taken_together(
@@ -626,7 +629,7 @@ def displace(
             rates[id(group)] = step.alpha * step.moments.rate(group)
     amounts = {name: rates[id(step.live[name][1])] for name in made}
     weights = {name: local(step.live[name][0]) for name in made}
-    add_all(made, weights, amounts, BATCHED)
+    add_all(made, weights, amounts, BATCHED, step.most)
     for name, d in made.items():
         follow(step, name, d, amounts[name])
     return made
@@ -648,7 +651,7 @@ def remember(
         state = step.state.get(p, {})
         decay = step.moments.decay(state, group)
         follows = step.moments.copies(state, group)
-        step.before[name] = Before(copied, decay, follows, not state)
+        step.before[name] = Before(copied, decay, follows)
     kept = (before.weight for before in step.before.values())
     return sum(x.numel() * x.element_size() for x in kept)
 
@@ -677,6 +680,26 @@ def check_copies(
                 f"routing='displacement' cannot be used: the optimizer's"
                 f" {key!r} of {name!r} is the weight again; {REFUSED['copies']}"
             )
+
+# %% ../../nbs/routing/05_step.ipynb #b3c1f0a7
+def unmet(
+    step: Step,
+    met: Collection[str],  # those that were looked at
+) -> list[str]:
+    "Matrices whose state was never searched for a copy of the weights."
+    if capturing() or not isinstance(step.moments, Differences):
+        return []
+    live = step.live.items()
+    return [n for n, (p, _) in live if p.ndim > 1 and n not in met]
+
+
+def look_for_copies(step: Step) -> None:
+    "Raise TypeError if a matrix that was never looked at is kept twice."
+    for name in step.unmet:
+        p, group = step.live[name]
+        state = step.state.get(p, {})
+        known = step.moments.copies(state, group)  # type: ignore
+        check_copies(name, local(p), state, known)
 
 # %% ../../nbs/routing/05_step.ipynb #4b0f5c14
 def differ(step: Step) -> None:
@@ -715,16 +738,12 @@ def finish(
     routing: str,  # one of ROUTINGS
 ) -> dict[str, Edit]:  # what displacement took from each step u
     "What remains to be done once torch's step was taken."
-    give_all_back(step.undo)
+    give_all_back(step)
     for late in step.after:
         amend(step, *late)
-    idle = routing != "displacement" or step.idle
-    for name, kept in () if idle or capturing() else step.before.items():
-        p = step.live[name][0]
-        if kept.fresh:
-            check_copies(name, local(p), step.state[p], kept.copies)
+    look_for_copies(step)
     differ(step)
-    if idle:
+    if routing != "displacement" or step.idle:
         return {}
     modification.begin(taken(step, step.names), overlap=False)
     grouped, alone = batches(step)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmr
-from dmr.book.performance import Watch, random_bases
+from dmr.book.performance import Watch, _launches, random_bases
 
 torch.set_num_threads(1)
 ROUTINGS = ["shared", "decoupled", "denominator", "displacement"]
@@ -163,6 +163,22 @@ def test_equal_small_layers_take_the_operations_of_one():
     assert counts == {1: 2, 16: 2}
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer is new")
+@pytest.mark.parametrize("routing", ["shared", "decoupled", "displacement"])
+def test_the_launches_of_the_table_are_those_of_the_code(routing):
+    "Counted again, and the same for every number of layers."
+    path = Path(__file__).parents[2] / "results" / "performance.csv"
+    with path.open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["measure"] == "launches"]
+    said = {r["case"]: int(r["value"]) for r in rows}
+    own = _launches(6, None)
+    assert own < 10
+    for layers in (6, 12):
+        more = _launches(layers, routing) - own
+        assert said[f"{routing}, {layers} layers"] == more > 0
+    assert said[f"{routing}, 24 layers"] == said[f"{routing}, 6 layers"]
+
+
 def test_the_table_of_results_is_complete_and_says_what_missed():
     path = Path(__file__).parents[2] / "results" / "performance.csv"
     with path.open(newline="") as file:
@@ -175,10 +191,19 @@ def test_the_table_of_results_is_complete_and_says_what_missed():
         "memory",
         "parameters",
         "rank",
+        "launches",
     }
-    for measure in ("training", "training, sketch fed", "consolidate"):
-        (row,) = [row for row in rows if row["measure"] == measure]
+    shares = ("training", "training, sketch fed", "consolidate")
+    for row in (row for row in rows if row["measure"] in shares):
         assert float(row["value"]) <= float(row["target"])
+        if row["measure"] == "training":
+            assert float(row["target"]) == 0.015
+            plain = float(row["plain_ms"])
+    ms = {row["case"]: row for row in rows if row["measure"] == "step"}
+    for routing in ("decoupled", "displacement"):
+        row = ms[f"{routing}, overlap, check"]
+        more = float(row["ms"]) - float(row["plain_ms"])
+        assert 0 < more <= 0.015 * plain
     kept = next(
         row for row in rows if row["case"].startswith("kept, max_rank=32")
     )

@@ -3,7 +3,9 @@ torch's own step on a copy, and the difference edited by hand.
 """
 
 import copy
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -373,6 +375,48 @@ def test_a_hidden_copy_is_found_in_the_first_step():
     run(model, optimizer, gradients(model.weight.shape, 2))
 
 
+class Averages(torch.optim.SGD):
+    "Steps a second sequence of weights, under a harmless name, as none knows."
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.clone())
+            p.lerp_(z.sub_(0.1 * p.grad), 1 / (self.state[p].get("k", 0) + 1))
+            self.state[p]["k"] = self.state[p].get("k", 0) + 1
+
+
+def test_a_hidden_copy_is_found_before_anything_is_protected():
+    "In the second domain the two would differ, and could not be told apart."
+    model, twin = layer(), layer()
+    optimizer = Averages(model.parameters(), lr=0.1)
+    method = dmr.Projection(rank=2, every=1)
+    router = MomentRouter(model, optimizer, method, "displacement", 1.0)
+    grads = gradients(model.weight.shape, 3)
+    with pytest.raises(TypeError, match="'z' of 'weight' is the weight again"):
+        run(model, optimizer, grads[:1])
+    router.close()
+    for routing in ("shared", None):  # where nothing is displaced
+        model = layer()
+        optimizer = Averages(model.parameters(), lr=0.1)
+        how = (dmr.Projection(rank=2), routing) if routing else ()
+        MomentRouter(model, optimizer, *how)
+        run(model, optimizer, grads)
+    plain = Averages(twin.parameters(), lr=0.1)
+    torch.testing.assert_close(model.weight, run(twin, plain, grads))
+
+
+def test_a_hidden_copy_is_found_in_a_run_that_goes_on():
+    "The optimizer's state was there before the router."
+    model = layer(dtype=torch.bfloat16)
+    optimizer = Masters(model.parameters())
+    run(model, optimizer, gradients(model.weight.shape, 3))
+    method = dmr.Projection(bases={"weight": basis(dtype=torch.float32)})
+    MomentRouter(model, optimizer, method, "displacement", ALPHA)
+    with pytest.raises(TypeError, match="'fp32' of 'weight' is the weight ag"):
+        run(model, optimizer, gradients(model.weight.shape, 1))
+
+
 def test_an_optimizer_that_moves_before_its_closure_is_refused():
     class Sharp(torch.optim.SGD):
         def step(self, closure=None):
@@ -470,6 +514,52 @@ def test_an_optimizer_stepped_alone_leaves_the_others_router_alone():
     assert before == str(
         (second.state_dict(), adamw.state_dict(), model[2].weight)
     )
+
+
+class ScheduleFree(Lion):
+    "Known by its name."
+
+
+O = torch.optim
+#: First column of the table in the chapter on what optimizers forgive.
+PRACTICE = {
+    "SGD, momentum": [lambda p: O.SGD(p, momentum=0.9), O.SGD],
+    "Adam, AdamW, RAdam, Adamax": [O.Adam, O.AdamW, O.RAdam, O.Adamax],
+    "NAdam, 8-bit": [O.NAdam, Lion],
+    "schedule-free": [ScheduleFree],
+    "AMSGrad with state kept": [lambda p: O.Adam(p, amsgrad=True)],
+    "Adafactor": [O.Adafactor],
+    "Lion, sign descent": [Lion],
+    "Muon": [O.Muon],
+    "Shampoo": [Lion],
+    "SOAP": [Lion],
+}
+
+
+def takes(make, routing):
+    model = layer()
+    method = dmr.Projection(bases={"weight": basis()})
+    try:
+        MomentRouter(model, make(model.parameters()), method, routing, 1.0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def test_the_table_for_practitioners_is_what_the_router_takes():
+    page = Path(__file__).parents[2] / "nbs" / "why" / "10_forgives.ipynb"
+    cells = [
+        "".join(c["source"]) for c in json.loads(page.read_text())["cells"]
+    ]
+    (text,) = [cell for cell in cells if "| what protects |" in cell]
+    lines = [x.strip(" |").split(" | ") for x in text.splitlines() if "| " in x]
+    rows = {name: said for name, _, said in lines[2:]}
+    assert rows.keys() == PRACTICE.keys()
+    for name, said in rows.items():
+        for make in PRACTICE[name]:
+            assert takes(make, "shared")
+            assert takes(make, "displacement") == ("`displacement`" in said)
+            assert takes(make, "decoupled") or "`decoupled`" not in said
 
 
 def test_a_settled_table_of_moments():

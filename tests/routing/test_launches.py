@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmr
+from dmr.book.performance import Watch
 from dmr.routing import modification
 from dmr.routing.modification import stacks
 from dmr.routing.moments import moments_of
@@ -258,3 +259,40 @@ def test_a_stack_has_a_bound_on_its_memory(like_an_accelerator):
     assert [len(names) for names in found] == [5, 5] and alone == ["10"]
     found, alone = stacks(same, lambda name, x: None, most=64)
     assert not found and len(alone) == 11
+
+
+@pytest.mark.usefixtures("like_an_accelerator")
+@pytest.mark.parametrize("routing", ["shared", "decoupled", "displacement"])
+def test_a_router_bounds_its_stacks(routing):
+    "By an argument: what stacking holds at once, and not where it goes."
+    ends, products, peaks = [], [], []
+    for limit in (0, 4 * 32 * 32, 2**25):
+        net = network(16, 32, torch.float64)
+        optimizer = O.AdamW(net.parameters(), fused=True)
+        method = dmr.Projection(bases=bases_of(net, 2))
+        how = {"stack_limit": limit, "check_finite": False}
+        router = dmr.MomentRouter(net, optimizer, method, routing, 0.9, **how)
+        assert router.contents()["settings"]["stack_limit"] == limit
+        for _ in range(3):
+            for p in net.parameters():
+                p.grad = torch.randn_like(p)
+            with Watch() as watch, Counted() as counted:
+                optimizer.step()
+        ends.append([p.detach() for p in net.parameters()])
+        products.append(counted.seen["bmm.default"])
+        peaks.append(watch.peak)
+    assert products[0] == 0 < products[2] and products[1] == 4 * products[2]
+    for other in ends[1:]:
+        for a, b in zip(ends[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    weight = 32 * 32 * 8
+    assert peaks[0] <= 2 * weight and peaks[1] <= 14 * weight < peaks[2]
+
+
+@pytest.mark.parametrize("limit", [-1, 0.5, True, None])
+def test_a_limit_that_is_none(limit):
+    net = network(1, 4)
+    optimizer = adamw(net.parameters())
+    with pytest.raises(ValueError, match=f"stack_limit={limit!r} is not a num"):
+        dmr.MomentRouter(net, optimizer, stack_limit=limit)
+    assert not optimizer._optimizer_step_pre_hooks

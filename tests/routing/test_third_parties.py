@@ -170,6 +170,28 @@ def test_merges_by_the_raw_gradients(kind, routing):
     )
 
 
+#: Why two moments cannot be shown different gradients.
+WHY = {
+    "lion": "it has no second moment",
+    "soap": "its second moment is of a turned gradient",
+    "adamw-8bit": "its moments are kept in 8 bits",
+    "lion-8bit": "it has no second moment",
+}
+
+
+@CASES
+@pytest.mark.parametrize("routing", ["decoupled", "denominator"])
+def test_two_moments_are_refused_with_the_reason(kind, routing):
+    if kind == "heavyball-muon" and routing == "decoupled":
+        return  # a name for displacement there
+    model, optimizer, _ = setup(kind)
+    method = dmr.Projection(bases={"weight": basis(SIZE, 4)})
+    why = WHY.get(kind, "dmr does not know where|it has no second moment")
+    with pytest.raises(ValueError, match=why):
+        MomentRouter(model, optimizer, method, routing)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 def test_a_consumed_gradient_is_still_seen_after_the_step():
     "HeavyBall sets p.grad to None; SI multiplies the gradient by the path."
     model, optimizer, _ = setup("heavyball-soap")
