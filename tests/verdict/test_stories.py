@@ -3,12 +3,15 @@ default keeps to its margins.
 """
 
 import inspect
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 import dmr
+from dmr.verdict.folders import RECIPE
 from dmr.verdict.stories import (
     ARMS,
     HELD_BACK,
@@ -18,6 +21,7 @@ from dmr.verdict.stories import (
     read_rows,
 )
 
+STUDY = "nbs/experiments/studies/demo.yaml"
 DEFAULT = "merge 0.8, keep 0.5"
 
 
@@ -45,6 +49,28 @@ def test_the_default_is_the_one_that_the_stories_chose():
     known = inspect.signature(dmr.FisherMerge).parameters
     assert (known["weight"].default, known["keep"].default) == (0.8, 0.5)
     assert len(STORIES) == 13 and set(HELD_BACK) < set(STORIES)
+
+
+def test_one_recommendation_everywhere():
+    "The line of the home page: in guides, callbacks, the main job, folders."
+    line = "consolidation=dmr.FisherMerge()"
+    for page in [
+        "README.md",
+        *(f"nbs/{x}.ipynb" for x in ("index", "why/12_repair")),
+        *(f"nbs/guides/{x}.ipynb" for x in ("01_your_loop", "04_trainer")),
+        "nbs/guides/05_lightning.ipynb",
+    ]:
+        assert line in Path(page).read_text(), page
+    settings = {
+        "consolidation": "fisher",
+        "merge": {"weight": 0.8, "keep": 0.5},
+    }
+    assert RECIPE == settings
+    arms = yaml.safe_load(Path(STUDY).read_text())["arms"]
+    for name in ("Fisher merge", "Fisher merge + projection"):
+        assert settings.items() <= arms[name].items()
+    step = arms["Fisher merge + projection"]
+    assert (step["routing"], step["alpha"]) == ("displacement", 0.5)
 
 
 def test_a_story_told_again_ends_as_the_table_says():
