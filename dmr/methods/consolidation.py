@@ -256,6 +256,9 @@ class _Squares:
         n = max(self.count, 1)
         return {name: local(x) / n for name, x in self.sums.items()}
 
+    def caution(self) -> None:
+        "Warn where what was seen of the domain is too little of it."
+
     def clear(self) -> None:
         self.sums, self.count = {}, 0
 
@@ -373,19 +376,22 @@ class _SecondMoment(MeanSquare):
         "The optimizer does it."
 
     def fisher(self) -> dict[str, Tensor]:
-        out, beta2 = {}, 0.0
+        out = {}
         for name, (v, beta2) in second_moments(self.trained).items():
             start = self.sums.get(name)
             start = None if start is None else local(start)
             out[name] = running_share(local(v), start, beta2, self.count)
-        _check_memory(beta2, self.count)
         return out
+
+    def caution(self) -> None:
+        for _, beta2 in [*second_moments(self.trained).values()][-1:]:
+            _check_memory(beta2, self.count)
 
     def clear(self) -> None:
         now, self.count = second_moments(self.trained), 0
         self.sums = {name: v.clone() for name, (v, _) in now.items()}
 
-
+# %% ../../nbs/methods/11_consolidation.ipynb #8719d55c
 #: What a domain's curvature is taken from.
 _CURVATURES = {
     "gradients": MeanSquare,
@@ -519,15 +525,16 @@ class _Past(_Settings):
 class _Moving(_Past):
     "The merge of all weights, and the past's curvature after it."
 
-    def _begin(self) -> dict:
-        if self.before or _knows_language(self.trained.model):
+    def caution(self, idle: bool) -> None:
+        known = self.before or _knows_language(self.trained.model)
+        if known and not self.past:
             warnings.warn(
                 "nothing is known of what this model knew before its first"
                 " domain, so this boundary merges nothing; call"
                 " router.protect(batches, loss_fn) before training",
                 stacklevel=user_level(),
             )
-        return {}
+        self.recorder.caution()
 
     def _move(self, new: Mapping[str, Tensor]) -> dict:
         shares, settings = [], (self.weight, self.damping)
@@ -598,9 +605,7 @@ class _Recording(_Moving):
         return {name: scale * f for name, f in found}
 
     def _check_fits(self) -> None:
-        with warnings.catch_warnings():  # the merge says it again
-            warnings.simplefilter("ignore")
-            past = dict(_remembered(self, _Recording._measured(self)))
+        past = dict(_remembered(self, _Recording._measured(self)))
         check_weights(self.trained, self.before, past, advice=_ADVICE)
 
     def _found(self) -> dict[str, Tensor]:
@@ -641,13 +646,17 @@ class _Shown(_Recording):
 class _Waiting(_Shown):
     "Leaves the weights where no step was seen."
 
-    def idle(self) -> dict:
+    def caution(self, idle: bool) -> None:
+        if not idle or not self.tells_idle():
+            return super().caution(idle)
         warnings.warn(
             "the router saw no step since the last boundary, so nothing is"
             " merged: if another optimizer trains the model, attach the router"
             " to that one",
             stacklevel=user_level(),
         )
+
+    def idle(self) -> dict:
         if self.past:
             self.anchor()
         return {}
@@ -655,7 +664,8 @@ class _Waiting(_Shown):
 # %% ../../nbs/methods/11_consolidation.ipynb #06f95da5
 class FisherMerge(_Waiting):
     """Average old and new weights at a boundary, each by its curvature. Source
-    of the rule: arXiv:1703.08475.
+    of the rule: arXiv:1703.08475. The running statistics of batch norms are
+    no weights and are not merged: take them anew afterwards.
     """
 
     def __repr__(self) -> str:
@@ -665,6 +675,7 @@ class FisherMerge(_Waiting):
     @torch.no_grad()
     def pull(self) -> dict:
         self.check()
+        self.recorder.caution()
         return self._move(self._found()) if self.past else {}
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
@@ -676,6 +687,6 @@ class FisherMerge(_Waiting):
     @torch.no_grad()
     def merge(self) -> dict:
         new = self._found()
-        report = self._move(new) if self.past else self._begin()
+        report = self._move(new) if self.past else {}
         _take_in(self, new)
         return report

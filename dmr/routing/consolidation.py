@@ -26,8 +26,8 @@ from dmr.routing.sharding import (
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'check_trained', 'is_constant',
-           'check_weights', 'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'running_statistics', 'check_trained',
+           'is_constant', 'check_weights', 'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
 def check_order(model: object, optimizer: object) -> None:
@@ -131,6 +131,9 @@ class Consolidation(Made, _Taught):
     def check(self) -> None:
         "At a boundary, before anything changes: ValueError if it cannot merge."
 
+    def caution(self, idle: bool) -> None:
+        "After `check`: warn of what the coming `merge`, or `idle`, will do."
+
     def merge(self) -> dict:
         "A domain is over: change the weights. Returns plain numbers."
         raise TypeError(f"{type(self).__name__} has no merge method")
@@ -140,7 +143,7 @@ class Consolidation(Made, _Taught):
         return self.merge()
 
     def tells_idle(self) -> bool:
-        "Does `idle` warn by itself?"
+        "Does `caution` speak of a boundary without a step?"
         return type(self).idle is not Consolidation.idle
 
 # %% ../../nbs/routing/07_consolidation.ipynb #a85fd03c
@@ -167,9 +170,15 @@ def check_only_copy(trained: Trained) -> None:
             " copy"
         )
 
+# %% ../../nbs/routing/07_consolidation.ipynb #36fc532f
+def running_statistics(model: nn.Module) -> list[str]:
+    "Names of the layers that keep a mean of their inputs, such as batch norms."
+    named = model.named_modules()
+    return [n for n, m in named if getattr(m, "running_mean", None) is not None]
+
 # %% ../../nbs/routing/07_consolidation.ipynb #5c1d90ab
 def check_trained(trained: Trained) -> None:
-    "Warn where all weights that are stepped are frozen."
+    "Warn where all weights are frozen, and of what is no weight."
     weights = trained.parameters()
     if weights and not any(p.requires_grad for p in weights.values()):
         warnings.warn(
@@ -178,8 +187,16 @@ def check_trained(trained: Trained) -> None:
             " until you unfreeze some",
             stacklevel=user_level(),
         )
+    if kept := running_statistics(trained.model):
+        warnings.warn(
+            f"{len(kept)} layers, such as {kept[0]!r}, keep running statistics,"
+            " which no merge averages: after it they are still those of the"
+            " new domain. Take them anew, for example with"
+            " torch.optim.swa_utils.update_bn(batches, model)",
+            stacklevel=user_level(),
+        )
 
-
+# %% ../../nbs/routing/07_consolidation.ipynb #3d70e3d4
 def is_constant(
     p: nn.Parameter,
     before: Tensor | None,  # what it was at the last boundary, as it was kept
@@ -292,7 +309,9 @@ class _Weighted(Anchored):
 
 # %% ../../nbs/routing/07_consolidation.ipynb #b65e346d
 class Interpolate(_Weighted):
-    "θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights."
+    """θ <- θ_prev + λ(θ - θ_prev): average with the last boundary's weights.
+    Running statistics of batch norms are not averaged.
+    """
 
     def __repr__(self) -> str:
         return f"Interpolate({'' if self.weight is None else self.weight})"

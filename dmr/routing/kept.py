@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..files import read_checkpoint, write_checkpoint
-from .modification import Made, accumulator
-from .sharding import is_finite
+from .modification import Made, accumulator, square_norm
+from .sharding import is_finite, local, sum_over
 
 # %% auto #0
-__all__ = ['fingerprint', 'weights_print', 'leave_out', 'put_back', 'non_finite', 'describe', 'make_again', 'write_kept',
-           'read_kept']
+__all__ = ['fingerprint', 'weights_print', 'weights_sums', 'other_weights', 'leave_out', 'put_back', 'non_finite', 'describe',
+           'make_again', 'write_kept', 'read_kept']
 
 # %% ../../nbs/routing/11_kept.ipynb #9b1e4639
 def _feed(digest: Any, value: Any) -> None:
@@ -69,6 +69,34 @@ def weights_print(
         _feed(digest, name)
         _feed(digest, x.to(accumulator(x.dtype)))
     return digest.hexdigest()
+
+# %% ../../nbs/routing/11_kept.ipynb #eabcd10b
+def weights_sums(
+    weights: Mapping[str, Tensor],  # by parameter name
+    # over which processes rows are split, as for `sharding.total`
+    groups: Mapping[str, tuple[Any, ...]],
+) -> dict[str, list[float]]:  # Σx and Σx², of those that are finite
+    "Two numbers that tell whose weights they are, if not exactly."
+    found = {}
+    for name, p in weights.items():
+        x = local(p.detach())
+        if x.is_floating_point():
+            x = x.to(accumulator(x.dtype))
+            both = torch.stack([x.sum(), square_norm(x, x.dtype)])
+            found[name] = sum_over(both, groups.get(name, ()))
+    return {name: x.tolist() for name, x in found.items() if is_finite(x)}
+
+
+def other_weights(
+    known: Mapping[str, Sequence[float]],  # of `weights_sums`
+    now: Mapping[str, Sequence[float]],
+) -> str | None:  # the first name whose sums are too far apart, if any
+    "Are these sums of other weights, by more than rounding?"
+    for name in (name for name in known if name in now):
+        (a, size), (b, other) = known[name], now[name]
+        if abs(a - b) > 0.05 * max(size, other) ** 0.5:
+            return name
+    return None
 
 # %% ../../nbs/routing/11_kept.ipynb #f7bd604e
 _WEIGHT = "the weight of the model"  # key of a note in place of a tensor

@@ -47,9 +47,11 @@ from dmr.routing.kept import (
     leave_out,
     make_again,
     non_finite,
+    other_weights,
     put_back,
     read_kept,
     weights_print,
+    weights_sums,
     write_kept,
 )
 from dmr.routing.modification import (
@@ -204,6 +206,7 @@ class _Hooked(Trained):
     "Two hooks around each optimizer's step, with steps in flight between."
 
     modification: Modification
+    strength: Strength
     _before: Callable[[int], None]  # what is done before torch's step
     _finish: Callable[[Round, int], None]  # and after it
 
@@ -267,7 +270,7 @@ class _Closable(_Attached):
             handle.remove()
         self._handles = []
         self.modification.detach()
-        self.modification.serves = False
+        self.modification.serves, self.strength.serves = False, 0
 
     def __enter__(self) -> Any:
         return self
@@ -291,6 +294,7 @@ class _Portable(_Closable):
         self.kinds = [moments_of(x) for x in self.optimizers]
         self.names = self._named()
         if attached:
+            self.strength.serves = id(self.strength)
             self._attach()
 
 # %% ../../nbs/routing/08_router.ipynb #d9cd99e8
@@ -403,7 +407,6 @@ class _Finishing(_Tracking):
 class _Looking(_Finishing):
     "What happens before torch's step, once the gradients were checked."
 
-    strength: Strength
     consolidation: Consolidation
     guard: str | None
     _cautioned: frozenset[int] = frozenset()  # of a routing that may do harm
@@ -542,8 +545,30 @@ class _Stepping(_Opening):
         if late and not flight.whole.active:
             _remind(self.steps, self.modification)
 
+# %% ../../nbs/routing/08_router.ipynb #b512ef0e
+class _Recognizing(_Stepping):
+    "A routed step that notices a state which belongs to other weights."
+
+    # what a loaded state says of them; None: nothing is to be compared
+    _saved_with: Mapping[str, list[float]] | None = None
+
+    @torch.no_grad()
+    def _before(self, place: int) -> None:
+        known, self._saved_with = self._saved_with, None
+        if known is not None and not capturing():
+            now = weights_sums(self.parameters(), self.groups)
+            if name := other_weights(known, now):
+                warnings.warn(
+                    f"the router's state was saved with other weights ({name!r}"
+                    " differs), so it protects, and merges with, what another"
+                    " model learned; load the weights that belong to it, or"
+                    " call router.anchor() if you mean these",
+                    stacklevel=user_level(),
+                )
+        super()._before(place)
+
 # %% ../../nbs/routing/08_router.ipynb #51250d33
-class _Watching(_Stepping):
+class _Watching(_Recognizing):
     "A routed step that notices who changes gradients after it."
 
     # by optimizer: its gradients, where a hook follows ours
@@ -623,12 +648,23 @@ def _warn_gone(router: _Hooked) -> bool:
         )
     return bool(gone)
 
+# %% ../../nbs/routing/08_router.ipynb #4dae6166
+def _check_open(router: _Hooked, name: str) -> None:
+    "Raise ValueError for a router that sees no step any more."
+    if not router._handles:
+        raise ValueError(
+            f"{name}() of a router that was closed would go by steps it no"
+            " longer sees; call it before close(), or make a router anew:"
+            " dmr.MomentRouter(model, optimizer, ...)"
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #f041c218
 class _Domains(_Watching):
     "A routed optimizer whose training is divided into domains."
 
     boundary: int = 0  # steps taken up to the last boundary
     told_gone: bool = False  # were exchanged parameters spoken of?
+    consolidate_every: int | None = None  # steps after which a domain is over
 
     def observe(self, batch: object, total: int | None = None) -> None:
         """Offer a training batch (before its backward pass) to what keeps
@@ -639,6 +675,7 @@ class _Domains(_Watching):
 
     def anchor(self) -> None:
         "The present parameters are the ones that the next merge starts from."
+        self._saved_with = None  # whichever they are, they are meant
         self.consolidation.anchor()
 
     @torch.no_grad()
@@ -650,6 +687,7 @@ class _Domains(_Watching):
         """End of a domain: protect what it used, and merge the parameters with
         those of the last boundary if there is a consolidation.
         """
+        _check_open(self, "consolidate")
         idle = self.steps == self.boundary
         merge = _merging(self.consolidation, interpolate, idle)
         self._warn(idle)
@@ -663,8 +701,15 @@ class _Domains(_Watching):
         self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
 
+    def _end_if_complete(self, flight: Round) -> None:
+        super()._end_if_complete(flight)
+        every, taken = self.consolidate_every, self.steps - self.boundary
+        if every is not None and flight.complete and taken >= every:
+            self.consolidate()
+
     def _warn(self, idle: bool) -> None:
         "What is to be said at a boundary, before anything changes."
+        self.consolidation.caution(idle)
         if idle and self.domains:
             _warn_unseen(self.modification, self.consolidation)
         if not self.told_gone:
@@ -811,6 +856,7 @@ class _Protecting(_Shown):
         return self._close_past(lambda: read(rank))
 
     def _check_whole(self, name: str) -> None:
+        _check_open(self, name)
         if self.groups:
             raise ValueError(
                 f"{name}() needs whole weights, and these are sharded; call it"
@@ -881,6 +927,7 @@ class _Stateful(_Protecting):
             "steps": self.steps,
             "domains": self.domains,
             "boundary": self.boundary,
+            "weights": weights_sums(self.parameters(), self.groups),
             "strength": self.strength.state_dict(),
             "edit": self.modification.state_dict(),
             "consolidation": kind | self.consolidation.state_dict(),
@@ -929,6 +976,7 @@ class _Restored(_Stateful):
             raise
         self.steps, self.domains = state["steps"], state["domains"]
         self.boundary = state.get("boundary", 0)
+        self._saved_with = state.get("weights")
         self._inflation = load_meters(state["inflation"], self.groups)
 
 # %% ../../nbs/routing/08_router.ipynb #1a47da5d
@@ -987,7 +1035,7 @@ class _Filed(_Described):
     #: settings that are taken over from a file, beside the three parts
     settings = (
         "routing include exclude guard check_finite track_step"
-        " track_inflation restore_grad stack_limit"
+        " track_inflation restore_grad stack_limit consolidate_every"
     ).split()
 
     def parts(self) -> dict[str, Any]:
@@ -1090,6 +1138,7 @@ class _Reloaded(_Saved):
                 " of its last boundary"
             )
         self.load_state_dict(put_back(state, weights))
+        self._saved_with = None  # they were compared, or are meant
 
     @classmethod
     def load(
@@ -1128,6 +1177,12 @@ def _as_strength(
 ) -> Strength:
     "A strength: a number is a fixed one, None is the method's usual one."
     if isinstance(strength, Strength):
+        if strength.serves == id(strength) and strength.state_dict():
+            raise ValueError(
+                f"this {type(strength).__name__} serves another router, and"
+                " follows its overlap; make one for each, or call close() on"
+                " that router"
+            )
         return strength
     return Fixed(modification.usual_strength if strength is None else strength)
 
@@ -1163,6 +1218,17 @@ def _check_count(name: str, value: Any, what: str, none: str) -> int:
             " positive integer"
         )
     return int(value)
+
+
+def _check_length(every: int | None) -> int | None:
+    "Return the number of steps of a domain, or raise a ValueError."
+    whole = isinstance(every, Integral) and not isinstance(every, bool)
+    if every is not None and (not whole or every < 1):
+        raise ValueError(
+            f"consolidate_every={every!r} is not a number of steps; pass a"
+            " positive integer, or None and call consolidate() yourself"
+        )
+    return every
 
 # %% ../../nbs/routing/08_router.ipynb #7e02c4d1
 def _check_own(trained: Trained) -> None:
@@ -1319,6 +1385,7 @@ class _Wired(_Chosen):
         self.modification.stack_limit = self.stack_limit
         _meet(self.modification, self.model, targets)
         self.modification.serves = True
+        self.strength.serves = id(self.strength)
         self._attach()
 
 # %% ../../nbs/routing/08_router.ipynb #d18f69b6
@@ -1375,6 +1442,9 @@ class MomentRouter(_Wired):
         # what merges the weights at a boundary; None: nothing, unless
         # consolidate(interpolate=...) asks for it
         consolidation: Consolidation | None = None,
+        # steps after which `consolidate()` is called for you, on a stream
+        # without boundaries; None: you call it
+        consolidate_every: int | None = None,
     ):
         super().__init__(model, optimizer)
         self.include, self.exclude = include, exclude
@@ -1385,6 +1455,7 @@ class MomentRouter(_Wired):
         self.check_finite, self.restore_grad = check_finite, restore_grad
         self.track_inflation = track_inflation
         self.consolidation = _as_consolidation(consolidation)
+        self.consolidate_every = _check_length(consolidate_every)
         self.group = replicas(model, process_group)
         self._choose(_as_modification(modification), routing, strength)
         self.guard = check_guard(guard, self.routing)

@@ -39,11 +39,10 @@ def check_fraction(
 
 # %% ../../nbs/routing/02_strength.ipynb #2cfa495f
 class Strength(Made):
-    """How much of a modification is carried out: a callable with a small,
-    named, savable state.
-    """
+    "How much of a modification is carried out, with a small, savable state."
 
     needs_overlap: bool = False  # does `update` read the overlap signal?
+    serves: int = 0  # its id while a router uses it; so a copy serves nobody
 
     def end_domain(self) -> None:
         "A domain has ended: called by the router's `consolidate()`."

@@ -21,6 +21,7 @@ from dmr.frameworks.lora import (
     route_lora,
 )
 from dmr.methods.boundary import BoundaryProjection
+from dmr.methods.consolidation import FisherMerge, merge
 from dmr.methods.projection import Projection
 from dmr.routing.router import MomentRouter
 from dmr.training.pretrained import (
@@ -133,6 +134,36 @@ def test_over_a_quantized_base_the_adapters_are_routed_and_the_base_stays(
         ValueError, match=r"is quantized \(torch.int8\).*keep the adapter"
     ):
         restart_lora(model, optimizer, router)
+
+
+def test_a_merge_moves_the_adapters_alone():
+    "As the free function does, from the raw gradients of the adapters."
+    model = adapted()
+    optimizer, seen = over(model), []
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rest = {n: p.clone() for n, p in model.named_parameters() if n not in own}
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append({n: p.grad.square() for n, p in own.items()})
+    )
+    rule, edit = FisherMerge(0.6), Projection(rank=2, every=1)
+    router = route_lora(
+        model, optimizer, edit, protect="both", consolidation=rule
+    )
+    ends, fishers = [], []
+    for _ in range(2):
+        train(model, optimizer, router)
+        ends.append({n: p.detach().clone() for n, p in own.items()})
+        mean = lambda n: torch.stack([s[n] for s in seen]).mean(0)
+        fishers.append({n: mean(n) for n in own})
+        router.consolidate()
+        seen.clear()
+    expected = merge(*ends, *fishers, 0.6)
+    for name, p in own.items():
+        torch.testing.assert_close(p.detach(), expected[name])
+    assert set(rule.past) == set(own) and len(own) == 4
+    assert any(not torch.equal(p, ends[1][n]) for n, p in own.items())
+    named = dict(model.named_parameters())
+    assert all(torch.equal(p, named[n]) for n, p in rest.items())
 
 
 def test_a_model_without_tokenizer_is_named_before_its_weights_are_read(

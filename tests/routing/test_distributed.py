@@ -294,36 +294,44 @@ def interpolation_and_its_state():
 
 
 def merging_and_its_state():
-    "A merge by curvature: split rows give what whole weights give."
-    results = {}
-    for shard in (False, True):
-        model, optimizer = make(shard)
-        router = dmr.MomentRouter(
-            model,
-            optimizer,
-            dmr.Projection(rank=2, every=1),
-            "displacement",
-            consolidation=dmr.FisherMerge(0.6, damping=0.1),
-        )
-        for step in range(6):
-            optimizer.zero_grad()
-            model(data(step, False)).square().mean().backward()
-            optimizer.step()
-            if step % 2:
-                report = router.consolidate()
-        results[shard] = [
-            p.full_tensor() if shard else p.detach() for p in model.parameters()
-        ]
-        assert 0 < report["consolidation"]["share"] <= 1
-        state = router.state_dict()
-        router.load_state_dict(state)
-        again = router.state_dict()["consolidation"]
-        for part in ("before", "past"):
-            for name, x in state["consolidation"][part].items():
-                assert torch.equal(x, again[part][name])
-                assert x.shape == dict(model.named_parameters())[name].shape
-    for a, b in zip(results[False], results[True]):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    "A merge by curvature: split rows and copies give what one process gives."
+    for curvature in ("gradients", "moment"):
+        results = {}
+        for how in ("one", "ddp", "shard"):
+            model, optimizer = make(how == "shard")
+            wrapped = DistributedDataParallel(model) if how == "ddp" else model
+            router = dmr.MomentRouter(
+                wrapped,
+                optimizer,
+                dmr.Projection(rank=2, every=1),
+                "displacement",
+                consolidation=dmr.FisherMerge(
+                    0.6, damping=0.1, curvature=curvature
+                ),
+            )
+            for step in range(6):
+                optimizer.zero_grad()
+                x = data(step, how != "one")
+                wrapped(x).square().mean().backward()
+                optimizer.step()
+                if step % 2:
+                    report = router.consolidate()
+            results[how] = [
+                p.full_tensor() if how == "shard" else p.detach()
+                for p in model.parameters()
+            ]
+            assert 0 < report["consolidation"]["share"] <= 1
+            state = router.state_dict()
+            router.load_state_dict(state)
+            again = router.state_dict()["consolidation"]
+            for part in ("before", "past"):
+                for name, x in state["consolidation"][part].items():
+                    assert torch.equal(x, again[part][name])
+                    shape = dict(model.named_parameters())[name].shape
+                    assert x.shape == shape
+        for how in ("ddp", "shard"):
+            for a, b in zip(results["one"], results[how]):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     optimizer.step()  # the last ones are sharded
     if rank == world - 1:
         local(model[0].weight).data[0, 0] = float("nan")

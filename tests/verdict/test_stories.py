@@ -1,0 +1,86 @@
+"""The zoo of small stories, told again: what the table says comes out, and the
+default keeps to its margins.
+"""
+
+import inspect
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import dmr
+from dmr.verdict.folders import RECIPE
+from dmr.verdict.stories import (
+    ARMS,
+    HELD_BACK,
+    RATES,
+    STORIES,
+    harm,
+    read_rows,
+)
+
+STUDY = "nbs/experiments/studies/demo.yaml"
+DEFAULT = "merge 0.8, keep 0.5"
+
+
+def told(story, lr, arm, seed=0):
+    "The row of the table."
+    rows = pd.DataFrame(read_rows("results/stories.csv"))
+    rows = rows[(rows.story == story) & (rows.arm == arm)]
+    rows = rows[(rows.lr.astype(float) == lr) & (rows.seed.astype(int) == seed)]
+    (row,) = rows[["before", "old", "new"]].astype(float).to_dict("records")
+    return row
+
+
+def told_again(story, lr):
+    "Losses of plain Adam and of the default, held against their rows."
+    torch.set_num_threads(1)
+    ends = []
+    for arm in ("plain", DEFAULT):
+        found = STORIES[story](ARMS[arm], lr, 0)
+        assert found == pytest.approx(told(story, lr, arm), abs=0.02)
+        ends.append(found)
+    return ends
+
+
+def test_the_default_is_the_one_that_the_stories_chose():
+    known = inspect.signature(dmr.FisherMerge).parameters
+    assert (known["weight"].default, known["keep"].default) == (0.8, 0.5)
+    assert len(STORIES) == 13 and set(HELD_BACK) < set(STORIES)
+
+
+def test_one_recommendation_everywhere():
+    "The line of the home page: in guides, callbacks, the main job, folders."
+    line = "consolidation=dmr.FisherMerge()"
+    for page in [
+        "README.md",
+        *(f"nbs/{x}.ipynb" for x in ("index", "why/12_repair")),
+        *(f"nbs/guides/{x}.ipynb" for x in ("01_your_loop", "04_trainer")),
+        "nbs/guides/05_lightning.ipynb",
+    ]:
+        assert line in Path(page).read_text(), page
+    settings = {
+        "consolidation": "fisher",
+        "merge": {"weight": 0.8, "keep": 0.5},
+    }
+    assert RECIPE == settings
+    arms = yaml.safe_load(Path(STUDY).read_text())["arms"]
+    for name in ("Fisher merge", "Fisher merge + projection"):
+        assert settings.items() <= arms[name].items()
+    step = arms["Fisher merge + projection"]
+    assert (step["routing"], step["alpha"]) == ("displacement", 0.5)
+
+
+def test_a_story_told_again_ends_as_the_table_says():
+    plain, ours = told_again("regression", 3e-3)
+    assert harm(plain, ours)["kept"]
+    assert ours["old"] < plain["old"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("story", [s for s in STORIES if s != "regression"])
+def test_every_story_told_again_ends_as_the_table_says(story):
+    told_again(story, RATES[story][1])
