@@ -234,7 +234,7 @@ def _plain_outputs(
 
 _RAW = re.compile(r"^(`{3,})\{=html\}\n(.*?)\n\1$", re.M | re.S)
 _FIGURE = re.compile(
-    r"<figure\b[^>]*>.*?</figure>(?:<script[^>]*></script>)*", re.S
+    r"^<figure\b[^>]*>.*?</figure>(?:<script[^>]*></script>)*", re.M | re.S
 )
 _IMAGE = re.compile(r'<img src="([^"]+)"[^>]*\balt="([^"]*)"')
 _MOVES = re.compile(r'<(p|h2)\b[^>]*\bid="[\w-]*title"[^>]*>(.*?)</\1>', re.S)

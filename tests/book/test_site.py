@@ -605,7 +605,8 @@ def test_a_copy_keeps_what_stands_between_two_figures():
         figures.Picture("figures/a.webp", 2, 1, 'A "line"'), "../"
     )
     raw = "```{=html}\n%s\n```"
-    parts = [raw % moves, "## Why\n\n$$x$$", raw % picture, "After."]
+    parts = [raw % moves, "## Why\n\n$$x$$", raw % picture]
+    parts.append("    printed = '<figure></figure>'")
     copy = finish._plain_copy("\n\n".join(parts))
     title = home._hero_title(home.hero_table())
     assert copy.split("\n\n") == [
@@ -613,7 +614,7 @@ def test_a_copy_keeps_what_stands_between_two_figures():
         "## Why",
         "$$x$$",
         '![A "line"](../figures/a.webp)',
-        "After.",
+        parts[-1],
     ]
 
 
