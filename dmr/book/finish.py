@@ -113,13 +113,16 @@ _NAMED = {
 _PRINTED_HERE = re.compile(
     r'(<div class="cell-output[^"]*">\s*<pre)((?:(?!</pre>).)*</pre>)', re.S
 )
+#: Two lines one after the other with a gap inside: a table.
+_COLUMNS = re.compile(r"\S {2,}\S.*\n.*\S {2,}\S")
 
 
 def _fit_outputs(
     page: str,  # HTML
 ) -> str:
     """Mark what code printed where it is wider than code: `wide` up to 100
-    characters, printed smaller; `long` beyond, wrapped.
+    characters, printed smaller; beyond, `columns`, which scroll, or `long`,
+    wrapped.
     """
 
     def mark(found: re.Match[str]) -> str:
@@ -127,7 +130,8 @@ def _fit_outputs(
         widest = max(map(len, text.split("\n")))
         if widest <= 80:
             return found[0]
-        kind = "wide" if widest <= 100 else "long"
+        wider = "wide columns" if _COLUMNS.search(text) else "long"
+        kind = "wide" if widest <= 100 else wider
         return f'{found[1]} class="{kind}"{found[2]}'
 
     return _PRINTED_HERE.sub(mark, page)
@@ -230,12 +234,21 @@ def _plain_outputs(
 
 _RAW = re.compile(r"^(`{3,})\{=html\}\n(.*?)\n\1$", re.M | re.S)
 _FIGURE = re.compile(
-    r'<figure\b[^>]*>.*?<img src="([^"]+)"[^>]*\balt="([^"]*)".*?</figure>',
-    re.S,
+    r"^<figure\b[^>]*>.*?</figure>(?:<script[^>]*></script>)*", re.M | re.S
 )
+_IMAGE = re.compile(r'<img src="([^"]+)"[^>]*\balt="([^"]*)"')
+_MOVES = re.compile(r'<(p|h2)\b[^>]*\bid="[\w-]*title"[^>]*>(.*?)</\1>', re.S)
 _LINES = re.compile(
     r'^<(p|footer) class="(?:opening|freshness)[^>]*>(.*)</\1>$', re.M
 )
+
+
+def _plain_figure(found: re.Match[str]) -> str:
+    "A figure as Markdown: its picture, or the title of one with sliders."
+    if image := _IMAGE.search(found[0]):
+        return f"![{html.unescape(image[2])}]({image[1]})"
+    title = _MOVES.search(found[0])
+    return f"*Figure with sliders: {html.unescape(title[2])}*" if title else ""
 
 
 def _plain_copy(
@@ -244,9 +257,8 @@ def _plain_copy(
     "Write a copy's figures as Markdown, and its first and last line as text."
     tags = lambda t: html.unescape(re.sub(r"<br>", "\n", re.sub(
         r"<(?!br>)[^>]+>", "", t)))  # fmt: skip
-    image = lambda m: f"![{html.unescape(m[2])}]({m[1]})"
     text = _RAW.sub(lambda m: m[2], _plain_outputs(text))
-    text = _FIGURE.sub(image, text)
+    text = _FIGURE.sub(_plain_figure, text)
     return _LINES.sub(lambda m: tags(m[2]), text)
 
 # %% ../../nbs/making/20_finish.ipynb #cb64982e
@@ -295,10 +307,13 @@ def _finish_page(
     # (formula, whether it stands apart) → HTML
     typeset: Callable[[str, bool], str],
 ) -> tuple[str, list[str]]:  # the page; what is not as it should be
-    "Finish one page: terms, formulas, names, works, tables, access."
+    """Finish one page: terms, formulas, names, works, tables, access. Its
+    first picture is fetched at once.
+    """
     page = link_terms(page, terms, to_root)
     page = link_names(_typeset_page(page, typeset, to_root), address, to_root)
     page, unknown = link_works(_make_accessible(page), works, to_root)
+    page = page.replace('loading="lazy"', 'fetchpriority="high"', 1)
     problems = [
         f"cites arXiv:{n}, which nbs/sources.yml lacks" for n in sorted(unknown)
     ]

@@ -83,7 +83,7 @@ def write_readme(
 # strength of the edit
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 # share of the gradient's energy that is protected
-KAPPAS = tuple(k / 10 for k in range(11))
+KAPPAS = (*(k / 10 for k in range(9)), 0.82, 0.9, 1.0)
 BETA2S = (0.9, 0.95, 0.99, 0.999)  # decay of the second moment
 _TENS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
 #: Steps since protection began, from 1 to 10,000.
@@ -91,7 +91,7 @@ STEPS = (
     1, 2, 3, 4, 6, 8, *(n * 10**k for k in range(3) for n in _TENS), 10_000
 )  # fmt: skip
 # places in the grid that the page shows first
-_FIRST = {"alpha": 8, "kappa": 10, "beta2": 3, "steps": 31}
+_FIRST = {"alpha": 8, "kappa": 9, "beta2": 3, "steps": 31}
 
 
 def hero_table() -> dict[str, Any]:
@@ -185,6 +185,17 @@ def _hero_svg(
     )
 
 
+def _hero_title(
+    table: dict[str, Any],  # of `hero_table`
+) -> str:
+    "Say in a line what the first frame shows."
+    curve, kept, n = _first(table)
+    return (
+        f"Fed to both moments, an edit of {round(1 - kept, 2):g} leaves"
+        f" {curve[n]:.2f} of the protected step; {kept:.2f} was wanted"
+    )
+
+
 def _hero_readout(
     table: dict[str, Any],  # of `hero_table`
 ) -> str:  # a sentence
@@ -223,8 +234,8 @@ def hero_html(
             f"<small>{html.escape(about)}</small></label>"
         )
     return (
-        '<figure class="hero-figure"><h2 id="hero-title" class="unlisted">Fed'
-        ' to both moments, protection wears off</h2><p class="soft">Step along'
+        '<figure class="hero-figure"><h2 id="hero-title" class="unlisted">'
+        f'{_hero_title(table)}</h2><p class="soft">Step along'
         " a protected direction, relative to the unprotected"
         f' step</p>{_hero_svg(table)}<p id="hero-readout" class="hero-readout"'
         f' aria-live="polite">{_hero_readout(table)}</p><div'

@@ -6,10 +6,12 @@
 __all__ = ['MADE_BY', 'Book', 'open_book', 'prepare_chapter', 'contents_page', 'citation_page']
 
 # %% ../../nbs/making/19_pages.ipynb #21a0ef4e
+import ast
 import html
 import json
 import re
-from collections.abc import Iterable
+import symtable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
@@ -164,6 +166,100 @@ def _tables_html(
         table = f'<a href="{to_root}results/{name}.csv">{name}.csv</a>'
         parts.append(f"{table} ({how})")
     return ", ".join(parts)
+
+# %% ../../nbs/making/19_pages.ipynb #8e41b6d2
+def _statements(
+    cell: Cell,
+) -> Iterator[ast.stmt]:
+    "A cell's statements; `a, b = x, y` is two."
+    try:
+        body = ast.parse(cell.text).body if cell.is_code else []
+    except SyntaxError:  # a line for the shell or for IPython
+        body = []
+    for s in body:
+        match s:
+            case ast.Assign(
+                targets=[ast.Tuple(elts=names)], value=ast.Tuple(elts=values)
+            ) if len(names) == len(values):
+                for n, v in zip(names, values):
+                    yield ast.fix_missing_locations(ast.Assign([n], v))
+            case _:
+                yield s
+
+
+def _names_read(scope: symtable.SymbolTable) -> set[str]:
+    "The page's names that code reads, in its functions too."
+    outside = lambda s: scope.get_type() == "module" or s.is_global()
+    names = (s for s in scope.get_symbols() if s.is_referenced())
+    own = {s.get_name() for s in names if outside(s)}
+    return own.union(*map(_names_read, scope.get_children()))
+
+
+def _names_bound(scope: symtable.SymbolTable) -> set[str]:
+    "The names that a statement gives a value."
+    is_bound = lambda s: s.is_assigned() or s.is_imported()
+    return {s.get_name() for s in scope.get_symbols() if is_bound(s)}
+
+
+def _names_changed(statement: ast.stmt) -> Iterator[str]:
+    "What a statement changes in place: `x[0] = y`, `x.append(y)`."
+    for node in ast.walk(statement):
+        match node:
+            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store()):
+                yield name
+            case ast.Expr(
+                ast.Call(func=ast.Attribute(value=ast.Name(id=name)))
+            ):
+                yield name
+
+# %% ../../nbs/making/19_pages.ipynb #b27f90e4
+def _tables_behind(
+    cells: Iterable[Cell],  # of a page, from its top
+    tables: Collection[str],  # that it read
+) -> list[set[str]]:  # one set a cell
+    """Find the tables that each cell depends on: those that its code names, and
+    those behind the names that it reads.
+    """
+    behind: dict[str, set[str]] = {}
+    modules: set[str] = set()
+    found = []
+    for cell in cells:
+        found.append(set[str]())
+        for s in _statements(cell):
+            scope = symtable.symtable(ast.unparse(s), "cell", "exec")
+            bound, read = _names_bound(scope), _names_read(scope)
+            if isinstance(s, ast.For):  # `for name in x: use(name)`
+                read -= bound
+            constants = (n for n in ast.walk(s) if isinstance(n, ast.Constant))
+            parts = {p for c in constants for p in str(c.value).split("/")}
+            used = {p.removesuffix(".csv") for p in parts} & set(tables)
+            used = used.union(*(behind.get(name, ()) for name in read))
+            if isinstance(s, (ast.Import, ast.ImportFrom)):
+                modules |= bound
+            for name in set(_names_changed(s)) - modules - bound:
+                behind[name] = behind.get(name, set()) | used
+            behind |= dict.fromkeys(bound, used)
+            found[-1] |= used
+    return found
+
+
+def _figure_sources(
+    chapter: Chapter,
+    tables: Collection[str],  # that the page read
+) -> list[str]:  # HTML, one a cell
+    """Say where the numbers of each cell's figures come from. Where the page's
+    code does not name all that it read, a cell without a table may depend on
+    any of them. A line `#| tables: a b` in a cell overrules what is found.
+    """
+    few = lambda some: f"From {_tables_html(sorted(some), chapter.to_root)}"
+    link = '<a href="#tables">Tables and commands</a>'
+    say = lambda some: few(some) if len(some) <= 3 else link
+    behind = _tables_behind(chapter.cells, tables)
+    named = set().union(*behind) == set(tables)
+    other = "Computed on this page" if named else say(tables)
+    told = [c.directives.get("tables", "").split() for c in chapter.cells]
+    found = [given or used for given, used in zip(told, behind)]
+    return [say(x) if x else other if tables else "" for x in found]
 
 # %% ../../nbs/making/19_pages.ipynb #3d9995e5
 def _closing_html(
@@ -340,7 +436,6 @@ def _lead(picture: Picture, chapter: Chapter) -> dict[str, Any]:
     "A page's first figure, to stand above its text."
     below = f'<a href="#{picture.label}">Drawn below</a>'
     block = picture_html(replace(picture, label=""), chapter.to_root, below)
-    block = block.replace('loading="lazy"', 'fetchpriority="high"')
     return _markdown(f"```{{=html}}\n{block}\n```")
 
 # %% ../../nbs/making/19_pages.ipynb #a3da3ef7
@@ -352,17 +447,15 @@ def prepare_chapter(
 ) -> tuple[dict[str, Any], list[Picture]]:
     "Turn a chapter into a notebook that a renderer shows as it is."
     execution, stale = book.executions.get(chapter.path, (None, True))
-    names = _tables_used(execution)
-    source = f"From {_tables_html(names, chapter.to_root)}" if names else ""
-    if len(names) > 3:
-        source = '<a href="#tables">Tables and commands</a>'
-    shown = [c for c in chapter.cells if c.shown]
+    sources = _figure_sources(chapter, _tables_used(execution))
+    cells_shown = [(c, s) for c, s in zip(chapter.cells, sources) if c.shown]
+    shown = [c for c, _ in cells_shown]
     titled = (
         c for c in shown if not c.is_code and re.search("^# ", c.text, re.M)
     )
     title, pictures = next(titled, None), list[Picture]()
     cells = [_first_cell(chapter, book)]
-    for number, cell in enumerate(shown):
+    for number, (cell, source) in enumerate(cells_shown):
         if not cell.is_code:
             cells += _prose(cell, chapter, book, title=cell is title)
             continue

@@ -1014,17 +1014,18 @@ class _Described(_Restored):
 
     def _differing(self) -> list[str]:
         "What the routing means where it means another one."
+        if isinstance(self.modification, Nothing):
+            return []
         pairs = zip(_class_names(self.optimizers), self.routings)
         return [f"  {x}: {r}" for x, r in pairs if r != self.routing]
 
     def __repr__(self) -> str:
         names = _class_names(self.optimizers)
         shown = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
-        return (
-            f"MomentRouter({shown},"
-            f" {self.modification!r}, routing={self.routing!r},"
-            f" strength={self.strength!r})"
-        )
+        how = f", routing={self.routing!r}, strength={self.strength!r}"
+        if isinstance(self.modification, Nothing):  # what would it route?
+            how = ""
+        return f"MomentRouter({shown}, {self.modification!r}{how})"
 
 # %% ../../nbs/routing/08_router.ipynb #81802b53
 class _Filed(_Described):

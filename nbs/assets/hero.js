@@ -23,6 +23,8 @@
       $(name).setAttribute("aria-valuetext", value);
       figure.querySelector(`output[for="hero-${name}"]`).textContent = value;
     });
+    $("title").textContent = `Fed to both moments, an edit of ${number(table.alpha[i])} leaves ${step.toFixed(2)} of the protected step; ` +
+      `${kept.toFixed(2)} was wanted`;
     $("readout").textContent = `After ${number(steps)} steps, ${+(steps * (1 - table.beta2[k])).toPrecision(3)} times the memory of Adam’s ` +
       `second moment, shared routing multiplies the learning rate by ${(step / kept).toFixed(2)}: the protected step is ${step.toFixed(2)} of the ` +
       `unprotected one. Decoupled routing keeps it at ${kept.toFixed(2)}.`;

@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -229,6 +230,7 @@ def test_nothing_moves_when_fonts_come_late(browser, address, width):
 def test_no_code_and_no_output_is_clipped(browser, address, pages):
     clipped = """() => [...document.querySelectorAll('main pre')]
       .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+      .filter(e => !(e.matches('.columns') && e.tabIndex === 0))
       .map(e => e.textContent.slice(0, 60))"""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     found = {}
@@ -332,6 +334,36 @@ def test_maths_is_typeset(pages):
     assert not raw, f"formulas left as source: {raw}"
     assert sum('class="katex"' in text for text in pages.values()) >= 5
     assert not [name for name, text in pages.items() if "katex-error" in text]
+
+
+def words_of(text):
+    "Words of four letters and more, with how often they occur."
+    return Counter(re.findall(r"[^\W\d_]{4,}", html.unescape(text)))
+
+
+def texts(tag, page):
+    "What stands in each element of a kind."
+    found = re.findall(rf"<{tag}\b.*?</{tag}>", page, re.S)
+    return [re.sub("<[^>]+>", "", x) for x in found]
+
+
+def test_copies_have_what_their_pages_have(docs, pages):
+    "Headings and prose; not what the site adds, nor figures and formulas."
+    apart = re.compile(
+        r"<figure\b.*?</figure>|<math\b.*?</math>|<details\b.*?</details>"
+        r'|<span class="card".*?</span>|<a class="anchorjs-link.*?</a>',
+        re.S,
+    )
+    lost = {}
+    for name, text in pages.items():
+        copy = (docs / name).with_suffix(".llms.md").read_text("utf-8")
+        main = apart.sub("", re.search("<main.*?</main>", text, re.S)[0])
+        there, prose = words_of(copy), words_of(" ".join(texts("p", main)))
+        headings = [h for h in texts("h2", main) if words_of(h) - there]
+        missing = (prose - there).total()
+        if headings or missing > 0.05 * prose.total():
+            lost[name] = missing, headings
+    assert not lost, lost
 
 
 def test_links_and_anchors_resolve(docs, pages):
@@ -466,6 +498,7 @@ def test_sliders_move_the_curve_by_keyboard(browser, address):
         page.get_attribute("#hero-curve", "d"),
         page.get_attribute("#hero-dot", "cx"),
         page.inner_text("#hero-readout"),
+        page.inner_text("#hero-title"),
     ]
     seen = [state()]
     for name in ("alpha", "kappa", "beta2", "steps"):
@@ -483,6 +516,9 @@ def test_sliders_move_the_curve_by_keyboard(browser, address):
         and seen[2][0] != seen[1][0]
         and seen[3][0] != seen[2][0]
     ), "a slider leaves the curve as it was"
+    assert all(a[3] != b[3] for a, b in zip(seen[:2], seen[1:3])), (
+        "the title stays as it was"
+    )
     assert seen[4][1] != seen[3][1], "the steps leave the dot where it was"
     context.close()
     assert not [p for p in problems if "rename one" not in p], problems
@@ -491,9 +527,10 @@ def test_sliders_move_the_curve_by_keyboard(browser, address):
 def test_first_frame_is_what_the_script_draws(browser, address):
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = visit(context, f"{address}/index.html", [])
-    drawn, words = (
+    drawn, words, title = (
         page.get_attribute("#hero-curve", "d"),
         page.inner_text("#hero-readout"),
+        page.inner_text("#hero-title"),
     )
     context.close()
     context = browser.new_context(
@@ -505,6 +542,7 @@ def test_first_frame_is_what_the_script_draws(browser, address):
         number(drawn), abs=0.11
     )
     assert page.inner_text("#hero-readout") == words
+    assert page.inner_text("#hero-title") == title
     context.close()
 
 

@@ -441,6 +441,10 @@ def test_small_book(project):
         and (docs / image[1]).is_file()
         and "<b>Figure 1.</b> White as paper" in damping
     )
+    # the first picture of a page is fetched at once, on any page
+    for page in (damping, text["gallery.html"]):
+        first = re.search(r"<img [^>]*>", page)[0]
+        assert 'fetchpriority="high"' in first and "lazy" not in first
     assert 'href="routing/damping.html#fig-white"' in text["gallery.html"]
 
     # references and links, across folders
@@ -592,6 +596,93 @@ def test_figures_link_their_tables_and_what_made_them(project, monkeypatch):
         page,
     )
     assert f'<span id="tables">Numbers from {source}.</span>' in page
+
+
+def test_a_copy_keeps_what_stands_between_two_figures():
+    moves = home.hero_html(home.hero_table())
+    moves += '<script src="assets/hero.js" defer></script>'
+    picture = figures.picture_html(
+        figures.Picture("figures/a.webp", 2, 1, 'A "line"'), "../"
+    )
+    raw = "```{=html}\n%s\n```"
+    parts = [raw % moves, "## Why\n\n$$x$$", raw % picture]
+    parts.append("    printed = '<figure></figure>'")
+    copy = finish._plain_copy("\n\n".join(parts))
+    title = home._hero_title(home.hero_table())
+    assert copy.split("\n\n") == [
+        f"*Figure with sliders: {title}*",
+        "## Why",
+        "$$x$$",
+        '![A "line"](../figures/a.webp)',
+        parts[-1],
+    ]
+
+
+def test_a_wide_table_scrolls_and_wide_prose_wraps():
+    box = '<div class="cell-output"><pre><code>{}</code></pre></div>'
+    kind = lambda text: re.search(
+        r'<pre tabindex="0"(?: class="([^"]*)")?',
+        finish._make_accessible(box.format(text)),
+    )[1]
+    row = f"alpha{' ' * 60}R{' ' * 40}law\n"
+    assert kind("found\n" + 3 * row) == "wide columns"
+    assert kind("some words " * 12) == "long"
+    assert kind(f"heading  \n{'some words ' * 12}\n  two") == "long"
+    assert kind("x" * 90) == "wide" and kind("short  x\n" * 2) is None
+    sheet = (ROOT / "nbs/assets/book.css").read_text()
+    rule = re.search(r"pre\.columns \{([^}]*)\}", sheet)[1]
+    assert "white-space: pre;" in rule and "overflow-x: auto;" in rule
+
+
+SOURCES = {
+    "why/06_leak": [set(), set()],
+    "why/12_repair": [set()],
+    "experiments/05_confirm": [{"confirm"}, {"confirm"}],
+    "experiments/10_scale": [
+        {"eight", "longer", "small"},
+        {"longer"},
+        {"small"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_figure_names_the_tables_behind_it_and_no_other(name):
+    nbs = ROOT / "nbs"
+    c = book.read_chapter(nbs / f"{name}.ipynb", nbs)
+    read = json.loads((ROOT / freshness.RECORD).read_text())[c.path]["read"]
+    used = sorted(Path(x).stem for x in read if x.endswith(".csv"))
+    sources = pages._figure_sources(c, used)
+    there = [
+        source
+        for cell, source in zip(c.cells, sources)
+        if cell.shown and any(o.png for o in cell.outputs)
+    ]
+    linked = [set(re.findall(r"results/(\w+)\.csv", x)) for x in there]
+    assert len(used) > 0 and linked == SOURCES[name]
+    computed = [x == "Computed on this page" for x in there]
+    assert computed == [not x for x in SOURCES[name]]
+
+
+@pytest.mark.parametrize(
+    "code_, used",
+    [
+        (["runs = read('a')", "draw(runs)"], {"a"}),
+        (["runs = read('../results/a.csv')", "draw(x)"], set()),
+        (["x = []", "for r in read('a'): x.append(r)", "draw(x)"], {"a"}),
+        (["x, y = read('a'), read('b')", "draw(y)"], {"b"}),
+        (["runs = read('a')\ndef f(): return runs", "draw(f())"], {"a"}),
+        (["runs = read('a')\ndef f(runs): return runs", "draw(f(1))"], set()),
+        (["for x in read('a'): x", "for x in y: draw(x)"], set()),
+        (["x = read('a')\nimport m\nm.plot(x)", "m.draw()"], set()),
+        (["x = {}\nx[1] = read('a')", "x = 1", "draw(x)"], set()),
+        (["x = {}\nx[1] = read('a')", "draw(x)"], {"a"}),
+        (["%matplotlib inline", "draw(read('a'))"], {"a"}),
+    ],
+)
+def test_tables_are_found_through_names(code_, used):
+    cells = [notebook.Cell("code", text) for text in code_]
+    assert pages._tables_behind(cells, ["a", "b"])[-1] == used
 
 
 def test_pictures_keep_the_colours_of_the_routings(tmp_path):
@@ -870,6 +961,17 @@ def test_stale_page_says_so(project):
 
 
 # ---- the figure on the home page
+
+
+def test_the_hero_opens_at_a_measured_share_and_its_title_says_what_is_left():
+    table = home.hero_table()
+    first = {name: table[name][at] for name, at in table["first"].items()}
+    assert first["kappa"] == 0.82 and table["kappa"][-1] == 1
+    step = home._first(table)[0][table["first"]["steps"]]
+    assert 0.1 < step < 0.4
+    title = home._hero_title(table)
+    assert f"an edit of 0.9 leaves {step:.2f} of" in title
+    assert f">{title}</h2>" in home.hero_html(table)
 
 
 def test_hero_table_is_the_law():

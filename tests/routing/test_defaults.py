@@ -106,3 +106,17 @@ def test_decoupled_routing_of_whole_gradients_without_a_guard_warns_once(
         assert "pass routing='shared', or guard='clamp'" in str(
             caught[0].message
         )
+
+
+def test_a_router_without_an_edit_names_no_routing_and_no_strength():
+    model, loss = regression()
+    router = MomentRouter(model, adam(model), consolidation=dmr.FisherMerge())
+    assert repr(router) == "MomentRouter(AdamW, None)"
+    train(model, loss, router.optimizer, 2)
+    router.consolidate()
+    said = router.summary()
+    assert "routing=" not in said and "strength=" not in said
+    assert "at a boundary: FisherMerge" in said
+    router.close()
+    router = MomentRouter(model, adam(model), dmr.Projection(rank=2))
+    assert "routing='displacement', strength=Fixed(alpha=0.5)" in repr(router)
