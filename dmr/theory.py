@@ -105,9 +105,9 @@ def _radicand(
 # %% ../nbs/why/02_inflation.ipynb #52e21730
 def inflation(
     alpha: ArrayLike,  # strength of the edit, in [0, 1]
-    # E[(Pg)²]/E[g²], ≥ 0; at most 1 where b is not given
+    # E[(gP)²]/E[g²], ≥ 0; at most 1 where b is not given
     kappa: ArrayLike = 1.0,
-    # E[g·Pg]/E[g²]; default: equal to kappa (a row, a matrix, a commuting P)
+    # E[g·gP]/E[g²]; default: equal to kappa (a row, a matrix, a commuting P)
     b: ArrayLike | None = None,
     *,
     eps: ArrayLike = 0.0,  # Adam's eps

@@ -157,7 +157,8 @@ def fold_summary(
     draws = any(output.png for output in cell.outputs)
     if cell.exports_to is not None and cell.imports_only and lines > 2:
         return "Imports of the module"
-    if cell.exports_to is not None and lines > _FOLD_LINES:
+    long = lines > _FOLD_LINES or "fold" in cell.directives
+    if cell.exports_to is not None and long:
         return f"Source, {lines} lines"
     if draws and lines > _FOLD_DRAWING:
         return f"Code of the figure, {lines} lines"

@@ -543,12 +543,16 @@ def _launches(layers: int, routing: str | None) -> int:
 
 def _measure_launches(device: str) -> list[dict]:
     "What routing adds on a GPU, counted without one."
-    rows, unit = [], "operations beside AdamW's own"
+    rows: list[dict] = []
+    unit = "operations beside AdamW's own"
     for routing in ("shared", "decoupled", "displacement"):
         for layers in (6, 12, 24):
             more = _launches(layers, routing) - _launches(layers, None)
-            row = {"measure": "launches", "case": f"{routing}, {layers} layers"}
-            rows.append(row | {"value": more, "unit": unit, "target": None})
+            rows.append({
+                "measure": "launches",
+                "case": f"{routing}, {layers} layers",
+                "value": more, "unit": unit, "target": None,
+            })  # fmt: skip
     return rows
 
 # %% ../../nbs/making/22_performance.ipynb #9178f408

@@ -192,8 +192,8 @@ def _measured(plan: Plan, what: str) -> list[float]:  # newest last
     for p in plan.runs:
         if p.state["state"] == OK:
             row = (p.found and p.found.row) or {}
-            with suppress(TypeError, ValueError):  # not measured, or no number
-                values.append(float(p.state.get(what) or row.get(what)))
+            with suppress(LookupError, TypeError, ValueError):  # not measured
+                values.append(float(p.state.get(what) or row[what]))
     return [v for v in values if 0 < v < math.inf]
 
 

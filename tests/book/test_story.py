@@ -214,6 +214,10 @@ def test_checks_fold_but_for_short_ones():
     printed = notebook.Output("stream", {"text/plain": "1"})
     shown = notebook.Cell("code", long.text, outputs=(printed,))
     assert notebook.fold_summary(shown) == ""
+    said = notebook.read_cell(
+        {"cell_type": "code", "source": "#| export\n#| fold\nx"}
+    )
+    assert notebook.fold_summary(said) == "Source, 1 lines"
 
 
 # ---- search
