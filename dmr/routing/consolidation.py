@@ -26,8 +26,8 @@ from dmr.routing.sharding import (
 from .strength import check_fraction
 
 # %% auto #0
-__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'running_statistics', 'check_trained',
-           'is_constant', 'check_weights', 'Anchored', 'Interpolate']
+__all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'check_trained', 'is_constant',
+           'check_weights', 'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
 def check_order(model: object, optimizer: object) -> None:
@@ -171,7 +171,7 @@ def check_only_copy(trained: Trained) -> None:
         )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #36fc532f
-def running_statistics(model: nn.Module) -> list[str]:
+def _running_statistics(model: nn.Module) -> list[str]:
     "Names of the layers that keep a mean of their inputs, such as batch norms."
     named = model.named_modules()
     return [n for n, m in named if getattr(m, "running_mean", None) is not None]
@@ -187,7 +187,7 @@ def check_trained(trained: Trained) -> None:
             " until you unfreeze some",
             stacklevel=user_level(),
         )
-    if kept := running_statistics(trained.model):
+    if kept := _running_statistics(trained.model):
         warnings.warn(
             f"{len(kept)} layers, such as {kept[0]!r}, keep running statistics,"
             " which no merge averages: after it they are still those of the"

@@ -1434,8 +1434,7 @@ class MomentRouter(_Wired):
         # give p.grad back after shared and denominator; False saves one
         # product per weight
         restore_grad: bool = True,
-        # elements of equal weights that are stacked, where stacking pays: what
-        # it may cost in memory; 0: one weight at a time
+        # equal weights are stacked up to so many elements; 0: never
         stack_limit: int = STACK_LIMIT,
         # processes whose gradients are averaged; None: found if the model is
         # in DistributedDataParallel
