@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from dmr.verdict.answers import read_answers
+from dmr.verdict.merging import judge_merge
 from dmr.verdict.rules import FAILS, HOLDS, UNTESTABLE
 from dmr.verdict.stories import harm
 from dmr.verdict.tables import read_table
@@ -109,3 +110,74 @@ def test_the_rate_is_asked_about_first_with_adapters_too():
             float(number), abs=6e-4
         )
         assert number in said
+
+
+def test_the_repair_is_told_as_its_study_found_it():
+    table = read_table("merging_long")
+    arms = {
+        "step": "displacement projection + Fisher merge 0.7",
+        "alone": "Fisher merge 0.7",
+        "default": "Fisher merge 0.8, keep 0.5 (the default)",
+    }
+    found = {
+        k: {f.rule: f for f in judge_merge(table, a, {"joint training": 0.75})}
+        for k, a in arms.items()
+    }
+    at = lambda k, words: next(f for r, f in found[k].items() if words in r)
+    page, repair = text("why/16_verdict.ipynb"), text("why/12_repair.ipynb")
+    study, log = (
+        text("experiments/17_evidence.ipynb"),
+        (ROOT / "CHANGELOG.md").read_text(),
+    )
+
+    def said(i, digits=2):
+        return f"{-i.estimate:.{digits}f} [{-i.high:.{digits}f}," + (
+            f" {-i.low:.{digits}f}]"
+        )
+
+    assert said(at("step", "below interpolation").interval) in page
+    assert said(at("step", "its best").interval) in page
+    assert said(at("default", "below interpolation").interval) in page
+    assert said(at("step", "below interpolation").interval, 3) in log
+    assert said(at("step", "its best").interval, 3) in log
+    share = at("step", "joint training")
+    assert share.outcome == "fails"
+    for words in (repair, study):
+        assert f"{share.interval.estimate:.2f}" in words
+        assert f"{share.interval.low:.2f}" in words
+    half = at("step", "half")
+    assert half.outcome == "not comparable"
+    rival, error = map(float, re.findall(r"\d\.\d+", half.note))
+    assert f"{rival / error:.1f} " in repair and f"{rival:.2f}" in repair
+    outcomes = [f.outcome for f in found["step"].values()]
+    assert sorted(set(outcomes)) == ["fails", "holds", "not comparable"]
+    assert len(outcomes) - outcomes.count("holds") == 2  # "two of its rules"
+    assert at("alone", "its best").outcome == "holds"
+    assert at("alone", "equal evaluations").outcome == "fails"
+    for words in ("plain averaging", "averaging during training", "EWC"):
+        assert words in study
+    for rule in ("interpolation", "averaging during training", "EWC"):
+        assert at("default", f"below {rule}").outcome == "holds"
+        assert at("step", f"below {rule}").outcome == "holds"
+
+
+def test_hard_orders_have_c_plus_plus_early():
+    place, merged, plain = {}, {}, {}
+    for r in read_table("merging_long").rows:
+        domains = r["identity_domains"]
+        names = domains.split(",") if isinstance(domains, str) else domains
+        place[r["seed"]] = names.index("cpp") + 1
+        if r["arm"] == "displacement projection + Fisher merge 0.7":
+            merged[r["seed"]] = r["forgetting"]
+        if r["arm"] == "vanilla" and r["parameters"]["lr"] == 2e-3:
+            plain[r["seed"]] = r["forgetting"]
+    hard = {s for s, x in place.items() if x < 6}
+    assert hard == {1103, 1104, 1109} and {place[s] for s in hard} == {1, 4}
+    said = text("experiments/17_evidence.ipynb")
+    for seeds, words in (
+        (hard, ("0.82 to 1.05", "0.11 to 0.20")),
+        (set(place) - hard, ("0.60 to 0.91", "0.04 to 0.07")),
+    ):
+        for values, w in zip((plain, merged), words):
+            found = [values[s] for s in seeds]
+            assert f"{min(found):.2f} to {max(found):.2f}" == w and w in said
