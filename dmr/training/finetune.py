@@ -60,7 +60,7 @@ from dmr.training.examples import (
 from .finetuning import FinetuneConfig, _adapted_model
 
 # %% auto #0
-__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'WORDS', 'Read', 'ADAPTER', 'SAVE_EVERY',
+__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS', 'Read', 'SAVE_EVERY',
            'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16',
            'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order',
            'merged_model', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
@@ -330,6 +330,28 @@ def usual_steps(
     reads = round(PASSES * size / TOKEN_BYTES / tokens)
     return max(1, min(USUAL["gpu"]["steps"], reads))
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e71
+#: What an adapter's folder has and a model's has not.
+ADAPTER = "adapter_config.json"
+
+
+def _is_adapter(name: str | os.PathLike[str]) -> bool:
+    "Does a folder hold an adapter in place of a model?"
+    return (Path(name) / ADAPTER).is_file()
+
+
+def _base_of(folder: str) -> str:
+    "The model of an adapter's folder. ValueError where it names none."
+    found = read_object(Path(folder) / ADAPTER)
+    base = found.get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        return base
+    raise ValueError(
+        f"{Path(folder) / ADAPTER} names no model that the adapter is for;"
+        " write its name or folder there as base_model_name_or_path"
+    )
+
+
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e54
 def _saved_method(model: str, method: str | None, lora: int | None) -> str:
     "The method of a router's file. ValueError where none can be gone on with."
@@ -546,28 +568,6 @@ def _check_here(name: str) -> None:
             " save_pretrained wrote, a .gguf file, a name that is in the cache,"
             f" or one of {', '.join(MODELS)}"
         ) from None
-
-# %% ../../nbs/training/10_finetune.ipynb #a7c01e71
-#: What an adapter's folder has and a model's has not.
-ADAPTER = "adapter_config.json"
-
-
-def _is_adapter(name: str | os.PathLike[str]) -> bool:
-    "Does a folder hold an adapter in place of a model?"
-    return (Path(name) / ADAPTER).is_file()
-
-
-def _base_of(folder: str) -> str:
-    "The model of an adapter's folder. ValueError where it names none."
-    found = read_object(Path(folder) / ADAPTER)
-    base = found.get("base_model_name_or_path")
-    if isinstance(base, str) and base:
-        return base
-    raise ValueError(
-        f"{Path(folder) / ADAPTER} names no model that the adapter is for;"
-        " write its name or folder there as base_model_name_or_path"
-    )
-
 
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e72
 def merged_model(
