@@ -67,7 +67,7 @@ SHOWN: dict[str, dict[str, str]] = {
     "merging_long": {
         "joint training": "for comparison: all domains at once",
         f"{REPLAY} + Fisher merge": f"replay, and {_MERGE}",
-        REPLAY: "mix in 0.5 % of the old text (replay)",
+        REPLAY: "replay of 150 old windows a domain",
         f"{_STEP} + Fisher merge 0.7": f"{_MERGE}, edit the step",
         "Fisher merge 0.7": f"{_MERGE}, all past kept",
         "Fisher merge 0.8, keep 0.5 (the default)": f"{_MERGE}, the default",
@@ -75,7 +75,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "EWC": "pull back to the old weights (EWC)",
     },
     "eight": {
-        REPLAY: "mix in 0.5 % of the old text (replay)",
+        REPLAY: "replay of 150 old windows a domain",
         FIXED: "edit the first moment only (decoupled)",
         DISPLACED: "edit the step (displacement)",
         "interpolation 0.5": "plain average with the old weights",
@@ -129,8 +129,8 @@ def scale_text(table: Table) -> str:
     text = p["steps"] * p["batch"] * p["context"] / 1000
     domains = int(float(row["domains_total"]))
     return (
-        f"{weights:.2f} M weights, {domains} domains of {text:.0f} kB,"
-        f" {len(seeds)} seeds"
+        f"{weights:.2f} M weights, {domains} domains, {text:.0f} kB read of"
+        f" each, {len(seeds)} seeds"
     )
 
 
@@ -143,8 +143,8 @@ def _score_title(found: Sequence[Bar]) -> str:
     if len(best) < 2:
         return f"{next(iter(best.values()))} nats a byte saved at best"
     return (
-        f"Kept text saves {best[True]} nats a byte,\nthe best that keeps"
-        f" none {best[False]}"
+        f"The best with old text saves {best[True]} nats\na byte, the best"
+        f" without {best[False]}"
     )
 
 # %% ../../nbs/making/08_scores.ipynb #5a05833d

@@ -89,7 +89,7 @@ def test_the_strip_agrees_with_a_plain_reading_of_the_table():
     )
     assert title.endswith(f"{free:.2f}") and f"{free:.3f}" in alt
     assert f"{found['edit the step (displacement)'].estimate:.3f}" in alt
-    head = "Another study: 8 domains of 38 kB, 10 seeds"
+    head = "Another study: 8 domains, 38 kB read of each, 10 seeds"
     assert head in [t.get_text() for t in ax.texts] and head in alt
 
 
