@@ -440,25 +440,6 @@ def installed(built, tmp_path, *extras):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_model_is_finetuned_after_a_pip_install(built, tmp_path):
-    "In an empty folder, with the extras that the guide names."
-    from dmr.training.finetune import save_small_llama
-
-    folder, dmr = installed(built, tmp_path, "experiments", "hf")
-    save_small_llama(tmp_path / "tiny", width=32)
-    (tmp_path / "new.txt").write_text("Rain falls, the sea stays. " * 200)
-    numbers = {"length": 48, "windows": 2, "looks": 2, "keep_tokens": 384}
-    more = [x for k, v in numbers.items() for x in ("-p", k, str(v))]
-    argv = ("../tiny", "../new.txt", "--keep", "self", "--steps", "3")
-    said = dmr("finetune", *argv, *more, "-p", "device", "cpu")
-    page = folder / "finetuned/finetune.html"
-    assert f"open {page.resolve().as_uri()}" in said.splitlines()
-    assert "lost on factbook" in said and page.stat().st_size > 10_000
-    assert (folder / "finetuned/model/model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_an_empty_folder_after_a_pip_install(built, tmp_path):
     """With the extra `experiments`, the demonstration is made there; every
     command says what there is, and what needs a checkout.
