@@ -41,19 +41,19 @@ for domain in range(3):
 
 
 def closure(*names):
-    "Distributions, and all that they need without extras."
-    found, todo = set(), list(names)
+    "Distributions, and all that they need, with the extras that are asked for."
+    found, todo = set(), [*map(Requirement, names)]
     while todo:
-        name = canonicalize_name(todo.pop())
-        if name not in found:
-            found.add(name)
-            needs = map(Requirement, requires(name) or [])
+        need = todo.pop()
+        name = canonicalize_name(need.name)
+        for extra in {(name, extra) for extra in ("", *need.extras)} - found:
+            found.add(extra)
             todo += [
-                need.name
-                for need in needs
-                if need.marker is None or need.marker.evaluate({"extra": ""})
+                more
+                for more in map(Requirement, requires(name) or [])
+                if not more.marker or more.marker.evaluate({"extra": extra[1]})
             ]
-    return found
+    return {name for name, _ in found}
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def distributions_of(extra):
     cfg.read(ROOT / "settings.ini")
     key = f"{extra}_requirements" if extra else "requirements"
     needs = cfg["DEFAULT"][key].split()
-    return closure(*(Requirement(need).name for need in needs))
+    return closure(*needs)
 
 
 def empty_environment(folder, names):
@@ -417,6 +417,8 @@ def installed(built, tmp_path, *extras):
     python = empty_environment(tmp_path / "venv", names)
     (wheel,) = built.glob("*.whl")
     home = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    # modules are lent by a path; what nbconvert lays beside them, by its own
+    home["JUPYTER_PATH"] = str(Path(sys.prefix) / "share/jupyter")
     pip = [sys.executable, "-m", "pip", "--python", python, "install"]
     command = [*pip, "-q", "--no-index", "--no-deps", wheel]
     subprocess.run(command, check=True, env=home)
@@ -436,6 +438,25 @@ def installed(built, tmp_path, *extras):
         return said
 
     return folder, dmr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_model_is_finetuned_after_a_pip_install(built, tmp_path):
+    "In an empty folder, with the extras that the guide names."
+    from dmr.training.finetune import save_small_llama
+
+    folder, dmr = installed(built, tmp_path, "experiments", "hf")
+    save_small_llama(tmp_path / "tiny", width=32)
+    (tmp_path / "new.txt").write_text("Rain falls, the sea stays. " * 200)
+    numbers = {"length": 48, "windows": 2, "looks": 2, "keep_tokens": 384}
+    more = [x for k, v in numbers.items() for x in ("-p", k, str(v))]
+    argv = ("../tiny", "../new.txt", "--keep", "self", "--steps", "3")
+    said = dmr("finetune", *argv, *more, "-p", "device", "cpu")
+    page = folder / "finetuned/finetune.html"
+    assert f"open {page.resolve().as_uri()}" in said.splitlines()
+    assert "lost on factbook" in said and page.stat().st_size > 10_000
+    assert (folder / "finetuned/model/model.safetensors").is_file()
 
 
 @pytest.mark.slow
