@@ -79,8 +79,8 @@ def test_a_story_told_again_ends_as_the_table_says():
     assert ours["old"] < plain["old"]
 
 
-#: Where the rounding of vector instructions grows, for plain Adam too: the table
-#: of `adapters` was made with ATEN_CPU_CAPABILITY=avx2, or as good.
+#: Where the rounding of vector instructions grows, for plain Adam too: the
+#: table of `adapters` was made with ATEN_CPU_CAPABILITY=avx2, or as good.
 BY_PROCESSOR = {"adapters", "half"}
 
 
