@@ -317,7 +317,7 @@ def equal_learning_table(
     row = {
         f"lost: {n}": f"{_bits(chosen['change'][n])[0]:+.3f}" for n in others
     }
-    rows = [{"at equal learning": f"{chosen['method']} (recommended)"} | row]
+    rows = [{"at equal learning": f"{chosen['method']} (default)"} | row]
     by_text = {name: paths(done, name) for name in others}
     for control in by_text[others[0]]:
         row = {"at equal learning": control}

@@ -1411,8 +1411,9 @@ class MomentRouter(_Wired):
         # what is edited; None: the plain optimizer, with diagnostics
         modification: Modification | None = None,
         # shared, decoupled, denominator or displacement; beyond Adam's
-        # family and SGD with momentum, shared or displacement; None:
-        # displacement, or shared for a method that edits gradients only
+        # family and SGD with momentum, shared or displacement (for Muon
+        # decoupled means displacement); None: displacement, or shared for a
+        # method that edits gradients only
         routing: str | None = None,
         # how much; None: the method's usual one, 0.5 for a projection; a
         # number: Fixed(number)

@@ -107,7 +107,7 @@ METHODS: dict[str, str] = {
 
 
 def usual_method(
-    method: str | None,  # as asked for; None: the recommended one
+    method: str | None,  # as asked for; None: the default one
     keep: str | None,  # where the past comes from
 ) -> str:
     "The method of a training. ValueError where it needs a past and has none."
@@ -1516,7 +1516,7 @@ def compare(
     progress: bool = True,  # say where it is
     **asked: Any,  # further fields of a `Request`, such as batch=4
 ) -> Finetuned:
-    """The recommended method beside plain training at several rates, stopping
+    """The default method beside plain training at several rates, stopping
     early, averaging back and adapters. Keeps numbers and no model. Raises
     ValueError for what cannot be, before anything is written.
     """
@@ -1543,7 +1543,7 @@ def _check_comparison(keep: Any, asked: dict[str, Any]) -> None:
     if "method" in asked:
         raise ValueError(
             f"method={asked['method']!r} has no meaning in a comparison, which"
-            " trains the recommended method beside its controls; leave it out,"
+            " trains the default method beside its controls; leave it out,"
             " or use finetune"
         )
     if keep is None:

@@ -26,11 +26,11 @@ from ..methods.agem import AGEM
 from ..methods.penalty import EWC
 
 # %% auto #0
-__all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'HELD_BACK', 'CHOSEN', 'COLUMNS', 'harm', 'story',
-           'fit', 'adam', 'texts', 'windows', 'held_out', 'two_texts', 'byte_model', 'llama', 'scratch', 'finetune',
-           'pretrained', 'new_optimizer', 'adapters', 'regression', 'in_turn', 'trainer', 'images', 'drift', 'many',
-           'Recurrent', 'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule', 'routed', 'tell', 'tell_all',
-           'main']
+__all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'VERDICT', 'HELD_BACK', 'CHOSEN', 'COLUMNS', 'harm',
+           'story', 'fit', 'adam', 'texts', 'windows', 'held_out', 'two_texts', 'byte_model', 'llama', 'scratch',
+           'finetune', 'pretrained', 'new_optimizer', 'adapters', 'regression', 'in_turn', 'trainer', 'images', 'drift',
+           'many', 'Recurrent', 'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule', 'routed', 'tell',
+           'tell_all', 'main']
 
 # %% ../../nbs/experiments/13_stories.ipynb #ead61c76
 #: What a default may lose on the old data, in units of the loss.
@@ -490,6 +490,23 @@ ARMS["replay"] = partial(routed, _replay)
 ARMS["EWC"] = partial(routed, _ewc)
 ARMS["A-GEM"] = partial(routed, _agem)
 
+
+def _shown(loss_fn: Callable) -> dmr.ReplayMix:
+    buffer = dmr.ReplayBuffer(capacity=150)
+    return dmr.ReplayMix(buffer, loss_fn, fraction=None)
+
+
+#: What the verdict recommends beside the default; told after it was chosen.
+VERDICT = ("replay and merge 0.9", "projection, displacement 0.9, merge 0.7")
+_whole = partial(dmr.FisherMerge, keep=1.0)
+ARMS[VERDICT[0]] = partial(
+    routed, _shown, merge=partial(_whole, 0.9), routing="shared", strength=0.25
+)
+ARMS[VERDICT[1]] = partial(
+    routed, _projection, merge=partial(_whole, 0.7),
+    routing="displacement", strength=0.9,
+)  # fmt: skip
+
 # %% ../../nbs/experiments/13_stories.ipynb #9447de58
 HELD_BACK = ("recurrent", "half", "schedule")
 #: What the other ten stories chose, and what a router makes of other methods.
@@ -501,6 +518,7 @@ CHOSEN = (
     "replay",
     "EWC",
     "A-GEM",
+    *VERDICT,
 )
 COLUMNS = ("story", "arm", "lr", "seed", "before", "old", "new", "error")
 
