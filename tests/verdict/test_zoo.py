@@ -17,6 +17,7 @@ from dmr.verdict.stories import (
     HELD_BACK,
     RATES,
     STORIES,
+    VERDICT,
     harm,
     read_rows,
 )
@@ -49,6 +50,49 @@ def test_the_default_is_the_one_that_the_stories_chose():
     known = inspect.signature(dmr.FisherMerge).parameters
     assert (known["weight"].default, known["keep"].default) == (0.8, 0.5)
     assert len(STORIES) == 13 and set(HELD_BACK) < set(STORIES)
+
+
+def cases(arm):
+    "(story, rate) -> the harm of an arm, means over seeds, by the table."
+    rows = pd.DataFrame(read_rows("results/stories.csv"))
+    numbers = ["before", "old", "new"]
+    rows[["lr", *numbers]] = rows[["lr", *numbers]].astype(float)
+    means = rows.groupby(["arm", "story", "lr"])[numbers].mean()
+    plain = means.loc["plain"]
+    return {
+        case: harm(plain.loc[case], losses)
+        for case, losses in means.loc[arm].iterrows()
+    }
+
+
+def test_replay_and_a_merge_did_no_harm_in_any_story():
+    found = cases(VERDICT[0])
+    assert len(found) == 39 and all(case["kept"] for case in found.values())
+
+
+def test_the_setting_for_long_domains_is_said_to_fail_where_it_failed():
+    found = cases(VERDICT[1])
+    missed = [case for case in found if not found[case]["kept"]]
+    stories = pd.Series([story for story, _ in missed]).value_counts()
+    assert (len(missed), stories["drift"], stories["many"]) == (10, 3, 3)
+    for page in ("why/16_verdict", "experiments/13_stories"):
+        text = Path(f"nbs/{page}.ipynb").read_text()
+        assert "failed in 10 of all 39" in text or "on learning in ten" in text
+
+
+def test_the_verdicts_lines_are_the_ones_that_were_told():
+    text = Path("nbs/why/16_verdict.ipynb").read_text()
+    options = {name: ARMS[name].keywords for name in VERDICT}
+    replay, step = options.values()
+    assert (replay["routing"], replay["strength"]) == ("shared", 0.25)
+    assert "dmr.ReplayBuffer(capacity=150)" in text
+    assert 'edit, \\"shared\\", 0.25' in text
+    assert "dmr.FisherMerge(0.9, keep=1.0)" in text
+    assert (step["routing"], step["strength"]) == ("displacement", 0.9)
+    assert 'routing=\\"displacement\\", strength=0.9' in text
+    for name, weight in zip(VERDICT, (0.9, 0.7)):
+        merge = options[name]["merge"]()
+        assert (merge.weight, merge.keep) == (weight, 1.0)
 
 
 def test_one_recommendation_everywhere():
