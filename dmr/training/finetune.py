@@ -694,7 +694,8 @@ class Bench:
         opened = self.model, self.tokenizer = _open_model(r, lora)
         self.texts = prepare_texts(r, read, *opened)
         self.start = copied(trained_weights(self.model))
-        self.print = weights_print(self.start)
+        whole = dict(self.model.named_parameters())  # an adapter's base too
+        self.print = weights_print(self.start if lora is None else whole)
         self.saved = _saved_past(r, self.print) if lora is None else None
         self.before = self.losses()
         self.prompts = {
@@ -1021,6 +1022,7 @@ def _train(
             "way_back": back,
             "written": written,
             "seconds": training.seconds,
+            "start": bench.print,
         }
     )
     return record, training.router
@@ -1358,6 +1360,12 @@ def _next_run(
     "A run's record, read or made."
     at = folder / "runs" / arm.name
     if run := read_object(at / RUN):
+        if run.get("start", bench.print) != bench.print:
+            raise ValueError(
+                f"{bench.request.model!r} has other weights than when {at} was"
+                " made; bring them back, or pass another folder, output=..."
+                " (-o on the command line)"
+            )
         runs.append(run)
         shown.end(run, made=False)
         return
@@ -1431,10 +1439,13 @@ def _collected(
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e76
 @contextmanager
 def _room(r: Request, folder: Path) -> Iterator[None]:
-    "A card without room, as a MemoryError with the ways out."
+    "No room on a card or in memory, as a MemoryError with the ways out."
     try:
         yield
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:  # a card's OutOfMemoryError is one
+        card = isinstance(e, torch.OutOfMemoryError)
+        if not card and "can't allocate memory" not in str(e):
+            raise
         if not [*folder.glob("runs/*/*")]:
             _clear(folder)
         raise MemoryError(

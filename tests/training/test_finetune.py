@@ -623,13 +623,23 @@ def test_a_folder_is_of_one_request(made):
     assert changed == [p.stat().st_mtime_ns for p in listed]
 
 
+@pytest.mark.parametrize("lora", [None, 2])
 def test_other_weights_under_the_same_name_are_not_gone_on_with(
-    made, monkeypatch
+    lora, made, monkeypatch
 ):
-    stop(monkeypatch, lambda: tuned(made), lambda x: x.step == 2)
+    call = lambda: tuned(made, lora=lora)
+    stop(monkeypatch, call, lambda x: x.step == 2)
     save_small_llama(made / "tiny", seed=1, width=32)
     with pytest.raises(ValueError, match="is of a run with start="):
-        tuned(made)
+        call()
+
+
+def test_rates_that_remain_are_not_made_from_other_weights(made, monkeypatch):
+    call = lambda: tuned(made, rates=[1e-3, 3e-3], lora=2)
+    stop(monkeypatch, call, lambda x: x.arm.rate == 3e-3)
+    save_small_llama(made / "tiny", seed=1, width=32)
+    with pytest.raises(ValueError, match="has other weights than when .*0.001"):
+        call()
 
 
 def test_a_merge_is_plain_training_until_its_end(made):
@@ -660,13 +670,20 @@ def test_two_processes_do_not_share_a_folder(made):
     assert tuned(made).learned[0] > 0  # a lock that was left is nothing
 
 
-def test_a_card_without_room_names_the_ways_out(made, monkeypatch):
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["card", "processor"])
+def test_a_batch_without_room_names_the_ways_out(error, made, monkeypatch):
     "And leaves the folder free for a smaller batch, if nothing was done."
     step = Training.train_step
 
     def full(self):
         if self.arm.rate == 1e-3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return step(self)
 
     monkeypatch.setattr(Training, "train_step", full)
