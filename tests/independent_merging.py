@@ -284,8 +284,9 @@ ARMS = (
 
 
 def main():
-    asked = ("merging_long", "joint training", 0.75), ("merging", REPLAY, 0.85)
-    for name, goal, share in asked:
+    far = ("merging_long", "merging_confirm", "merging_text16")
+    asked = [(name, "joint training", 0.75) for name in far]
+    for name, goal, share in [*asked, ("merging", REPLAY, 0.85)]:
         path = ROOT / "results" / f"{name}.csv"
         rows = read(path) if path.exists() else []
         for setting, x in means(rows, name).items():

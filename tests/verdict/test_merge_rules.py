@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from dmr.reporting.statistics import Point
@@ -317,9 +318,28 @@ def test_the_page_passes_the_shares_of_the_protocol():
     code = "\n".join(
         "".join(c["source"]) for c in page["cells"] if c["cell_type"] == "code"
     )
-    assert 'judged("merging_long", {"joint training": 0.75})' in code
+    for study in ("merging_long", "merging_confirm", "merging_text16"):
+        assert f'judged("{study}", {{"joint training": 0.75}})' in code
     assert 'judged("merging", {"replay": 0.85})' in code
     assert "judge_merge(table, arm, share)" in code
+
+
+def test_other_streams_have_the_rows_of_the_length_that_decides():
+    studies = ROOT / "nbs/experiments/studies"
+
+    def read(name):
+        found = yaml.safe_load((studies / f"{name}.yaml").read_text())
+        if domains := found["defaults"].get("domains"):
+            found["defaults"]["domains"] = tuple(domains)
+        return found
+
+    long = read("merging_long")
+    for name in ("merging_confirm", "merging_text16"):
+        other = read(name)
+        assert other["arms"] == long["arms"]
+        assert other["defaults"].items() - long["defaults"].items() <= {
+            ("stream", "text16"), ("domains", ("wikipedia", "manual", "music"))
+        }  # fmt: skip
 
 
 def test_a_goal_without_numbers_takes_its_seed_from_the_share():
