@@ -314,17 +314,16 @@ def equal_learning_table(
     chosen = reference_run(done)
     others = [name for name in done.texts if name != "new"]
     learned = -_bits(chosen["change"]["new"])[0]
-    row = {
-        f"lost: {n}": f"{_bits(chosen['change'][n])[0]:+.3f}" for n in others
-    }
+    told = "{:+.3f} ± {:.3f}".format  # over the held-out rows of a text
+    row = {f"lost: {n}": told(*_bits(chosen["change"][n])) for n in others}
     rows = [{"at equal learning": f"{chosen['method']} (default)"} | row]
     by_text = {name: paths(done, name) for name in others}
     for control in by_text[others[0]]:
         row = {"at equal learning": control}
         for name in others:
             lost = lost_where(by_text[name][control], learned)
-            told = "does not learn as much" if lost is None else f"{lost:+.3f}"
-            row[f"lost: {name}"] = told
+            less = "does not learn as much"
+            row[f"lost: {name}"] = less if lost is None else f"{lost:+.3f}"
         rows.append(row)
     return pandas.DataFrame(rows).set_index("at equal learning")
 

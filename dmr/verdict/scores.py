@@ -67,7 +67,8 @@ SHOWN: dict[str, dict[str, str]] = {
     "merging_long": {
         "joint training": "for comparison: all domains at once",
         f"{REPLAY} + Fisher merge": f"replay, and {_MERGE}",
-        REPLAY: "replay of 150 old windows a domain",
+        f"{REPLAY}, equal evaluations": "replay, half of each batch old",
+        REPLAY: "replay, 150 old windows a domain",
         f"{_STEP} + Fisher merge 0.7": f"{_MERGE}, edit the step",
         "Fisher merge 0.7": f"{_MERGE}, all past kept",
         "Fisher merge 0.8, keep 0.5 (the default)": f"{_MERGE}, the default",
@@ -75,7 +76,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "EWC": "pull back to the old weights (EWC)",
     },
     "eight": {
-        REPLAY: "replay of 150 old windows a domain",
+        REPLAY: "replay, 150 old windows a domain",
         FIXED: "edit the first moment only (decoupled)",
         DISPLACED: "edit the step (displacement)",
         "interpolation 0.5": "plain average with the old weights",
