@@ -1410,10 +1410,9 @@ class MomentRouter(_Wired):
         optimizer: Optimizer | Sequence[Optimizer],
         # what is edited; None: the plain optimizer, with diagnostics
         modification: Modification | None = None,
-        # shared, decoupled, denominator or displacement; beyond Adam's
-        # family and SGD with momentum, shared or displacement (for Muon
-        # decoupled means displacement); None: displacement, or shared for a
-        # method that edits gradients only
+        # shared, decoupled, denominator or displacement; beyond Adam's family
+        # and SGD with momentum the first or the last (which Muon's decoupled
+        # is); None: displacement, or shared where only gradients are edited
         routing: str | None = None,
         # how much; None: the method's usual one, 0.5 for a projection; a
         # number: Fixed(number)
