@@ -115,7 +115,7 @@ LONGER = {
     "methods/10_controls.ipynb": (2, PARAMETERS),
     "methods/12_registry.ipynb": (1, PARAMETERS),
     "methods/14_sampling.ipynb": (1, PARAMETERS),
-    "routing/08_router.ipynb": (9, PARAMETERS),
+    "routing/08_router.ipynb": (8, PARAMETERS),
     "routing/09_probes.ipynb": (1, PARAMETERS),
     "training/03_config.ipynb": (1, "the list of a run's parameters"),
 }

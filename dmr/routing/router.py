@@ -658,13 +658,11 @@ def _check_open(router: _Hooked, name: str) -> None:
             " dmr.MomentRouter(model, optimizer, ...)"
         )
 
-# %% ../../nbs/routing/08_router.ipynb #f041c218
-class _Domains(_Watching):
-    "A routed optimizer whose training is divided into domains."
+# %% ../../nbs/routing/08_router.ipynb #f041c217
+class _Offered(_Watching):
+    "A routed optimizer that is shown batches, and looks before a boundary."
 
-    boundary: int = 0  # steps taken up to the last boundary
     told_gone: bool = False  # were exchanged parameters spoken of?
-    consolidate_every: int | None = None  # steps after which a domain is over
 
     def observe(self, batch: object, total: int | None = None) -> None:
         """Offer a training batch (before its backward pass) to what keeps
@@ -677,6 +675,21 @@ class _Domains(_Watching):
         "The present parameters are the ones that the next merge starts from."
         self._saved_with = None  # whichever they are, they are meant
         self.consolidation.anchor()
+
+    def _warn(self, idle: bool) -> None:
+        "What is to be said at a boundary, before anything changes."
+        self.consolidation.caution(idle)
+        if idle and self.domains:
+            _warn_unseen(self.modification, self.consolidation)
+        if not self.told_gone:
+            self.told_gone = True  # also where warnings are errors
+            self.told_gone = _warn_gone(self)
+
+# %% ../../nbs/routing/08_router.ipynb #f041c218
+class _Domains(_Offered):
+    "A routed optimizer whose training is divided into domains."
+
+    boundary: int = 0  # steps taken up to the last boundary
 
     @torch.no_grad()
     def consolidate(
@@ -701,20 +714,17 @@ class _Domains(_Watching):
         self.domains, self.boundary = self.domains + 1, self.steps
         return report | ({"consolidation": merged} if merged else {})
 
+# %% ../../nbs/routing/08_router.ipynb #f041c220
+class _Timed(_Domains):
+    "A routed optimizer that ends a domain by itself, if it is asked to."
+
+    consolidate_every: int | None = None  # steps after which a domain is over
+
     def _end_if_complete(self, flight: Round) -> None:
         super()._end_if_complete(flight)
         every, taken = self.consolidate_every, self.steps - self.boundary
         if every is not None and flight.complete and taken >= every:
             self.consolidate()
-
-    def _warn(self, idle: bool) -> None:
-        "What is to be said at a boundary, before anything changes."
-        self.consolidation.caution(idle)
-        if idle and self.domains:
-            _warn_unseen(self.modification, self.consolidation)
-        if not self.told_gone:
-            self.told_gone = True  # also where warnings are errors
-            self.told_gone = _warn_gone(self)
 
 # %% ../../nbs/routing/08_router.ipynb #135a7064
 @contextmanager
@@ -765,7 +775,7 @@ def _raw_gradients(
     return grads
 
 # %% ../../nbs/routing/08_router.ipynb #b04df06e
-class _Shown(_Domains):
+class _Shown(_Timed):
     "A routed optimizer that can be shown examples of a past."
 
     @contextmanager
@@ -1139,7 +1149,8 @@ class _Reloaded(_Saved):
                 " of its last boundary"
             )
         self.load_state_dict(put_back(state, weights))
-        self._saved_with = None  # they were compared, or are meant
+        if known is not None or not same_weights:
+            self._saved_with = None  # they were compared, or are meant
 
     @classmethod
     def load(
@@ -1229,7 +1240,7 @@ def _check_length(every: int | None) -> int | None:
             f"consolidate_every={every!r} is not a number of steps; pass a"
             " positive integer, or None and call consolidate() yourself"
         )
-    return every
+    return None if every is None else int(every)
 
 # %% ../../nbs/routing/08_router.ipynb #7e02c4d1
 def _check_own(trained: Trained) -> None:
