@@ -1,6 +1,7 @@
 """One file brings a router back: bit for bit, or not at all."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -316,6 +317,28 @@ def test_a_state_of_the_first_edition_is_taken_up(tmp_path):
     assert again.domains == 1
 
 
+def test_a_state_without_the_print_of_its_weights_is_checked_at_a_step(
+    tmp_path,
+):
+    model, _, optimizer = setup()
+    router = MomentRouter(model, optimizer, projection())
+    go(model, optimizer, router, 0)
+    router.consolidate()
+    torch.save(router.state_dict(), tmp_path / "router.pt")
+    other, _, its = setup(seed=1)
+    for same, says in ((True, True), (False, False)):
+        again = MomentRouter(other, its, projection())
+        again.take_up(read_kept(tmp_path / "router.pt"), same_weights=same)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            go(other, its, again, 0, steps=2)
+        told = [
+            x for x in found if "saved with other weights" in str(x.message)
+        ]
+        assert len(told) == says
+        again.close()
+
+
 def test_swapped_arguments_are_told():
     model, _, optimizer = setup()
     with pytest.raises(TypeError, match="pass the model first, then its opt"):
@@ -346,7 +369,7 @@ def test_a_hook_that_changes_gradients_after_the_router_is_noticed():
     train(model, loss, optimizer, 1)
 
 
-def test_numpys_numbers_are_numbers():
+def test_numpys_numbers_are_numbers(tmp_path):
     model, _, optimizer = setup()
     edit = dmr.Projection(
         rank=np.int64(2), every=np.int32(3), importance=np.float32(2)
@@ -357,10 +380,13 @@ def test_numpys_numbers_are_numbers():
         edit,
         strength=np.float32(0.5),
         track_step=np.int64(4),
+        consolidate_every=np.int64(500),
         consolidation=dmr.FisherMerge(np.float32(0.5), np.float64(1e-3)),
     )
-    kept = (edit.rank, edit.every, router.track_step)
-    assert kept == (2, 3, 4) and {type(x) for x in kept} == {int}
+    kept = (edit.rank, edit.every, router.track_step, router.consolidate_every)
+    assert kept == (2, 3, 4, 500) and {type(x) for x in kept} == {int}
+    router.save(tmp_path / "router.pt")
+    assert read_kept(tmp_path / "router.pt")["settings"]["track_step"] == 4
     assert len(dmr.ReplayBuffer(capacity=np.int64(3))) == 0
     for wrong in (np.bool_(True), np.float32("nan")):
         with pytest.raises(ValueError, match="is not a number"):
