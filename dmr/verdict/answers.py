@@ -42,7 +42,8 @@ from dmr.verdict.tables import (
 
 # %% auto #0
 __all__ = ['SHARED', 'FIXED', 'ADAPTIVE', 'DISPLACED', 'REPLAY', 'REPLAY_DECOUPLED', 'INTERPOLATION', 'MAIN', 'STUDIES',
-           'NOT_RUN', 'Answer', 'answer_claims', 'read_inflation', 'read_answers', 'judged']
+           'EVERYWHERE', 'NOT_RUN', 'Answer', 'family_cells', 'with_seeds', 'ends_at_the_edge', 'everywhere_cells',
+           'answer_claims', 'read_inflation', 'read_answers', 'judged']
 
 # %% ../../nbs/making/03_answers.ipynb #29a00d78
 SHARED, FIXED = "shared projection", "fixed decoupled projection"
@@ -72,6 +73,8 @@ STUDIES: tuple[str, ...] = (
     "small",
     "confirm",
 )
+#: The studies with cells of C9.
+EVERYWHERE: tuple[str, ...] = ("eight", "small", "longer", "backbones")
 #: What is said of a claim whose study has no table.
 NOT_RUN = "not yet run"
 
@@ -188,31 +191,55 @@ _FAMILIES = {
 }
 
 
-def _families(conflict: Table, skip: Sequence[str]) -> Answer:
-    def rule(e: Evidence) -> Verdict:
-        cells = {
-            name: verdict_c7(e, f"{family} decoupled", f"{family} shared")
-            for name, family in _FAMILIES.items()
-        }
-        return join_cells("C7", cells)
+def family_cells(e: Evidence) -> dict[str, Verdict]:
+    "C7 in each family and form that the evidence has."
+    pairs = {k: (f"{f} decoupled", f"{f} shared") for k, f in _FAMILIES.items()}
+    return {name: verdict_c7(e, *pair) for name, pair in pairs.items()}
 
+
+def _families(conflict: Table, skip: Sequence[str]) -> Answer:
+    rule = lambda e: join_cells("C7", family_cells(e))
     return _ask("C7", conflict, rule, without=skip)
 
 # %% ../../nbs/making/03_answers.ipynb #9b377fe3
+def with_seeds(e: Evidence) -> Evidence:
+    "Without rivals of so few seeds that they carry no verdict."
+    kept = lambda a: len(e.arms[a]) > EXPLORATORY or a in (SHARED, ADAPTIVE)
+    return replace(e, arms={a: e.arms[a] for a in e.arms if kept(a)})
+
+
+def ends_at_the_edge(table: Table) -> bool:
+    "Does plain training end lowest at the smallest rate that ran?"
+    ends: dict[float, list[float]] = {}
+    for run in table.rows:
+        if run["arm"] == "vanilla":
+            rate = float(run["parameters"]["lr"])
+            ends.setdefault(rate, []).append(float(run["final_average"]))
+    means = {rate: sum(x) / len(x) for rate, x in ends.items()}
+    return bool(means) and min(means, key=means.__getitem__) == min(means)
+
+
 def _adapters(lora: Table) -> Answer:
     def rule(e: Evidence) -> Verdict:
-        arms = {
-            a: at
-            for a, at in e.arms.items()
-            if len(at) > EXPLORATORY or a in (SHARED, ADAPTIVE)
-        }
-        return verdict_c8(replace(e, arms=arms), SHARED, ADAPTIVE)
+        verdict = verdict_c8(with_seeds(e), SHARED, ADAPTIVE)
+        if not ends_at_the_edge(lora):
+            return verdict
+        why = (
+            "plain training ends lowest at the smallest rate that ran, so its"
+            " best is not known"
+        )
+        reasons = (why, *verdict.reasons)
+        return replace(verdict, verdict=UNDECIDED, reasons=reasons)
 
     return _ask("C8", lora, rule)
 
 
-def _everywhere(tables: Sequence[Table], skip: Sequence[str]) -> Answer:
-    cells: dict[tuple[str, str], Verdict] = {}
+def everywhere_cells(
+    tables: Sequence[Table],
+    skip: Sequence[str] = (),  # domains that do not count
+) -> dict[tuple[str, str], Verdict]:  # (study, part) -> verdict
+    "C4 in every part of every study that has the adaptive arm."
+    cells = {}
     for table in tables:
         for part in sorted(table.nominal) or [""]:
             e = evidence(table, part, without=skip)
@@ -220,6 +247,11 @@ def _everywhere(tables: Sequence[Table], skip: Sequence[str]) -> Answer:
                 rivals = [a for a in MAIN if a != ADAPTIVE and a in e.arms]
                 cell = verdict_c4(e, ADAPTIVE, [*rivals, "vanilla"])
                 cells[table.study, part] = cell
+    return cells
+
+
+def _everywhere(tables: Sequence[Table], skip: Sequence[str]) -> Answer:
+    cells = everywhere_cells(tables, skip)
     short = "; ".join(str(t) for t in tables if not t.complete)
     studies = tuple(dict.fromkeys(study for study, _ in cells))
     named = {f"{study} {part}".strip(): v for (study, part), v in cells.items()}
@@ -266,7 +298,7 @@ def answer_claims(
     """
     skip = tuple(without)
     get = lambda name: tables.get(name, Table(name))
-    everywhere = [get(n) for n in ("eight", "small", "longer", "backbones")]
+    everywhere = [get(n) for n in EVERYWHERE]
     return [
         *_main_claims(get("eight"), get("corners"), skip),
         _growth(get("sixteen"), skip),

@@ -164,12 +164,28 @@ def test_a_run_that_broke_for_another_reason_is_missing_beside_diverged_ones():
     assert "(1 missing)" in text and c7.n == 6
 
 
+def best_inside(table):
+    "The same, and plain training ends lowest at the rate in the middle."
+    middle = lambda r: r["arm"] == "vanilla" and r["parameters"]["lr"] == 1e-3
+    rows = [{**r, "final_average": 2.0} if middle(r) else r for r in table.rows]
+    return simulated.whole(rows, table.study, table.nominal)
+
+
+def test_c8_is_undecided_while_plain_training_is_best_at_its_smallest_rate():
+    arms = {SHARED: 1.0, ADAPTIVE: 0.5, REPLAY: 0.8}
+    table = simulated.table(arms, seeds=5, study="lora")
+    found = answer("C8", table).verdict
+    assert (found.verdict, found.n) == (UNDECIDED, 5)
+    assert "smallest rate that ran" in found.reasons[0]
+    assert answer("C8", best_inside(table)).verdict.verdict == HOLDS
+
+
 def test_c8_is_drawn_without_arms_of_two_seeds():
     """Arms that the study runs on two seeds are shown, but neither decide nor
     lower n; replay, on five, is a rival.
     """
     arms = {SHARED: 1.0, FIXED: 1.2, ADAPTIVE: 0.5, REPLAY: 0.8}
-    table = simulated.table(arms, seeds=5, study="lora")
+    table = best_inside(simulated.table(arms, seeds=5, study="lora"))
     rows = [r for r in table.rows if r["arm"] != FIXED or r["seed"] < 2]
 
     def c8(rows):
