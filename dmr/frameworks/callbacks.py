@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .lora import lora_include, lora_layers
 from ..routing.kept import read_kept
-from ..routing.modification import Modification
+from ..routing.modification import Modification, user_level
 from ..routing.moments import unwrap
 from ..routing.router import MomentRouter
 from ..routing.sharding import unwrapped
@@ -45,7 +45,7 @@ class _Settings:
         boundaries: Sequence[int] | None = None,
         interpolate: float | None = None,  # as for MomentRouter.consolidate
         # a router's file of an earlier process, or its folder; None: looked
-        # for beside the model's own files
+        # for beside the files of a model that remembers its folder
         saved: str | Path | None = None,
         **options: Any,  # further arguments of MomentRouter
     ):
@@ -178,16 +178,32 @@ class _Filing(_Ending):
             return
         path = None if beside is None else beside / ROUTER_FILE
         if self.saved is not None:
-            router.take_up(self.read(router_file(self.saved)))
+            self._go_on(router, router_file(self.saved))
         elif path is not None and path.is_file():
-            router.take_up(self.read(path))
+            self._go_on(router, path)
         elif begins_idle(router) and (origin := _origin(model)):
             warnings.warn(
                 f"no {ROUTER_FILE} was taken up for {origin!r}: training begins"
                 " unprotected, and what this model knows may be lost. Pass"
                 " saved=... if there is a file; for a model without one, call"
                 " router.protect(batches, loss_fn) before training",
-                stacklevel=3,
+                stacklevel=user_level(),
+            )
+
+    def _go_on(self, router: MomentRouter, path: Path) -> None:
+        "Take over a file; warn where its last domain is still open."
+        router.take_up(contents := self.read(path))
+        state = contents["state"]  # the first edition's has no boundary
+        if late := state["steps"] - state.get("boundary", state["steps"]):
+            warnings.warn(
+                f"{path} was written {late} steps after the last boundary, in"
+                " a domain that was never closed: what is trained now counts"
+                " as a part of it. If this is a new domain, begin from what was"
+                " saved after the training had ended, or close the old one"
+                " before training: callback.begin(model), then"
+                " callback.consolidate(), once there is an optimizer. To go on"
+                " in the same domain, resume that run",
+                stacklevel=user_level(),
             )
 
     def save(self, folder: str | Path) -> Path | None:  # None: no router yet

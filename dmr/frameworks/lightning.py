@@ -22,6 +22,13 @@ _ = need("lightning", "lightning", "dmr.frameworks.lightning")
 from lightning.pytorch import Callback
 
 # %% ../../nbs/guides/05_lightning.ipynb #fe494147
+def _contents(
+    found: dict,  # the router's part of a checkpoint
+) -> dict:  # as of a router's file
+    "Older checkpoints hold the state alone."
+    return found if "state" in found else {"state": found}
+
+
 class _Saving(DomainCallback, Callback):
     "What is in Lightning's checkpoints, and what of an earlier process."
 
@@ -31,7 +38,7 @@ class _Saving(DomainCallback, Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.router is None:
             return {}
-        return {"router": self.router.state_dict(), "ended": self.ended}
+        return {"router": self.router.contents(), "ended": self.ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._read = state_dict.get("router")
@@ -47,7 +54,7 @@ class _Saving(DomainCallback, Callback):
                 f"{path} is missing or was written without this callback; pass"
                 " the checkpoint of a routed run, or a folder with router.pt"
             )
-        return {"state": mine["router"]}
+        return _contents(mine["router"])
 
 # %% ../../nbs/guides/05_lightning.ipynb #0a9d013e
 class _Beginning(_Saving):
@@ -69,7 +76,7 @@ class _Beginning(_Saving):
                 " what was protected is not known; resume where it was"
                 " saved, or begin anew"
             )
-        router.load_state_dict(self._read)
+        router.take_up(_contents(self._read))
         self._read = None
 
     def on_train_batch_start(
@@ -84,10 +91,11 @@ class LightningRouter(_Beginning):
 
     Each `fit` is one domain, which ends with a `consolidate()`; or name as
     `boundaries` the global steps at which domains end inside one `fit`.
-    Keep one callback for all domains. The router's state is saved in
+    Keep one callback for all domains. What a router's file holds is saved in
     Lightning's checkpoints and comes back with `fit(ckpt_path=...)`, or in a
-    new run with `saved=path`. Raises ValueError for several optimizers, and
-    where a checkpoint was written without this callback.
+    new run with `saved=path`, which is never found by itself. Raises
+    ValueError for several optimizers, where a checkpoint was written without
+    this callback, and where it belongs to other weights than the module's.
     """
 
     def on_train_batch_end(

@@ -116,9 +116,11 @@ class RouterCallback(_Hooks):
     the Trainer's own checkpoints and comes back with
     `resume_from_checkpoint`; at the end of training it is written into the
     output folder, and a later process finds it beside the model that was
-    saved there. Raises FileNotFoundError where a checkpoint lacks it,
-    ValueError where one of its files is not what was written, and for methods
-    that keep examples in a Trainer that shows none.
+    saved there. A plain Trainer shows the numbers in its `log_history` alone,
+    to no logger, and its `save_model` writes no router's file; RoutedTrainer
+    does both, or call `save(folder)`. Raises FileNotFoundError where a
+    checkpoint lacks it, ValueError where one of its files is not what was
+    written, and for methods that keep examples in a Trainer that shows none.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("lightning")
 
 import lightning.pytorch as lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dmr.frameworks.lightning import LightningRouter
 from dmr.methods.consolidation import FisherMerge
@@ -132,8 +133,6 @@ def test_it_routes_as_a_bare_loop_does(options, tmp_path):
 # within the first domain, at the boundary, and within the second
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_resumed_from_lightnings_checkpoint_it_is_bit_identical(step, tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     def run(resume=None):
         callback = LightningRouter(*made(), boundaries=[4, 8])
         keep = ModelCheckpoint(
@@ -229,3 +228,84 @@ def test_a_fit_that_begins_unprotected_says_so(tmp_path):
         router = known.attach(again, again.configure_optimizers())
         router.protect([*data()], again.loss)
         fit(known, tmp_path, again)
+
+
+def merged(**options):
+    edit = Projection(rank=3, every=1)
+    return LightningRouter(edit, consolidation=FisherMerge(), **options)
+
+
+def kept(path):
+    "A module with the weights of a checkpoint."
+    module = Regression()
+    read = torch.load(path, weights_only=True)["state_dict"]
+    module.load_state_dict(read)
+    return module
+
+
+def trained(folder, **options):
+    "One domain of 8 steps, or as told; its last checkpoint."
+    last = ModelCheckpoint(folder, save_top_k=0, save_last=True)
+    fit(merged(**options), folder, more=[last])
+    return folder / "last.ckpt"
+
+
+def test_a_module_without_the_checkpoints_weights_is_refused(tmp_path):
+    path = trained(tmp_path)
+    with pytest.raises(ValueError, match="saved with other weights"):
+        fit(merged(saved=path), tmp_path)
+    callback = merged(saved=path)
+    fit(callback, tmp_path, kept(path))
+    assert callback.router.domains == 2
+
+
+@pytest.mark.parametrize("ends, copies", [(8, 0), (6, 1)])
+def test_no_second_copy_of_the_weights_at_a_boundary(ends, copies, tmp_path):
+    read = torch.load(trained(tmp_path, boundaries=[ends]), weights_only=True)
+    state = read["callbacks"]["LightningRouter"]["router"]["state"]
+    before = state["consolidation"]["before"].values()
+    sizes = [x.numel() for x in before if isinstance(x, torch.Tensor)]
+    numbers = sum(p.numel() for p in Regression().parameters())
+    assert sum(sizes) == copies * numbers
+
+
+def test_a_checkpoint_with_the_state_alone_is_still_read(tmp_path, monkeypatch):
+    "As earlier versions wrote it, for a new run and to resume."
+    first = lambda it: {"router": it.router.state_dict(), "ended": it.ended}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(LightningRouter, "state_dict", first)
+        path = trained(tmp_path)
+    following, resumed = merged(saved=path), merged()
+    fit(following, tmp_path, kept(path))
+    fit(resumed, tmp_path, ckpt_path=path, batches=2)  # to a fourth epoch
+    assert (following.router.domains, resumed.router.domains) == (2, 2)
+
+
+class Stop(lightning.Callback):
+    "Early."
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+def test_a_run_that_begins_in_an_open_domain_is_warned(tmp_path):
+    "From what was written before an early stop; closed first, all is well."
+    more = [Stop(), ModelCheckpoint(tmp_path, "early")]
+    module = fit(merged(), tmp_path, more=more, batches=2)
+    module.trainer.save_checkpoint(tmp_path / "over.ckpt")
+    path, said = tmp_path / "early.ckpt", "2 steps after the last boundary"
+    with pytest.warns(UserWarning, match=said):
+        fit(merged(saved=path), tmp_path, kept(path))
+    closed, callback = kept(path), merged(saved=path)
+    callback.attach(closed, closed.configure_optimizers())
+    with pytest.warns(UserWarning, match=said):
+        callback.begin(closed)
+    callback.consolidate()
+    over = kept(tmp_path / "over.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*never closed")
+        fit(callback, tmp_path, closed)
+        fit(merged(saved=tmp_path / "over.ckpt"), tmp_path, over)
+        fit(merged(), tmp_path, ckpt_path=path, batches=2)  # resumed
+    for p, q in zip(closed.parameters(), over.parameters()):
+        assert torch.equal(p, q)

@@ -12,7 +12,12 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 import peft
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from dmr.frameworks.lora import route_lora
 from dmr.frameworks.trainer import RoutedTrainer, RouterCallback
@@ -324,7 +329,6 @@ def test_a_full_model_is_routed_by_the_same_two_lines(tmp_path):
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_training_that_begins_unprotected_says_so(merges, tmp_path):
     "Of a projection and of a merge; not where the file is beside the model."
-    from transformers import LlamaForCausalLM
 
     def parts():
         if merges:
@@ -363,3 +367,48 @@ def test_a_plain_trainer_refuses_at_the_start_what_keeps_examples(tmp_path):
     with pytest.raises(ValueError, match=r"use RoutedTrainer\(..., router=c"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Stop(TrainerCallback):
+    "Early, after a checkpoint."
+
+    def on_step_end(self, args, state, control, **more):
+        stop = state.global_step == 2
+        control.should_save = control.should_training_stop = stop
+
+
+def test_a_process_that_begins_in_an_open_domain_is_warned(tmp_path):
+    "From what was written before an early stop; closed first, all is well."
+
+    def routed(model, *callbacks):
+        edit, merge = Projection(rank=2, every=1), FisherMerge()
+        one = RoutedTrainer(
+            model,
+            arguments(tmp_path / "run", steps=4),
+            train_dataset=data(),
+            callbacks=[*callbacks],
+            router=RouterCallback(edit, consolidation=merge),
+        )
+        return one, one.routed
+
+    load = LlamaForCausalLM.from_pretrained
+    path, said = tmp_path / "run/checkpoint-2", "2 steps after the last boundar"
+    first, _ = routed(small_llama(width=16, layers=1, context=32)[0], Stop())
+    first.train()
+    first.save_model(str(tmp_path / "over"))
+    with pytest.warns(UserWarning, match=said):
+        routed(load(path))[0].train()
+    closed, callback = routed(load(path))
+    closed.create_optimizer()
+    with pytest.warns(UserWarning, match=said):
+        callback.begin(closed.model)
+    callback.consolidate()
+    over, _ = routed(load(tmp_path / "over"))
+    resumed, _ = routed(load(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*never closed")
+        closed.train()
+        over.train()
+        resumed.train(resume_from_checkpoint=str(path))
+    for p, q in zip(closed.model.parameters(), over.model.parameters()):
+        assert torch.equal(p, q)
