@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['draw_plane', 'loss_by_age', 'draw_age', 'draw_growth', 'draw_settings', 'draw_parts', 'draw_domains']
+__all__ = ['draw_plane', 'loss_by_age', 'draw_age', 'draw_growth', 'learned_by_stage', 'draw_stages', 'draw_settings',
+           'draw_parts', 'draw_domains']
 
 # %% ../../nbs/making/06_drawings.ipynb #9c37d07e
 #: A figure and its alternative text.
@@ -261,6 +262,57 @@ def draw_growth(table: Table) -> _Drawing | None:
     return fig, (
         "Forgetting after each stage, with 95 % intervals over seeds beside"
         f" the end. {told}."
+    )
+
+# %% ../../nbs/making/06_drawings.ipynb #ceea24c4
+def learned_by_stage(table: Table, arm: str) -> list[Interval]:
+    """By how much a domain's loss right after its turn lies above plain
+    training's, in nats per byte: the first domain, the second, and so on, seed
+    by seed at the nominal rate.
+    """
+    own = lambda r: np.diagonal(np.array(json.loads(r["loss_matrix"])))
+    plain = {r["seed"]: own(r) for r in nominal_rows(table, "vanilla")}
+    gaps = [
+        own(r) - plain[r["seed"]]
+        for r in nominal_rows(table, arm)
+        if r["seed"] in plain
+    ]
+    return [mean_interval(list(x)) for x in zip(*gaps)]
+
+
+def draw_stages(
+    table: Table,
+    arms: Mapping[str, str],  # arm -> words, the first one in the title
+) -> _Drawing | None:
+    "Is a later domain learned less well than under plain training?"
+    found = {a: x for a in arms if (x := learned_by_stage(table, a))}
+    if not found:
+        return None
+    fig, (ax,) = _figure(size=(5.4, 4.2))
+    ax.axhline(0, color="#5f6368", lw=1)
+    last = max(map(len, found.values()))
+    ends = {}
+    for k, (arm, means) in enumerate(found.items()):
+        places = [i + 1 + _beside(k, len(found), 0.12) for i in range(last)]
+        style = table.arms[arm].fields.style
+        ax.plot(places, [i.estimate for i in means], lw=1, **style)
+        _bars(ax, places, means, table.arms[arm])
+        ends[arms[arm]] = (means[-1].estimate, style["color"])
+    _label_ends(ax, last, ends)
+    first = next(iter(found))
+    early, late = found[first][1].estimate, found[first][-1].estimate
+    ax.set(
+        title=f"{arms[first]}: domain 2 ends {early:+.2f} against\nplain"
+        f" training's, domain {last} {late:+.2f}".replace("-", "−"),
+        xlabel="place of the domain in its order",
+        ylabel="loss after its turn − plain's (nats)",
+        xlim=(0.5, last * 1.5),
+        xticks=range(1, last + 1),
+    )
+    told = "; ".join(f"{arms[a]} {x[-1]}" for a, x in found.items())
+    return fig, (
+        "Loss of each domain right after its turn minus plain training's, by"
+        f" its place in the order, with 95 % intervals. At the last: {told}."
     )
 
 # %% ../../nbs/making/06_drawings.ipynb #3bf7b34a

@@ -29,8 +29,8 @@ from dmr.verdict.rules import (
 from .tables import Table, evidence, runs
 
 # %% auto #0
-__all__ = ['AUTHORS', 'AUTHORS_SMALL', 'FIRST_PAGE', 'strength_name', 'by_strength', 'joined', 'c1_by_strength', 'by_part',
-           'c4_of_authors', 'first_page']
+__all__ = ['AUTHORS', 'AUTHORS_SMALL', 'FIRST_PAGE', 'WITHOUT_PAST', 'strength_name', 'by_strength', 'joined', 'c1_by_strength',
+           'by_part', 'c4_of_authors', 'first_page', 'past_counts']
 
 # %% ../../nbs/making/10_regimes.ipynb #c0b00006
 def strength_name(arm: str, alpha: float) -> str:
@@ -211,3 +211,26 @@ def first_page(table: Table) -> list[Finding]:
         elif one.outcome == "holds" and p[one.rule] >= 0.05:
             found[i] = replace(one, outcome="fails")
     return [preliminary(f, table) for f in found]
+
+# %% ../../nbs/making/10_regimes.ipynb #56d4f6c1
+#: Arms of `merging_controls`: the same merge, a basis without a past.
+WITHOUT_PAST: tuple[str, ...] = (
+    f"current basis + {_MERGE}",
+    f"random basis + {_MERGE}",
+)
+
+
+def past_counts(
+    controls: Table,
+    long: Table,  # `merging_long`
+) -> list[Finding]:  # one for each of `WITHOUT_PAST`
+    """Does a merge with a projection end lower on the past's basis than on
+    one that holds no past? Paired over the seeds of the controls, Holm over
+    both; preliminary while runs are to come.
+    """
+    seeds = controls.every_seed
+    ends = next(iter(finals_by_setting(long, _BOTH).values()), {})
+    mine = {s: x for s, x in ends.items() if s in seeds}
+    rivals = {a: finals_by_setting(controls, a) for a in WITHOUT_PAST}
+    found = ends_below(mine, rivals, seeds=seeds)
+    return [preliminary(f, controls) for f in found]

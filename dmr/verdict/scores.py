@@ -68,7 +68,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "joint training": "for comparison: all domains at once",
         f"{REPLAY} + Fisher merge": f"replay, and {_MERGE}",
         f"{REPLAY}, equal evaluations": "replay, half of each batch old",
-        REPLAY: "replay, 150 old windows a domain",
+        REPLAY: "replay, a second batch a step",
         f"{_STEP} + Fisher merge 0.7": f"{_MERGE}, edit the step",
         "Fisher merge 0.7": f"{_MERGE}, all past kept",
         "Fisher merge 0.8, keep 0.5 (the default)": f"{_MERGE}, the default",
@@ -103,14 +103,13 @@ class Bar:
 def bars(
     table: Table,
     shown: Mapping[str, str],  # arm -> words
-    plain: str = "vanilla",  # what each is compared with
 ) -> list[Bar]:  # what saves most first
     """How far below plain training each arm of a study ends, seed by seed and
     each at its best setting, in nats per byte.
     """
-    every = [at for arm in (plain, *shown) for at in by_setting(table, arm)]
+    every = [at for arm in ("vanilla", *shown) for at in by_setting(table, arm)]
     seeds = sorted(set.intersection(*map(set, every)))
-    base = at_best(table, plain, seeds)
+    base = at_best(table, "vanilla", seeds)
     found = [
         Bar(
             words,
@@ -221,19 +220,21 @@ _STUDIES: dict[str, tuple[str, str]] = {
     "eight": ("o", "eight domains"),
     "sixteen": ("s", "sixteen"),
     "confirm": ("D", "three unseen"),
+    "merging_long": ("o", "eight domains, 450 steps"),
+    "merging": ("s", "eight, 150 steps"),
+    "merging_confirm": ("D", "three unseen, 450 steps"),
 }
 
 
 def equal_learning(
-    tables: Mapping[str, Table],  # by study
-    studies: Sequence[str] = tuple(_STUDIES),  # the first gives the order
+    tables: Mapping[str, Table],  # by study; the first gives the order
 ) -> dict[str, dict[str, Interval | None]]:  # arm -> study -> difference
     """Every arm against plain training that learned as much, in each study;
     `None` where it is not comparable. Least forgetting first.
     """
     out: dict[str, dict[str, Interval | None]] = {}
-    for study in studies:
-        for line in compare(tables[study]):
+    for study, table in tables.items():
+        for line in compare(table):
             out.setdefault(line.name, {})[study] = line.matched
     return out
 
@@ -241,7 +242,7 @@ def equal_learning(
 def _draw_line(ax: Axes, y: float, arm: TableArm, found: Mapping) -> None:
     "One arm: a point and an interval for each study, and its name."
     colour = arm.fields.style["color"]
-    there = [s for s in _STUDIES if found.get(s)]
+    there = [study for study, i in found.items() if i]
     for k, study in enumerate(there):
         i, at = found[study], y - 0.24 * (k - (len(there) - 1) / 2)
         ax.plot([i.low, i.high], [at, at], color=colour, lw=1.4)
@@ -263,7 +264,7 @@ def _forest_title(rows: Iterable[Mapping[str, Interval | None]]) -> str:
 
 # %% ../../nbs/making/08_scores.ipynb #246f0a76
 def draw_forest(
-    tables: Mapping[str, Table],  # by study: eight, sixteen, confirm
+    tables: Mapping[str, Table],  # by study; the first gives the order
 ) -> tuple[Figure, str]:  # the figure, and its alternative text
     "Every arm at equal learning, in every study that has it."
     from matplotlib.figure import Figure as NewFigure
@@ -282,7 +283,8 @@ def draw_forest(
     ax.set_xlim(right=0.85)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x")
-    keys = ", ".join(f"{_GLYPHS[m]} {words}" for m, words in _STUDIES.values())
+    marks = [_STUDIES[study] for study in tables]
+    keys = ", ".join(f"{_GLYPHS[m]} {words}" for m, words in marks)
     missing = f"{len(every) - len(rows)} arms learned too little or too much"
     ax.set_xlabel(
         f"forgetting against plain Adam's (nats per byte)\n{keys}; grey:"

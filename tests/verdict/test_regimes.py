@@ -15,12 +15,14 @@ from dmr.verdict.regimes import (
     AUTHORS,
     AUTHORS_SMALL,
     FIRST_PAGE,
+    WITHOUT_PAST,
     by_part,
     by_strength,
     c1_by_strength,
     c4_of_authors,
     first_page,
     joined,
+    past_counts,
     strength_name,
 )
 from dmr.verdict.rules import verdict_c1, verdict_c3
@@ -221,6 +223,29 @@ def test_the_first_pages_statements_on_a_larger_model():
     assert set(words.values()) == {"holds"}
     assert {f.outcome for f in first_page(larger(seeds=3))} == {"too few seeds"}
     assert {f.outcome for f in first_page(Table("larger"))} == {"no runs"}
+
+
+def test_a_past_counts_where_a_basis_without_one_ends_higher():
+    long = larger()
+    current, random = WITHOUT_PAST
+    rows = [*ends(current, 2.3), *ends(random, 2.3)]
+    controls = simulated.whole(rows, "merging_controls", {"": 1e-3})
+    found = past_counts(controls, long)
+    assert [f.outcome for f in found] == ["holds", "holds"]
+    assert found[0].interval.estimate == pytest.approx(-0.15, abs=0.02)
+    # damping that remembers nothing does as well
+    rows = [*ends(current, 2.15), *ends(random, 2.3)]
+    controls = simulated.whole(rows, "merging_controls", {"": 1e-3})
+    assert [f.outcome for f in past_counts(controls, long)] == [
+        "fails",
+        "holds",
+    ]
+    # a control that has not run keeps the other from holding
+    half = replace(controls, rows=controls.rows[5:], planned=10)
+    words = [f.outcome for f in past_counts(half, long)]
+    assert words == ["no runs", "not complete"]
+    nothing = past_counts(Table("merging_controls"), long)
+    assert {f.outcome for f in nothing} == {"no runs"}
 
 
 def test_a_statement_is_preliminary_before_the_last_run():
