@@ -47,11 +47,19 @@ def gpt_oss():
     return transformers.GptOssForCausalLM(config)
 
 
+def jetmoe():
+    "Experts of attention as well; each stack is a module of its own."
+    sizes = SIZES | {"num_key_value_heads": 2, "kv_channels": 8}
+    config = transformers.JetMoeConfig(num_local_experts=4, **sizes)
+    return transformers.JetMoeForCausalLM(config)
+
+
 MODELS = {
     "mixtral": (mixtral, False),
     "qwen3": (qwen3, False),
     "olmoe": (olmoe, False),
     "gpt_oss": (gpt_oss, True),  # (experts, in, out)
+    "jetmoe": (jetmoe, False),
 }
 
 
@@ -91,12 +99,13 @@ def test_every_matrix_but_the_embeddings_is_found(kind):
         bias = "bias" in name  # gpt-oss has one for each expert
         matrix = p.ndim > 1 and not bias and "embed_tokens" not in name
         assert (name in covered) is matrix, name
-    assert len(stacks(model)) == 2
+    assert len(stacks(model)) == (4 if kind == "jetmoe" else 2)
     for target in find_targets(model).values():
         if target.part is not None:
             x = target.of(target.param)
             assert target.transposed is transposed
-            inputs = 12 if "gate_up" in target.name else 16
+            up = "gate_up" in target.name or "input_linear" in target.name
+            inputs = 12 if up else 16
             assert target.fan_in == inputs == x.shape[0 if transposed else 1]
 
 
