@@ -69,6 +69,7 @@ def test_every_command_has_a_line_of_help(capsys):
         "why",
         "accept",
         "report",
+        "export",
         "tables",
         "streams",
         "models",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dmr.cli import main
 from dmr.reporting.export import (
     TARGETS,
     export_study,
@@ -93,31 +94,57 @@ def test_a_parameter_as_text_keeps_its_type(value):
     assert (again, type(again)) == (value, type(value))
 
 
-def test_folders_have_finer_curves_than_the_table(tmp_path):
+def finish(here, nth):
+    "Put a result into the folder of a run; returns the plan with it."
     import hashlib
-
-    from tiny import project
 
     from dmr.studies.plan import prepare_planned
 
-    here = project(tmp_path, "arms: {a: {lr: 0.25}}\nseeds: [0, 1]\n")
     study = find_study("tiny", here)
     plan = make_plan(study, here)
+    run = plan.runs[nth]
     loss = dict(stage=0, domain=0, trained_domain="a", eval_domain="a")
     loss |= dict(loss=1.23456789012, loss_se=0.01)
     stages = [dict(stage=0, steps=7, worst=math.inf)]
     made = dict(records=[loss], stages=stages, metrics=dict(y=1.0))
-    folder, text = prepare_planned(plan.runs[0], plan).folder, json.dumps(made)
+    folder, text = prepare_planned(run, plan).folder, json.dumps(made)
     (folder / "result.json").write_text(text)
     seal = hashlib.sha256(text.encode()).hexdigest()
-    marker = dict(id=plan.runs[0].identity.id, sha256=seal, wall_s=1.0)
+    marker = dict(id=run.identity.id, sha256=seal, wall_s=1.0)
     (folder / "done.json").write_text(json.dumps(marker))
-    (run,) = exported_runs(make_plan(study, here))  # the other has no result
+    return make_plan(study, here)
+
+
+def test_folders_have_finer_curves_than_the_table(tmp_path):
+    from tiny import project
+
+    here = project(tmp_path, "arms: {a: {lr: 0.25}}\nseeds: [0, 1]\n")
+    (run,) = exported_runs(finish(here, 0))  # the other has no result
     assert run.curves["loss/a"] == {1: 1.23456789012}
     assert run.curves["loss_se/a"] == {1: 0.01}
     assert "stage/worst" not in run.curves
     assert json.loads(run.facts["stage/worst"]) == {"1": math.inf}
     assert run.metrics["y"] == 1.0
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    from tiny import project
+
+    here = project(tmp_path, "arms: {a: {lr: 0.25}}\nseeds: [0, 1]\n")
+    finish(here, 0)
+    template = here.root / "nbs/experiments/tiny.ipynb"  # then other code
+    template.write_text(template.read_text().replace("(0.5)", "(0.6)"))
+    finish(here, 1)
+    monkeypatch.chdir(tmp_path)
+    for code, seeds in (("current", [1]), ("any", [0, 1])):
+        assert main(["export", "tiny", "--to", "json", "--code", code]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"tiny: {len(seeds)} runs written; ")
+        runs = json.loads(Path("tiny.json").read_text())
+        assert [run["parameters"]["seed"] for run in runs] == seeds
+    empty = ["--runs", str(tmp_path / "empty")]
+    assert main(["export", "tiny", "--to", "json", *empty]) == 2
+    assert "dmr export: no run of 'tiny' has" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
