@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def _ends(
     known = config if tokenizer is None else tokenizer
     end = _first(getattr(known, "eos_token_id", None))
     if start is not None:
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        whole = isinstance(start, Integral) and not isinstance(start, bool)
+        if not whole or start < 0:
             raise ValueError(f"start={start!r} is no token; pass its number")
         return start, end
     if tokenizer is not None:
@@ -141,7 +143,7 @@ def _check_sampling(
     temperature: float,
 ) -> None:
     "Raise ValueError for what cannot be written."
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
+    if not isinstance(temperature, Real) or not temperature > 0:
         raise ValueError(
             f"temperature={temperature!r} is not above 0; pass 1.0 for text as"
             " probable as the model finds it"

@@ -2,6 +2,7 @@
 stream, and nothing left behind; and replay of it.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,6 +96,18 @@ def test_a_text_that_was_learned_is_written_again():
 def test_what_cannot_be_written_is_refused_at_the_call(options, message):
     with pytest.raises(ValueError, match=message):
         sample_text(llama(), **{"length": 8} | options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    "As they come out of a table or an array."
+    model, how = llama(), {"length": 8, "tokens": 32, "skip": 2}
+    given = {"temperature": np.float32(0.5), "start": np.int64(3)}
+    plain = {"temperature": 0.5, "start": 3}
+    (x,), (y,) = (sample_text(model, **how, **d) for d in (given, plain))
+    assert x.dtype == y.dtype and torch.equal(x, y)
+    for wrong in ({"temperature": np.float32(0)}, {"start": np.int64(-1)}):
+        with pytest.raises(ValueError, match="not above 0|is no token"):
+            sample_text(model, **how, **wrong)
 
 
 def test_no_start_token():
