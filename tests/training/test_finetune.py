@@ -277,6 +277,69 @@ def test_what_the_model_writes_itself_is_a_past(made):
     assert math.isfinite(done.lost["old"][0])
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def as_line(form, question, answer):
+    "An example of a .jsonl file."
+    if form == "prompt":
+        return json.dumps({"prompt": question, "completion": answer})
+    said = (("user", question), ("assistant", answer))
+    talk = [{"role": role, "content": content} for role, content in said]
+    return json.dumps({"messages": talk})
+
+
+def asked(form, tokenizer, question):
+    "A question as tokens (1, n), up to where the answer begins."
+    if form == "prompt":
+        return tokenizer(question, return_tensors="pt")["input_ids"]
+    how = {"return_tensors": "pt", "return_dict": True}
+    talk = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(
+        talk, add_generation_prompt=True, **how
+    )["input_ids"]
+
+
+@pytest.mark.parametrize("form", ["prompt", "chat"])
+def test_answers_are_learned_and_questions_are_not(form, tmp_path):
+    "From a file of either form to a model that answers, old questions too."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_small_llama(tmp_path / "tiny", width=32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    new, old = {"sea": "blue", "leaf": "green"}, {"sun": "yellow"}
+    for name, answers in (("new", new), ("old", old)):
+        lines = [
+            as_line(form, f"{i} {word}?", answer)
+            for i in range(0, 100, 2)
+            for word, answer in answers.items()
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    how = SMALL | {"rates": 1e-2, "steps": 150, "batch": 8, "looks": 1}
+    done = dmr.finetune(
+        folder,
+        tmp_path / "new.jsonl",
+        tmp_path / "old.jsonl",
+        method="replay",
+        output=tmp_path / "out",
+        **how,
+    )
+    assert done.learned[0] > 5 and done.lost["old"][0] < -5
+    model = AutoModelForCausalLM.from_pretrained(done.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(done.checkpoint)
+    for word, answer in (new | old).items():
+        ids = asked(form, tokenizer, f"37 {word}?")
+        out = model.generate(ids, do_sample=False, max_new_tokens=12)[0]
+        assert tokenizer.decode(out[ids.shape[1] :]) == f"{answer}<|end|>"
+        loss = model(input_ids=ids, labels=ids).loss
+        assert loss > math.log(257)  # more than without any training
+
+
 def test_adapters_are_saved_as_peft_saves_them(made):
     import peft
     from transformers import AutoModelForCausalLM
