@@ -4,20 +4,21 @@ PIP_ARGS ?=
 VENV     := .venv
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
+TRACKERS := .venv-trackers
 STUDY    ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow faults lab book docs docs-quarto preview bench readme export clean fetch
+.PHONY: help setup run test test-slow test-trackers faults lab book docs docs-quarto preview bench readme export clean fetch
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with the pinned versions (every other target does it for you)
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(TRACKERS)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"development needs Python >= 3.11, and $(PYTHON) is {v.major}.{v.minor}; try: make PYTHON=python3.11")'
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no working venv module: using virtualenv from a private folder"; \
-	  $(PYTHON) -m pip install --quiet --target .venv-tool virtualenv && PYTHONPATH=.venv-tool $(PYTHON) -m virtualenv --quiet $(VENV); rm -rf .venv-tool; test -x $@; }
+	@$(PYTHON) -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); echo "no working venv module: using virtualenv from a private folder"; \
+	  $(PYTHON) -m pip install --quiet --target .venv-tool virtualenv && PYTHONPATH=.venv-tool $(PYTHON) -m virtualenv --quiet $(@:/bin/python=); rm -rf .venv-tool; test -x $@; }
 
 $(STAMP): $(VENV)/bin/python settings.ini setup.py pyproject.toml constraints.txt
 	@echo "installing the pinned environment (torch's default build for this platform: about 200 MB for CPU builds, several GB for CUDA builds on Linux; choose with PIP_ARGS=...)"
@@ -39,6 +40,17 @@ test: fetch  ## the fast tier: notebooks, pytest, export sync, lint, types (unde
 # these tests kill processes and watch clocks: what fails on a busy machine gets one second chance
 test-slow: fetch  ## the rest: several processes, cluster, browser, small real studies
 	$(BIN)/python -m pytest -m slow || $(BIN)/python -m pytest -m slow --last-failed --last-failed-no-failures none
+
+# MLflow and trackio ask for older versions than the pinned ones: first the pins, then what the trackers ask for
+$(TRACKERS)/.installed: $(TRACKERS)/bin/python settings.ini setup.py pyproject.toml constraints.txt
+	@echo "installing MLflow, trackio and W&B with the project into $(TRACKERS) (choose torch's build with PIP_ARGS=...)"
+	@$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[experiments,hf,lightning]' pytest pytest-timeout tensorboard
+	@$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[mlflow,trackio,wandb]' $$(grep -E '^(mlflow|trackio|wandb)==' constraints.txt)
+	@touch $@
+
+test-trackers: $(TRACKERS)/.installed  ## loggers and exports with MLflow, trackio and W&B, in an environment of their own
+	$(TRACKERS)/bin/python -c 'import mlflow, trackio, wandb'
+	$(TRACKERS)/bin/python -m pytest tests/frameworks/test_loggers.py tests/reporting/test_export.py
 
 faults: $(STAMP)  ## over 500 faults thrown at a tiny study and its checkpoints; writes results/faults.csv
 	$(BIN)/python tests/faults/attack.py --out results/faults.csv

@@ -36,6 +36,7 @@ def project_files():
     skip = {
         ".git",
         ".venv",
+        ".venv-trackers",
         "_docs",
         "_proc",
         "runs",
@@ -331,6 +332,7 @@ def test_make_help_lists_the_targets():
         "run",
         "test",
         "test-slow",
+        "test-trackers",
         "lab",
         "docs",
         "preview",
