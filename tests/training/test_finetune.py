@@ -57,16 +57,20 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def made(tmp_path):
-    "A folder with a model that drops attention, a new text and an old one."
-    save_small_llama(tmp_path / "tiny", width=32)
-    path = tmp_path / "tiny/config.json"
+def small_case(folder):
+    "In a folder: a model that drops attention, a new text and an old one."
+    save_small_llama(folder / "tiny", width=32)
+    path = folder / "tiny/config.json"
     config = json.loads(path.read_text()) | {"attention_dropout": 0.1}
     path.write_text(json.dumps(config))
-    (tmp_path / "new.txt").write_text(NEW * 120)
-    (tmp_path / "old.txt").write_text(OLD * 120)
-    return tmp_path
+    (folder / "new.txt").write_text(NEW * 120)
+    (folder / "old.txt").write_text(OLD * 120)
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path):
+    return small_case(tmp_path)
 
 
 def tuned(folder, output="out", keep="old.txt", **other):

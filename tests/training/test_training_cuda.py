@@ -82,3 +82,47 @@ def test_fine_tuning(dtype, lora_rank):
         for s in (-1, 2)
     )
     assert after < before and result["metrics"]["router_bytes"] > 0
+
+
+@pytest.fixture
+def deterministic():
+    "Sums are taken in one order, as far as torch can."
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["merge+projection", "replay"])
+@pytest.mark.filterwarnings("ignore:.*determinis")
+def test_interrupted_and_resumed_equals_undisturbed(
+    method, dtype, tmp_path, monkeypatch, deterministic
+):
+    "`dmr.finetune` on the card, with dropout: its random stream is kept too."
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from test_finetune import numbers, small_case, stop, tuned, weights_in
+
+    from dmr.training.finetune import Training, native_bfloat16
+
+    if dtype == "bfloat16" and not native_bfloat16(torch.device("cuda")):
+        pytest.skip("needs a GPU that multiplies in bfloat16")
+    small_case(tmp_path)
+    how = {"method": method, "dtype": dtype, "device": "cuda"}
+    whole = tuned(tmp_path, "whole", **how)
+    call = lambda: tuned(tmp_path, "parts", **how)
+    stop(monkeypatch, call, lambda training: training.step == 3)
+    (arm,) = (tmp_path / "parts/runs").iterdir()
+    assert (arm / "state.pt").exists()
+    taken, take_up = [], Training.take_up
+    monkeypatch.setattr(
+        Training,
+        "take_up",
+        lambda self: (take_up(self), taken.append(self.step))[0],
+    )
+    parts = call()
+    assert taken == [4]  # it did not begin again
+    assert numbers(parts) == numbers(whole)
+    assert torch.equal(
+        weights_in(parts.checkpoint), weights_in(whole.checkpoint)
+    )
