@@ -319,6 +319,8 @@ def numbers(c):
         "code": "one",
         "status": "ok",
         "overlap_mean": 0.77,
+        "protected_step_norm": 1.0,
+        "alpha_mean": p["alpha"],
         "wall_s": 20,
     }
 
@@ -334,6 +336,8 @@ def finished(tmp_path):
     project.results.mkdir()
     for study in (
         "merging",
+        "merging_long",
+        "merging_controls",
         "dose",
         "authors",
         "muon",
@@ -406,4 +410,4 @@ def test_the_page_of_the_protocol_says_what_is_there(finished, monkeypatch):
             exec("".join(cell["source"]), names)
     text = "\n".join(said)
     assert "no runs yet" not in text and "180 of 180 runs" in text
-    assert len([x for x in said if x.startswith("| ")]) == 9
+    assert len([x for x in said if x.startswith("| ")]) == 12
