@@ -89,7 +89,11 @@ def whole(shift=None, fate=None):
 
 @pytest.mark.parametrize(
     ("study", "asked"),
-    [(NAME, (GOAL, GOAL, 0.75)), ("merging", ("replay", second.REPLAY, 0.85))],
+    [
+        (NAME, (GOAL, GOAL, 0.75)),
+        ("merging_confirm", (GOAL, GOAL, 0.75)),
+        ("merging", ("replay", second.REPLAY, 0.85)),
+    ],
 )
 def test_the_committed_table_says_the_same_twice(study, asked):
     file = TESTS.parent / "results" / f"{study}.csv"
