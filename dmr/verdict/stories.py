@@ -26,11 +26,11 @@ from ..methods.agem import AGEM
 from ..methods.penalty import EWC
 
 # %% auto #0
-__all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'VERDICT', 'HELD_BACK', 'CHOSEN', 'COLUMNS', 'harm',
-           'story', 'fit', 'adam', 'texts', 'windows', 'held_out', 'two_texts', 'byte_model', 'llama', 'scratch',
-           'finetune', 'pretrained', 'new_optimizer', 'adapters', 'regression', 'in_turn', 'trainer', 'images', 'drift',
-           'many', 'Recurrent', 'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule', 'routed', 'tell',
-           'tell_all', 'main']
+__all__ = ['MARGIN_OLD', 'MARGIN_NEW', 'Arm', 'STORIES', 'RATES', 'ARMS', 'VERDICT', 'HELD_BACK', 'CHOSEN', 'FRESH', 'COLUMNS',
+           'harm', 'story', 'fit', 'adam', 'texts', 'windows', 'held_out', 'two_texts', 'byte_model', 'llama',
+           'scratch', 'finetune', 'pretrained', 'new_optimizer', 'adapters', 'regression', 'in_turn', 'trainer',
+           'images', 'drift', 'many', 'Recurrent', 'recurrent_model', 'half_llama', 'recurrent', 'half', 'schedule',
+           'routed', 'tell', 'tell_all', 'main']
 
 # %% ../../nbs/experiments/13_stories.ipynb #ead61c76
 #: What a default may lose on the old data, in units of the loss.
@@ -520,6 +520,8 @@ CHOSEN = (
     "A-GEM",
     *VERDICT,
 )
+#: Seeds that neither chose the default nor were told when it was held back.
+FRESH = (2, 3, 4, 5, 6)
 COLUMNS = ("story", "arm", "lr", "seed", "before", "old", "new", "error")
 
 
@@ -564,13 +566,17 @@ def tell_all(
 
 # %% ../../nbs/experiments/13_stories.ipynb #522cdc95
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m dmr.verdict.stories [--held-back] [story ...]`."
+    "`python -m dmr.verdict.stories [--held-back | --fresh] [story ...]`."
     given = sys.argv[1:] if arguments is None else arguments
     names = [a for a in given if not a.startswith("-")] or list(STORIES)
     if unknown := [name for name in names if name not in STORIES]:
         raise SystemExit(
             f"{unknown[0]!r} is no story; there are {', '.join(STORIES)}"
         )
+    if "--fresh" in given:
+        torch.set_num_threads(1)
+        path = Path("results/stories_fresh.csv")
+        return tell_all(path, names, FRESH, CHOSEN[:2])
     if "--held-back" not in given:
         names = [name for name in names if name not in HELD_BACK]
     torch.set_num_threads(1)
