@@ -145,7 +145,6 @@ def _label_end(
         **options,
     )
 
-
 # %% ../../nbs/reporting/07_finetuned.ipynb #f773f0c6
 def draw_curve(
     done: Finetuned,
@@ -299,10 +298,14 @@ def paths(
     out["stopped early"] = [(0.0, 0.0), *curve]
     place = done.runs.index(chosen)
     out["averaged back"] = way_back(done, name, place)
-    for i, run in enumerate(done.runs):
-        if run.get("lora") is not None and "change" in run:
-            rank = f"LoRA, rank {run['lora']}, averaged back"
-            out[rank] = way_back(done, name, i)
+    adapted = [run for run in _trained(done) if run["lora"] is not None]
+    if adapted:
+        by_rate = sorted(adapted, key=lambda run: run["rate"])
+        ends = [_point(run["change"], name) for run in by_rate]
+        rank = f"LoRA, rank {by_rate[-1]['lora']}"
+        out[f"{rank}, at other rates"] = [(0.0, 0.0), *ends]
+        place = done.runs.index(by_rate[-1])
+        out[f"{rank}, averaged back"] = way_back(done, name, place)
     return out
 
 # %% ../../nbs/reporting/07_finetuned.ipynb #4adc4a55
@@ -321,8 +324,9 @@ def equal_learning_table(
     for control in by_text[others[0]]:
         row = {"at equal learning": control}
         for name in others:
-            lost = lost_where(by_text[name][control], learned)
-            less = "does not learn as much"
+            path = by_text[name][control]
+            lost = lost_where(path, learned)
+            less = f"learns {max(x for x, _ in path):.3f} at most"
             row[f"lost: {name}"] = less if lost is None else f"{lost:+.3f}"
         rows.append(row)
     return pandas.DataFrame(rows).set_index("at equal learning")

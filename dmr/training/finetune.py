@@ -351,7 +351,6 @@ def _base_of(folder: str) -> str:
         " write its name or folder there as base_model_name_or_path"
     )
 
-
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e54
 def _saved_method(model: str, method: str | None, lora: int | None) -> str:
     "The method of a router's file. ValueError where none can be gone on with."
@@ -439,8 +438,7 @@ def _check_apart(
             f" {way_out}, or leave keep out"
         )
     warnings.warn(
-        f"{said}: they are learned, and say nothing of what is lost;"
-        f" {way_out}",
+        f"{said}: they are learned, and say nothing of what is lost; {way_out}",
         stacklevel=user_level(),
     )
 
@@ -614,7 +612,6 @@ def _opening_errors(name: str) -> Iterator[None]:
             f"{name!r} cannot be opened ({type(e).__name__}: {first}); a file"
             " is missing or damaged: copy or download it again, whole"
         ) from e
-
 
 # %% ../../nbs/training/10_finetune.ipynb #cfb8fc38
 def _load(r: Request, lora: int | None) -> tuple[Any, Any]:
@@ -1216,7 +1213,6 @@ def _done(folder: Path, keep_model: bool) -> Finetuned | None:
     whole = not keep_model or _is_kept(folder, done.run["name"])
     return done if whole else None
 
-
 # %% ../../nbs/training/10_finetune.ipynb #51594c13
 def _train_all(
     r: Request,
@@ -1528,7 +1524,8 @@ def compare(
     **asked: Any,  # further fields of a `Request`, such as batch=4
 ) -> Finetuned:
     """The default method beside plain training at several rates, stopping
-    early, averaging back and adapters. Keeps numbers and no model. Raises
+    early, averaging back, and adapters at ten times the two larger rates.
+    Keeps numbers and no model. Raises
     ValueError for what cannot be, before anything is written.
     """
     _check_comparison(keep, asked)
@@ -1541,7 +1538,9 @@ def compare(
         replace(r, lora=lora)
     arms = [Arm("merge", rate) for rate in r.rates]
     if lora is not None:
-        arms.append(Arm("none", USUAL_RATE["lora"], lora))
+        more = USUAL_RATE["lora"] / usual  # adapters take larger rates
+        larger = sorted(r.rates)[-2:]
+        arms += [Arm("none", more * rate, lora) for rate in larger]
     if progress:
         opening = _opening(r, steps is None)
         print(f"{opening}\n{len(arms)} trainings", flush=True)

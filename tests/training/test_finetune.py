@@ -28,6 +28,7 @@ from dmr.files import (
     write_checkpoint,
     write_object,
 )
+from dmr.reporting.finetuned import equal_learning_table
 from dmr.routing.kept import read_kept
 from dmr.routing.router import MomentRouter
 from dmr.training.finetune import (
@@ -620,13 +621,18 @@ def test_trainings_that_have_ended_are_counted(made, capsys, monkeypatch):
         lambda x: x.arm.rate == 3e-3 and x.step == 1,
     )
     first = [x for x in capsys.readouterr().out.splitlines() if " done: " in x]
-    assert len(first) == 1 and first[0].startswith("1 of 3 trainings done: me")
+    assert len(first) == 1 and first[0].startswith("1 of 4 trainings done: me")
     assert re.search(r"learned [+-]\d.*; about \d+:\d\d left$", first[0])
     done = call(**given)
     said = [x for x in capsys.readouterr().out.splitlines() if " done: " in x]
-    assert [line[:6] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
-    assert ["left" in line for line in said] == [False, True, False]
+    assert [line[:6] for line in said] == [f"{k} of 4" for k in (1, 2, 3, 4)]
+    assert ["left" in line for line in said] == [False, True, True, False]
     assert all(run["name"] in x for run, x in zip(done.runs, said))
+    # adapters at ten times the rates, read off as the others are
+    adapted = [run["rate"] for run in done.runs if run["lora"]]
+    assert adapted == pytest.approx([1e-2, 3e-2])
+    rows = equal_learning_table(done).index
+    assert {"LoRA, rank 2, at other rates", "stopped early"} <= set(rows)
 
 
 def test_a_bar_stands_where_the_trainings_are():
