@@ -29,9 +29,7 @@ class Picture:
     width: int  # CSS pixels
     height: int
     alt: str  # empty where nobody wrote one
-    caption: str = ""
     label: str = ""  # id on the page
-    number: int = 0  # place among the page's captioned figures, 0 for none
     drawn_by: str = ""  # first line of the code that drew it
 
 # %% ../../nbs/making/15_figures.ipynb #b09ae5f5
@@ -47,7 +45,7 @@ def picture_alt(
         return written
     if output.plain and not output.plain.startswith("<"):
         return output.plain.removeprefix("Figure: ").strip()
-    return cell.directives.get("fig-cap", "")
+    return ""
 
 # %% ../../nbs/making/15_figures.ipynb #0b8c874e
 def webp(
@@ -114,10 +112,8 @@ def picture_html(
         f'<img src="{to_root}{p.file}" width="{p.width}" height="{p.height}"'
         f' alt="{e(p.alt)}" loading="lazy" decoding="async">'
     )
-    number = f"<b>Figure {p.number}.</b> " if p.number else ""
-    origin = f'<span class="origin">{source}</span>' if source else ""
-    words = " ".join(filter(None, (number + e(p.caption), origin)))
-    below = f"<figcaption>{words}</figcaption>" if p.caption or source else ""
+    origin = f'<span class="origin">{source}</span>'
+    below = f"<figcaption>{origin}</figcaption>" if source else ""
     label = f' id="{e(p.label)}"' if p.label else ""
     return (
         f'<figure class="chart"{label} style="--width: {p.width}"><div'
@@ -137,7 +133,7 @@ def gallery_html(
             f'<img src="{small}" width="{_THUMBNAIL}" height="{height}" alt=""'
             ' loading="lazy" decoding="async">'
         )
-        words = f"<span>{html.escape(p.caption or p.alt)}</span>"
+        words = f"<span>{html.escape(p.alt)}</span>"
         link = f'<a href="{chapter.page}.html#{p.label}">{image}{words}</a>'
         rows.append(
             f"<li>{link}<small>{html.escape(chapter.label)}</small></li>"
