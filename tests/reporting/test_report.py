@@ -3,8 +3,6 @@ what happens when runs fail.
 """
 
 import csv
-import hashlib
-import json
 import math
 from html.parser import HTMLParser
 
@@ -406,57 +404,6 @@ def test_from_four_seeds_on_there_are_intervals(tmp_path):
         and "matched vanilla" in text
         and "interquartile mean" in text
     )
-
-
-def test_folder_as_the_engine_leaves_it(tmp_path):
-    study = tmp_path / "demo"
-    for k, r in enumerate(demo(1, names=NAMES[:3])):
-        folder = study / f"run{k:02}"
-        folder.mkdir(parents=True)
-        spec = {"study": "demo", "parameters": r["parameters"]}
-        text = json.dumps({k: v for k, v in r.items() if k != "run_id"})
-        (folder / "run.json").write_text(json.dumps(spec))
-        if k == 3:  # failed
-            (folder / "state.json").write_text(
-                json.dumps(
-                    {"state": "failed", "error": "ValueError: rank=64\nmore"}
-                )
-            )
-            continue
-        (folder / "result.json").write_text(text)
-        if k != 4:  # 4 was cut off between its result and its marker: not done
-            done = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
-            (folder / "done.json").write_text(json.dumps(done))
-    (study / "logs").mkdir()
-    results = R.read_results(study)
-    assert [r["status"] for r in results] == ["ok"] * 3 + [
-        "failed",
-        "waiting",
-    ] + ["ok"] * 6
-    report = R.write_report(study, tmp_path / "out")
-    assert [(r["arm"], r["error"]) for r in report.failed] == [
-        ("shared projection", "ValueError: rank=64"),
-        ("fixed decoupled", None),
-    ]
-    assert "fixed decoupled, seed 0: waiting" in report.table
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        R.read_results(study / "logs")
-
-
-def test_folder_of_bare_results(tmp_path):
-    for name, r in (
-        ("a", run("vanilla", 0)),
-        ("b", run("", 0, routing="shared", **PROJECTION)),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(r))
-    assert list(R.group_arms(R.read_results(tmp_path)).arms) == [
-        "vanilla",
-        "shared projection",
-    ]
-    (tmp_path / "b" / "result.json").write_text("{")
-    with pytest.raises(ValueError, match="b/result.json' is no JSON"):
-        R.read_results(tmp_path)
 
 
 def test_nothing_finished_still_gives_a_page_with_the_errors(tmp_path):
