@@ -7,14 +7,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from cluster import Cluster
 from tiny import dmr, processes, project, wait_for
 
 from dmr.studies import batch
@@ -47,6 +46,12 @@ def check_complete(folders, n):
     )
     assert {r["stages"] for r in rows} == {"4"}
     assert all(p.run.result["metrics"]["stages"] == 4 for p in plan.runs)
+
+
+def traced(root):
+    "Lets the runs of a project write its journal and be found by its folder."
+    journal = str(root / "journal.txt")
+    return dict(DMR_TEST_JOURNAL=journal, DMR_TEST_ROOT=str(root))
 
 
 def journal_of(root):
@@ -185,10 +190,7 @@ def test_kill_9_of_anything_at_any_time(tmp_path, seed):
     again; then the batch is let finish.
     """
     folders, rng = project(tmp_path, STAGES.format(3)), random.Random(seed)
-    env = dict(
-        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
-        DMR_TEST_ROOT=str(tmp_path),
-    )
+    env = traced(tmp_path)
     for i in range(5):
         batch = dmr(
             tmp_path, "batch", "tiny", "--workers", "2", "--quiet", **env
@@ -222,10 +224,7 @@ def test_kill_9_of_anything_at_any_time(tmp_path, seed):
 @pytest.mark.slow
 def test_two_batches_on_one_folder(tmp_path):
     folders = project(tmp_path, STAGES.format(4))
-    env = dict(
-        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
-        DMR_TEST_ROOT=str(tmp_path),
-    )
+    env = traced(tmp_path)
     both = [
         dmr(tmp_path, "batch", "tiny", "--workers", "2", **env)
         for _ in range(2)
@@ -242,10 +241,7 @@ def test_two_batches_on_one_folder(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_everything_resumable(tmp_path, number):
     folders = project(tmp_path, STAGES.format(2))
-    env = dict(
-        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
-        DMR_TEST_ROOT=str(tmp_path),
-    )
+    env = traced(tmp_path)
     batch = dmr(tmp_path, "batch", "tiny", "--workers", "2", **env)
     wait_for(
         lambda: (
@@ -306,10 +302,7 @@ def test_code_that_changes_under_a_batch_stops_it(tmp_path):
     from tiny import BODY, EMIT, PARAMETERS
 
     folders = project(tmp_path, STAGES.format(3))
-    env = dict(
-        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
-        DMR_TEST_ROOT=str(tmp_path),
-    )
+    env = traced(tmp_path)
     batch = dmr(tmp_path, "batch", "tiny", "--workers", "1", **env)
     wait_for(lambda: (tmp_path / "journal.txt").exists())
     write_template(
@@ -327,10 +320,7 @@ def test_code_that_changes_under_a_batch_stops_it(tmp_path):
 @pytest.mark.slow
 def test_a_study_in_pieces(tmp_path):
     folders = project(tmp_path, STAGES.format(3) + "estimate: 5 s\n")
-    env = dict(
-        DMR_TEST_JOURNAL=str(tmp_path / "journal.txt"),
-        DMR_TEST_ROOT=str(tmp_path),
-    )
+    env = traced(tmp_path)
     codes = []
     for _ in range(8):
         piece = dmr(
@@ -357,64 +347,10 @@ def test_a_cluster_with_a_worker_killed(tmp_path):
     in it; every run is made once.
     """
     folders = project(tmp_path, STAGES.format(5))
-    env = {
-        **os.environ,
-        "DMR_TEST_JOURNAL": str(tmp_path / "journal.txt"),
-        "DMR_TEST_ROOT": str(tmp_path),
-    }
-    address = tmp_path / "scheduler.json"
-    here = dict(
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    dask = [sys.executable, "-m", "distributed.cli"]
-    scheduler = subprocess.Popen(
-        [*dask, "dask_scheduler"][:2]
-        + [
-            "distributed.cli.dask_scheduler",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "0",
-            "--no-dashboard",
-            "--scheduler-file",
-            str(address),
-        ],
-        **here,
-    )
-    workers = []
-    try:
-        wait_for(lambda: address.exists() and address.stat().st_size)
-        tcp = json.loads(address.read_text())["address"]
-        workers = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "distributed.cli.dask_worker",
-                    tcp,
-                    "--nthreads",
-                    "1",
-                    "--no-nanny",
-                    "--no-dashboard",
-                    "--local-directory",
-                    str(tmp_path / f"w{i}"),
-                ],
-                **here,
-            )
-            for i in range(2)
-        ]
+    env = traced(tmp_path)
+    with Cluster(tmp_path / "cluster", env) as cluster:
         batch = dmr(
-            tmp_path,
-            "batch",
-            "tiny",
-            "--scheduler",
-            tcp,
-            DMR_TEST_JOURNAL=env["DMR_TEST_JOURNAL"],
-            DMR_TEST_ROOT=str(tmp_path),
+            tmp_path, "batch", "tiny", "--scheduler", cluster.tcp, **env
         )
         wait_for(
             lambda: (
@@ -423,14 +359,10 @@ def test_a_cluster_with_a_worker_killed(tmp_path):
             ),
             120,
         )
-        workers[0].kill()
+        cluster.workers[0].kill()
         out, _ = batch.communicate(timeout=400)
         assert batch.returncode == 0, out
         check_complete(folders, 6)
-    finally:
-        for p in (*workers, scheduler):
-            p.kill()
-            p.wait()
     wait_for(lambda: not processes(tmp_path), 60)
 
 
