@@ -220,7 +220,7 @@ def test_dry_run_reads_no_text(capsys, monkeypatch):
     assert "sixteen: " in out and "not read yet: text16" in out
 
 
-def test_options_of_the_brief():
+def test_the_parser_reads_options_and_names():
     p = parser()
     args = p.parse_args(
         [
@@ -324,14 +324,6 @@ def test_streams_are_listed_and_fetched_through_the_command(
         ("text8", False)
     ]
     assert main(["streams"]) == 0 and "shakespeare" in capsys.readouterr().out
-    assert (
-        main(["streams", "fetch"]) == 2
-        and "name a stream to fetch" in capsys.readouterr().err
-    )
-    assert (
-        main(["streams", "list", "text8"]) == 2
-        and "dmr streams fetch text8" in capsys.readouterr().err
-    )
 
 
 @pytest.mark.parametrize("command", ["tail", "why"])
