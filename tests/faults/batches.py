@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster import Cluster
 from damage import TIMES, Verdict, damage, kill_at, timeless
-from tiny import SENTENCES, dmr, processes, project
+from tiny import SENTENCES, dmr, filled, processes, project
 
 FILES = (
     "result.json",
@@ -230,11 +230,6 @@ def judge_table(ground: Ground, at: Path, file: str) -> Verdict:
     if done == ground.n:
         return ("noticed" if file in told else "healed"), told
     return ("noticed" if file in told else "lost"), told
-
-
-def filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "Rows without their empty cells."
-    return [{k: v for k, v in row.items() if v} for row in rows]
 
 
 def at_table(ground: Ground, fault: str, rng: random.Random) -> Verdict:

@@ -12,9 +12,17 @@ import sys
 import warnings
 import zlib
 
-import psutil
 import pytest
-from tiny import BODY, EMIT, PARAMETERS, dmr, project, wait_for
+from tiny import (
+    BODY,
+    EMIT,
+    PARAMETERS,
+    dmr,
+    finish,
+    processes,
+    project,
+    wait_for,
+)
 
 import dmr.studies.run as engine
 from dmr.files import read_object, write_object
@@ -66,35 +74,17 @@ result = dict(
 SHOW = 'display({"application/vnd.dmr.result+json": result}, raw=True)\n'
 
 
-def finish(p, plan, result=None):
-    "Leave a planned run as if it had been made."
-    import hashlib
-
-    run = prepare_planned(p, plan)
-    result = {"metrics": {"loss": 1.0}} if result is None else result
-    text = json.dumps(result)
-    (run.folder / "result.json").write_text(text)
-    (run.folder / "output.ipynb").write_text("{}")
-    hashes = [hashlib.sha256(t.encode()).hexdigest() for t in (text, "{}")]
-    marker = dict(id=p.identity.id, sha256=hashes[0], wall_s=1.0)
-    marker["files"] = {"output.ipynb": hashes[1]}
-    write_object(run.folder / "done.json", marker)
-    write_object(run.folder / "state.json", dict(state=OK, attempts=1))
-    return run
-
-
 @pytest.fixture
 def made(tmp_path):
     "A study of three cells, all done; the plan that is made of its folders."
     folders = project(tmp_path, "seeds: 0..2\nrecord: false\n")
     study = read_study(folders.studies / "tiny.yaml")
     first = make_plan(study, folders)
-    for p in first.runs:
-        finish(p, first)
+    finish(first)
     return lambda: make_plan(study, folders)
 
 
-# -- item 1: a result is of the run that was planned ---------------------------
+# -- a result is of the run that was planned -----------------------------------
 
 
 def texts(root, words=("letters", "tables")):
@@ -171,8 +161,8 @@ def test_an_old_result_on_another_text_is_made_again(tmp_path, monkeypatch):
         dict(metrics=dict(loss=1.0), identity=dict(stream_hash=h))
         for h in (plan.runs[0].identity.stream, "0123456789abcdef")
     )
-    finish(plan.runs[0], plan, good)
-    run = finish(plan.runs[1], plan, bad)
+    finish(plan, plan.runs[0], result=good)
+    run = finish(plan, plan.runs[1], result=bad)
     assert make_plan(study, folders).counts() == {OK: 1, KILLED: 1}
     assert "measured on another text" in run.state()["error"]
     assert run.result is None
@@ -194,7 +184,7 @@ def test_a_result_on_another_text_does_not_keep_the_right_one_away(made):
     names = ("output.ipynb", "result.json", "state.json", "done.json")
     files = {n: zlib.compress((right.folder / n).read_bytes()) for n in names}
     wrong = dict(metrics=dict(loss=2.0), parameters=dict(seed=7))
-    assert finish(plan.runs[0], plan, wrong).state()["state"] == KILLED
+    assert finish(plan, plan.runs[0], result=wrong).state()["state"] == KILLED
     bring_back(right.folder, files)
     assert right.result == dict(metrics=dict(loss=1.0))
 
@@ -210,7 +200,7 @@ def test_a_time_that_is_none_stops_no_plan(made, wall):
     assert describe(plan, list(plan.runs), 1)[-1].endswith("3 s in all")
 
 
-# -- item 3: data of another shape ---------------------------------------------
+# -- data of another shape -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +217,7 @@ def test_a_time_that_is_none_stops_no_plan(made, wall):
 )
 def test_a_bad_result_fails_its_run_and_no_other(made, result, said):
     plan = made()
-    run = finish(plan.runs[1], plan, result)
+    run = finish(plan, plan.runs[1], result=result)
     state = run.state()
     assert state["state"] == FAILED and said in state["error"]
     plan = made()
@@ -241,7 +231,9 @@ def test_a_bad_result_fails_its_run_and_no_other(made, result, said):
 def test_records_that_make_no_row_fail_their_run_alone(made, stage, n):
     record = dict(stage=stage, eval_domain="a", loss=1.0, trained_domain="a")
     plan, records = made(), [dict(record, domain=0)] * n
-    finish(plan.runs[0], plan, dict(metrics=dict(loss=1.0), records=records))
+    finish(
+        plan, plan.runs[0], result=dict(metrics=dict(loss=1.0), records=records)
+    )
     rows = table_rows(made())
     assert [r["status"] for r in rows] == [FAILED, OK, OK]
     assert "makes no row" in rows[0]["error"]
@@ -374,7 +366,7 @@ def test_a_notebook_that_changed_since_is_noticed(made, how):
     )
 
 
-# -- item 5: says what happened ------------------------------------------------
+# -- says what happened --------------------------------------------------------
 
 
 @pytest.fixture
@@ -463,7 +455,7 @@ def test_a_helper_beside_the_template_is_part_of_its_code(tmp_path):
     (tmp_path / "random.py").write_text("x = 'of no matter'\n")
     plan = make_plan(study, folders)
     assert plan.code[1].keys() == {"helper.py"}
-    finish(plan.runs[0], plan)
+    finish(plan, plan.runs[0])
     assert make_plan(study, folders).counts() == {OK: 1}
     (tmp_path / "random.py").write_text("x = 'still'\n")
     assert make_plan(study, folders).counts() == {OK: 1}
@@ -485,7 +477,7 @@ def test_a_folder_of_helpers_is_part_of_the_code(tmp_path):
         (tmp_path / name / "one.py").write_text("x = 1\n")
     assert code() == {"tools/one.py"}
     plan = make_plan(study, folders)
-    finish(plan.runs[0], plan)
+    finish(plan, plan.runs[0])
     (tmp_path / "tools/one.py").write_text("x = 2\n")
     assert make_plan(study, folders).counts() == {"waiting": 1}
     (tmp_path / "config.py").write_text("from .training import one\n")
@@ -498,7 +490,7 @@ def test_a_folder_of_helpers_is_part_of_the_code(tmp_path):
 def test_a_study_may_have_any_name_that_a_file_has(tmp_path, name):
     folders = project(tmp_path, "seeds: [0, 1]\n", name=name)
     plan = make_plan(read_study(folders.studies / f"{name}.yaml"), folders)
-    finish(plan.runs[0], plan)
+    finish(plan, plan.runs[0])
     assert make_plan(plan.study, folders).counts() == {OK: 1, "waiting": 1}
 
 
@@ -556,13 +548,7 @@ if os.fork() == 0:
     subprocess.run([sys.executable, "-c", code, str(run.folder)], env=env)
     assert run.state()["state"] == OK, run.state()
     assert "½" in (run.folder / "log.txt").read_text(encoding="utf-8")
-    left = [
-        p
-        for p in psutil.process_iter(["environ", "status"])
-        if (p.info["environ"] or {}).get("DMR_RUN") == str(run.folder)
-        and p.info["status"] != psutil.STATUS_ZOMBIE
-    ]
-    assert not left
+    assert not processes(run.folder)
 
 
 @pytest.mark.slow
@@ -584,13 +570,7 @@ time.sleep(0 if os.path.exists("second.txt") else 300)
     process.wait()
     (tmp_path / "second.txt").touch()
     assert launch(run.folder)["state"] == OK
-    marked = [
-        p
-        for p in psutil.process_iter(["environ", "status"])
-        if (p.info["environ"] or {}).get("DMR_RUN") == str(run.folder)
-        and p.info["status"] != psutil.STATUS_ZOMBIE
-    ]
-    assert not marked
+    assert not processes(run.folder)
 
 
 @pytest.mark.slow
@@ -606,7 +586,7 @@ def test_a_cell_that_prints_without_end_is_stopped(tmp_path):
 
 def test_a_batch_goes_on_past_a_bad_result(made):
     plan = made()
-    finish(plan.runs[1], plan, [1, 2])
+    finish(plan, plan.runs[1], result=[1, 2])
     batch = run_batch(plan.study, plan.project, how="quiet")
     assert batch.outcomes == {} and batch.exit_code == 1
     assert "the result is a list" in batch.summary()

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_studies import STUDY, finish, plan_of
-from tiny import project
+from test_studies import STUDY, plan_of
+from tiny import filled, finish, project
 
 from dmr.cli import main
 from dmr.reporting.results import load_results
@@ -45,11 +45,6 @@ OTHERS = {
     "readme",
     "stories",
 }
-
-
-def filled(rows):
-    "Rows without their empty cells."
-    return [{k: v for k, v in row.items() if v} for row in rows]
 
 
 def made(tmp_path):

@@ -10,14 +10,13 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BODY, EMIT, PARAMETERS, project
+from tiny import BODY, EMIT, PARAMETERS, finish, project
 
 from dmr.reporting.results import load_results, results_of
 from dmr.studies.identity import changed_parts, package_folder
 from dmr.studies.plan import (
     accept,
     make_plan,
-    prepare_planned,
     table_rows,
     why,
 )
@@ -39,25 +38,6 @@ from dmr.studies.table import (
 from dmr.studies.template import read_template, write_template
 
 STUDY = "seeds: [0, 1]\narms: {slow: {lr: 1e-3}, fast: {lr: 1e-2}}\n"
-
-
-def finish(plan, only=slice(None), loss=1.0):
-    "Leave planned runs as if they had been made."
-    import hashlib
-
-    for p in plan.runs[only]:
-        run = prepare_planned(p, plan)
-        result = json.dumps(dict(metrics=dict(loss=loss)))
-        (run.folder / "result.json").write_text(result)
-        (run.folder / "done.json").write_text(
-            json.dumps(
-                dict(
-                    id=p.identity.id,
-                    wall_s=1.0,
-                    sha256=hashlib.sha256(result.encode()).hexdigest(),
-                )
-            )
-        )
 
 
 def plan_of(folders, name="tiny"):
@@ -273,14 +253,15 @@ def test_a_later_acceptance_leaves_the_reasons_of_earlier_ones():
 
 def test_results_of_two_versions_are_never_in_one_table(tmp_path):
     folders = project(tmp_path, STUDY)
-    finish(plan_of(folders), loss=1.0)
+    finish(plan_of(folders))
     write_template(
         tmp_path / "nbs/experiments/tiny.ipynb",
         PARAMETERS,
         BODY + "\nx = 1",
         EMIT,
     )
-    finish(plan_of(folders), slice(0, 1), loss=2.0)
+    plan = plan_of(folders)
+    finish(plan, plan.runs[0], result=dict(metrics=dict(loss=2.0)))
     study = read_study(folders.studies / "tiny.yaml")
     with pytest.warns(
         UserWarning, match="3 results were made by other code and are left out"
@@ -304,7 +285,7 @@ def test_results_of_two_versions_are_never_in_one_table(tmp_path):
 def test_rows_count_as_done_on_a_new_machine(tmp_path):
     folders = project(tmp_path, STUDY)
     plan = plan_of(folders)
-    finish(plan, slice(0, 3))
+    finish(plan, *plan.runs[:3])
     plan = plan_of(folders)
     ledger = plan.ledger
     ledger.record([r for r in table_rows(plan) if r["status"] == OK])
@@ -333,7 +314,7 @@ def test_a_damaged_result_is_made_again(tmp_path):
     (plan_of(folders).runs[0].run.folder / "result.json").write_text(
         '{"metrics": {"loss": 0'
     )
-    assert plan_of(folders).counts() == {"ok": 3, "waiting": 1}
+    assert plan_of(folders).counts() == {"ok": 3, "killed": 1}
 
 
 @settings(max_examples=40, deadline=None)

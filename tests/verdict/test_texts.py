@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd
+from test_zoo import cases
 
 from dmr.verdict.answers import ends_at_the_edge, read_answers
 from dmr.verdict.merging import judge_merge
 from dmr.verdict.rules import FAILS, HOLDS, UNTESTABLE
-from dmr.verdict.stories import harm
+from dmr.verdict.stories import HELD_BACK
 from dmr.verdict.tables import read_table
 
 ROOT = Path(__file__).parents[2]
@@ -45,16 +45,12 @@ def test_every_page_that_counts_the_claims_counts_them_right():
 
 def kept(arm, held_back):
     "Cases of the stories in which an arm kept to both margins, and all cases."
-    told = pd.read_csv(ROOT / "results/stories.csv")
-    back = told.story.isin(["recurrent", "half", "schedule"])
-    mean = (
-        told[back == held_back]
-        .groupby(["story", "lr", "arm"])[["before", "old", "new"]]
-        .mean()
-    )
-    plain, mine = (mean.xs(a, level="arm") for a in ("plain", arm))
-    cases = [harm(plain.loc[k], mine.loc[k])["kept"] for k in mine.index]
-    return sum(cases), len(cases)
+    found = [
+        case["kept"]
+        for (story, _), case in cases(arm).items()
+        if (story in HELD_BACK) == held_back
+    ]
+    return sum(found), len(found)
 
 
 def test_what_is_said_of_the_stories():
@@ -66,15 +62,6 @@ def test_what_is_said_of_the_stories():
     said = f"{a + b} of {n + m} cases"
     for page in ("why/11_two_lines.ipynb", "routing/08_router.ipynb"):
         assert said in text(page), page
-
-
-def test_pages_say_how_far_the_deciding_study_is():
-    table = read_table("merging_long")
-    words = "has only begun" if table.rows else "has no runs yet"
-    for page in ("index", "why/16_verdict", "why/12_repair"):
-        said = text(f"{page}.ipynb")
-        assert (words in said) == (not table.complete), page
-        assert "is running" not in said
 
 
 def test_a_long_stream_gets_the_settings_that_were_explored():
