@@ -186,6 +186,9 @@ def test_spelling(tmp_path):
     comments, README, changelog.
     """
     for path in project_files():
+        name = path.relative_to(ROOT)
+        copy = tmp_path / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".ipynb":
             cells = json.loads(path.read_text())["cells"]
             prose = "\n\n".join(
@@ -193,13 +196,13 @@ def test_spelling(tmp_path):
                 for c in cells
                 if c["cell_type"] == "markdown"
             )
-            (tmp_path / f"{path.stem}.md").write_text(prose)
+            copy.with_suffix(".md").write_text(prose)
         elif (
             path.suffix == ".md"
-            or path.parent.name == "dmr"
+            or name.parts[0] == "dmr"
             and path.suffix == ".py"
         ):
-            shutil.copy(path, tmp_path / path.name)
+            shutil.copy(path, copy)
     done = subprocess.run(
         [Path(sys.executable).parent / "codespell", "-L", "nd,te,ot,bu", "."],
         cwd=tmp_path,
