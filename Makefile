@@ -5,7 +5,6 @@ VENV     := .venv
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 TRACKERS := .venv-trackers
-STUDY    ?= demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-slow test-trackers faults lab book docs docs-quarto preview bench readme export clean fetch

@@ -95,7 +95,7 @@ def test_the_curve_of_signs_is_what_signs_do(kappa):
     P = U @ U.T
     C = kappa / r * P + (1 - kappa) / (d - r) * (np.eye(d) - P)
     m = rng.multivariate_normal(np.zeros(d), C, 10_000, method="cholesky")
-    size = lambda step: np.linalg.norm(np.sign(step) @ U)  # noqa: E731
+    size = lambda step: np.linalg.norm(np.sign(step) @ U)
     for alpha in (0.3, 0.7, 0.9, 0.99):
         drawn = size(m - alpha * m @ P) / size(m)
         shown = sliders._left(alpha, kappa)["signs, Lion"]

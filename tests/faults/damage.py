@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "kill"))
 
-from dies import die_at_write  # noqa: E402
+from dies import die_at_write
 
 #: Verdict and what there is to say.
 Verdict = tuple[str, str]

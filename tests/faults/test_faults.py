@@ -19,11 +19,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from attack import GOOD, HOW, Kind, keep, kinds, table, throw  # noqa: E402
-from batches import Ground, judge_live, judge_rest, judge_table  # noqa: E402
-from checkpoints import Routed, judge_router  # noqa: E402
-from cluster import Link  # noqa: E402
-from damage import damage, ended, forked  # noqa: E402
+from attack import GOOD, HOW, Kind, keep, kinds, table, throw
+from batches import Ground, judge_live, judge_rest, judge_table
+from checkpoints import Routed, judge_router
+from cluster import Link
+from damage import damage, ended, forked
 
 from dmr.files import read_object, write_object
 from dmr.routing.strength import Fixed

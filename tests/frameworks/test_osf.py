@@ -8,10 +8,10 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-import peft  # noqa: E402
+import peft
 
-import dmr  # noqa: E402
-from dmr.frameworks.osf import KeepFrozen, osf_factors  # noqa: E402
+import dmr
+from dmr.frameworks.osf import KeepFrozen, osf_factors
 
 torch.set_num_threads(1)
 

@@ -258,7 +258,7 @@ def test_a_restart_goes_back_to_the_start_at_every_boundary():
     torch.manual_seed(0)
     model = nn.Linear(6, 4, bias=False).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    fresh = lambda: dmr.OverlapAware(0.8, 0.9, initial=0.0, restart=True)  # noqa: E731
+    fresh = lambda: dmr.OverlapAware(0.8, 0.9, initial=0.0, restart=True)
     strength = fresh()
     router = dmr.MomentRouter(
         model, optimizer, dmr.Projection(rank=1, every=1), strength=strength

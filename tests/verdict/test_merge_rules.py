@@ -155,7 +155,7 @@ def test_one_lost_run_does_not_save_the_arm_from_its_hardest_rival():
     arm = {s: 2.4 + 0.001 * (s % 3) for s in range(10)}
     hard = {s: 2.3 + 0.001 * (s % 2) for s in range(10)}
     soft = {s: 2.6 + 0.001 * (s % 4) for s in range(10)}
-    asked = lambda n: ends_below(  # noqa: E731
+    asked = lambda n: ends_below(
         arm,
         {"EWC": {"hard": hard | dict.fromkeys(range(n), NAN), "soft": soft}},
     )[0]

@@ -241,10 +241,7 @@ def test_rivals_are_compared_on_the_seeds_that_they_share():
     }
     worse = without(lower(steep, 1.05), 4)
     mean = lambda curve: (
-        sum(p[1] for p in curve[0.5].values())
-        / len(  # noqa: E731
-            curve[0.5]
-        )
+        sum(p[1] for p in curve[0.5].values()) / len(curve[0.5])
     )
     assert mean(worse) < mean(steep)
     arm = {s: Point(1.5, 0.01 * s) for s in SEEDS}
@@ -258,7 +255,7 @@ def test_planned_seeds_and_failed_runs_count(good):
     "Two failed runs of five, of the arm or of plain training, are too many."
 
     def failed(arm, seeds, error="Killed"):
-        gone = lambda r: r["arm"] == arm and r["seed"] in seeds  # noqa: E731
+        gone = lambda r: r["arm"] == arm and r["seed"] in seeds
         keys = ("part", "arm", "seed", "parameters")
         about = {"status": "failed", "error": error}
         rows = good[0].rows
@@ -270,7 +267,7 @@ def test_planned_seeds_and_failed_runs_count(good):
             ),
         )
 
-    one = lambda table: judge_pretrained(table, good[1], "near")[MINE]  # noqa: E731
+    one = lambda table: judge_pretrained(table, good[1], "near")[MINE]
     mine = one(failed("projection by self", (1300,)))
     assert mine.outcome == "holds" and mine.interval.n == 4
     assert "failed runs of the arm: 1" in mine.gaps

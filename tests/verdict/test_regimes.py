@@ -107,7 +107,7 @@ def test_c1_has_a_verdict_for_each_strength():
 
 def test_the_horizon_counts_for_adam_only():
     short = joined(strengths(beta2=0.99), plain(beta2=0.99))  # H = 1.5
-    words = lambda *h: c1_by_strength(short, [0.5], *h)[0.5].verdict  # noqa: E731
+    words = lambda *h: c1_by_strength(short, [0.5], *h)[0.5].verdict
     assert words() == "not testable here" and words(0) == "holds"
 
 
@@ -118,7 +118,7 @@ def test_a_rule_is_asked_in_each_part():
     )
     rates = {"beta2 0.95": 1e-3, "beta2 0.99": 1e-3, "empty": 1e-3}
     both = simulated.whole([*worse.rows, *better.rows], "memory", rates)
-    words = lambda rule: {  # noqa: E731
+    words = lambda rule: {
         k: v and v.verdict for k, v in by_part(both, rule, FIXED).items()
     }
     assert words(verdict_c3) == {
@@ -159,7 +159,7 @@ def test_c4_of_the_preprints_arm(ratio, rival, verdict):
     # without a rival it cannot have won; that it has lost stays known
     less = "undecided at n" if verdict == "holds" else verdict
     for arm in (DISPLACED, SHARED):
-        gone = lambda r: r["arm"] == arm and r["seed"] > 6  # noqa: B023, E731
+        gone = lambda r: r["arm"] == arm and r["seed"] > 6  # noqa: B023
         few = [r for r in every if not gone(r)]
         found = c4_of_authors(authors, replace(dose, rows=tuple(few)), merging)
         assert found.verdict == less
@@ -270,9 +270,7 @@ def test_interpolation_counts_at_its_better_weight():
 
 def test_the_larger_model_has_a_lower_rate_and_a_second_weight():
     cells = read_study(ROOT / "nbs/experiments/studies/larger.yaml").cells
-    of = lambda arm, key: {  # noqa: E731
-        c.parameters[key] for c in cells if c.arm == arm
-    }
+    of = lambda arm, key: {c.parameters[key] for c in cells if c.arm == arm}
     assert of("vanilla", "lr") == {1.25e-4, 2.5e-4, 5e-4}
     assert of("interpolation", "interpolate") == {0.3, 0.5}
     assert len(cells) == 50
@@ -356,7 +354,7 @@ def finished(tmp_path):
 
 
 def test_every_rule_finds_its_arms_in_the_study_files(finished):
-    of = lambda study: read_table(study, finished)  # noqa: E731
+    of = lambda study: read_table(study, finished)
     merging, dose = of("merging"), of("dose")
     assert of("larger").seeds == (1800, 1801, 1802, 1803, 1804)
     assert of("larger").complete
@@ -395,7 +393,7 @@ def test_the_page_of_the_protocol_says_what_is_there(finished, monkeypatch):
 
     page = json.loads((ROOT / "nbs/experiments/17_evidence.ipynb").read_text())
     said: list[str] = []
-    show = lambda x: said.append(x.data)  # noqa: E731
+    show = lambda x: said.append(x.data)
     monkeypatch.setattr(IPython.display, "display", show)
     monkeypatch.chdir(finished.root)
     names = {}

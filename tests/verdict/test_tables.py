@@ -134,7 +134,7 @@ def test_every_study_takes_the_settings_of_eight():
         "interpolate",
         "rank",
     )
-    settings = lambda p: {k: p.get(k) for k in keys}  # noqa: E731
+    settings = lambda p: {k: p.get(k) for k in keys}
     eight = {
         c.arm: settings(c.parameters)
         for c in read_study(project.studies / "eight.yaml").cells
