@@ -204,7 +204,6 @@ def _run_notebook(
     file: Path,  # a notebook
     # the project; default: the one around the notebook
     root: Path | None = None,
-    timeout: int = 1200,  # seconds for a cell
     # the executed notebook (nbformat); what it read, as `_inputs_read` gives it
 ) -> tuple[Any, list[str]]:
     """Execute a notebook in memory, in its own folder; cells with `#| eval:
@@ -231,7 +230,7 @@ def _run_notebook(
         path = [tmp, *filter(None, [os.environ.get("PYTHONPATH")])]
         client = NotebookClient(
             notebook,
-            timeout=timeout,
+            timeout=1200,  # seconds for a cell
             kernel_name="python3",
             resources={"metadata": {"path": str(file.parent)}},
             # sockets in files, this interpreter

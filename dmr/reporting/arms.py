@@ -165,7 +165,6 @@ class Comparison:
     """
 
     arms: dict[str, ArmRuns]
-    base_lr: float | None
     # multiple of the base rate -> plain training at that rate
     control: dict[float, ArmRuns]
     rows: list[dict[str, Any]]  # tidy, all runs
@@ -241,7 +240,6 @@ def _control(arms: Iterable[ArmRuns]) -> dict[float, ArmRuns]:
 
 def group_arms(
     results: Iterable[Mapping[str, Any]],  # run results, failed ones included
-    base_lr: float | None = None,  # None: read off the parameters
 ) -> Comparison:
     """Group runs by arm. Raises ValueError for two runs of one arm and seed, or
     different streams within a seed.
@@ -249,12 +247,12 @@ def group_arms(
     results = list(results)
     if not results:
         raise ValueError("no results; pass at least one run")
-    base = base_lr or base_rate(r.get("parameters") or {} for r in results)
+    base = base_rate(r.get("parameters") or {} for r in results)
     rows = [tidy_run(r, base) for r in results]
     arms = _by_arm(results, rows, base)
     control = _control(arms.values())
     order = dict.fromkeys([*(a.name for a in control.values()), *arms])
-    return Comparison({n: arms[n] for n in order}, base, control, rows)
+    return Comparison({n: arms[n] for n in order}, control, rows)
 
 # %% ../../nbs/reporting/04_arms.ipynb #2b705300
 #: The metrics of the table, in nats and as perplexity.

@@ -42,11 +42,10 @@ def _bits(x: Mapping[str, float]) -> tuple[float, float]:
 
 def losses_table(
     done: Finetuned,
-    run: int | None = None,  # which; None: the best
 ) -> Any:  # a table of pandas, in bits per byte
-    "Each text's loss before and after a run, and the change."
+    "Each text's loss before and after the best run, and the change."
     pandas = need("pandas", "experiments", "a table")
-    change = done.runs[done.best if run is None else run]["change"]
+    change = done.run["change"]
     rows = []
     for name, text in done.texts.items():
         (before, error), (moved, moved_error) = _bits(text), _bits(change[name])
@@ -147,12 +146,11 @@ def _label_end(
 
 # %% ../../nbs/reporting/07_finetuned.ipynb #f773f0c6
 def draw_curve(
-    done: Finetuned,
-    run: int | None = None,  # which; None: the best
+    done: Finetuned,  # its best run is drawn
 ) -> Figure:
     "Each held-out loss over the steps, as its change since the start."
     plt = need("matplotlib.pyplot", "experiments", "a figure")
-    record = done.runs[done.best if run is None else run]
+    record = done.run
     steps = [0, *(point["step"] for point in record["curve"])]
     fig, ax = plt.subplots(figsize=(4.4, 3.5))
     ax.axhline(0, color="#8a8f96", lw=0.8)
@@ -196,18 +194,17 @@ def way_back(
 
 # %% ../../nbs/reporting/07_finetuned.ipynb #588b34db
 def draw_way_back(
-    done: Finetuned,
-    run: int | None = None,  # which; None: the best
+    done: Finetuned,  # its best run is drawn
 ) -> Figure:
     "What is learned against what is lost, at each part of the way."
     plt = need("matplotlib.pyplot", "experiments", "a figure")
-    record = done.runs[done.best if run is None else run]
+    record = done.run
     fig, ax = plt.subplots(figsize=(4.4, 3.6))
     ax.axhline(0, color="#8a8f96", lw=0.8)
     others = [name for name in done.texts if name != "new"]
     ends = []
     for name in others:
-        x, y = zip(*way_back(done, name, run))
+        x, y = zip(*way_back(done, name))
         ax.plot(x, y, marker="o", ms=3.5, **_colour(done, name))
         ends.append((x[-1], y[-1]))
         if "merge" in record["method"]:
@@ -220,7 +217,7 @@ def draw_way_back(
     heights = spread([y for _, y in ends], 0.06 * (high - low))
     for name, (x, _), at in zip(others, ends, heights):
         _label_end(ax, x, at, name, _colour(done, name)["color"])
-    half, whole = (way_back(done, others[0], run)[k] for k in (5, 10))
+    half, whole = (way_back(done, others[0])[k] for k in (5, 10))
     fig.suptitle(
         f"Half of the way back: {half[0]:.2f} of {whole[0]:.2f}\n"
         f"learned, {half[1]:+.2f} of {whole[1]:+.2f} lost on {others[0]}",
@@ -234,13 +231,12 @@ def draw_way_back(
 
 # %% ../../nbs/reporting/07_finetuned.ipynb #93d93276
 def way_back_table(
-    done: Finetuned,
-    run: int | None = None,  # which; None: the best
+    done: Finetuned,  # its best run is read
 ) -> Any:  # a table of pandas, in bits per byte
     "What is learned and lost at each share of the way."
     pandas = need("pandas", "experiments", "a table")
     others = [name for name in done.texts if name != "new"]
-    points = {name: way_back(done, name, run) for name in others}
+    points = {name: way_back(done, name) for name in others}
     rows = [
         {"share of the way": f"{k / 10:g}"}
         | {"learned": f"{points[others[0]][k][0]:+.3f}"}

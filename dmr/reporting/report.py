@@ -185,12 +185,9 @@ def text_table(study: Comparison) -> str:
     return "\n\n".join(parts)
 
 # %% ../../nbs/reporting/05_report.ipynb #39371bec
-def stream_arms(
-    study: Comparison,
-    most: int = 5,  # how many arms to draw
-) -> list[ArmRuns]:
-    """A few telling arms: vanilla, shared and decoupled projection, replay,
-    interpolation; then others as they come.
+def stream_arms(study: Comparison) -> list[ArmRuns]:
+    """At most five telling arms: vanilla, shared and decoupled projection,
+    replay, interpolation; then others as they come.
     """
     there = [
         a
@@ -216,7 +213,7 @@ def stream_arms(
     for wish in range(5):
         chosen += [a for a in there if rank(a) == wish][:1]
     chosen += [a for a in there if a not in chosen]
-    return sorted(chosen[:most], key=there.index)
+    return sorted(chosen[:5], key=there.index)
 
 # %% ../../nbs/reporting/05_report.ipynb #703b6af4
 def _matrices(arm: ArmRuns) -> list[LossMatrix]:
@@ -288,16 +285,12 @@ def _draw_domain(
         )
 
 
-def plot_stream(
-    study: Comparison,
-    arms: Iterable[ArmRuns] | None = None,  # None: `stream_arms`
-) -> tuple[Figure, str]:
-    """Held-out loss of each domain by stage for a few arms, and the alternative
-    text. Needs the runs' records.
+def plot_stream(study: Comparison) -> tuple[Figure, str]:
+    """Held-out loss of each domain by stage for `stream_arms`, and the
+    alternative text. Needs the runs' records.
     """
-    arms = list(stream_arms(study) if arms is None else arms)
+    arms = stream_arms(study)
     names, mean = _panels(arms)
-    arms = [a for a in arms if a.name in mean]
     from matplotlib.figure import Figure as NewFigure
 
     n, many = len(names), len(names) > 8
