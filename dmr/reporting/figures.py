@@ -149,10 +149,9 @@ THEME: dict[str, Any] = {
 # %% ../../nbs/reporting/03_figures.ipynb #7794a373
 def figure_png(
     fig: Figure,
-    dpi: float | None = None,  # dots per inch; default: twice the figure's own
 ) -> bytes:  # a PNG file of at most 256 colours
-    """Render a figure as a small PNG, cropped to its content, without date or
-    version in the file.
+    """Render a figure as a small PNG at twice its dots per inch, cropped to its
+    content, without date or version in the file.
 
     Raises ModuleNotFoundError without the extra `experiments`.
     """
@@ -165,7 +164,7 @@ def figure_png(
     fig.savefig(
         drawn,
         format="png",
-        dpi=dpi or 2 * fig.dpi,
+        dpi=2 * fig.dpi,
         bbox_inches="tight",
         pad_inches=0.08,
     )
