@@ -233,7 +233,7 @@ def _adapters(lora: Table) -> Answer:
 
     return _ask("C8", lora, rule)
 
-
+# %% ../../nbs/making/03_answers.ipynb #89320a2d
 def everywhere_cells(
     tables: Sequence[Table],
     skip: Sequence[str] = (),  # domains that do not count

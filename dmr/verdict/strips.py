@@ -201,7 +201,7 @@ def _lines_of(tables: Mapping[str, Table]) -> dict[str, Sequence[Line]]:
         "C10": _clean(tables["overlap"]),
     }
 
-
+# %% ../../nbs/making/10c_strips.ipynb #32898f27
 def read_strips(
     project: Project | None = None,  # None: the one around the current folder
 ) -> list[Strip]:  # one for each claim
