@@ -927,7 +927,7 @@ ENTRIES = [
         " cent was # windows.",
         folders,
     ),
-    ("bout # of what it saves at equal", lambda: [not_memory()]),
+    ("bout # of what a decoupled one saves at equal", lambda: [not_memory()]),
     ("Lion has # seeds", lambda: [seeds("explore_muon")]),
     (
         "makes # claims. By rules that were fixed before the runs # holds here,"

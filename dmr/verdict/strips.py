@@ -281,7 +281,7 @@ def draw_strips(
     held, failed = words.count("holds"), words.count("does not hold")
     fig.suptitle(
         f"Of {_COUNTS[len(shown)]} claims {_COUNTS[held]} hold"
-        f"{'s' * (held == 1)}, {_COUNTS[failed]} do not",
+        f"{'s' * (held == 1)}, {_COUNTS[failed]} do{'es' * (failed == 1)} not",
         x=0.01, ha="left", fontsize="large", fontweight="bold",
     )  # fmt: skip
     told = (

@@ -137,6 +137,8 @@ TITLED = {
     "draw_routings",
     "draw_scores",
     "draw_settings",
+    "draw_stages",
+    "draw_strips",
     "draw_switches",
     "draw_valleys",
     "draw_way_back",

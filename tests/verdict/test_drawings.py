@@ -13,6 +13,8 @@ from dmr.verdict.drawings import (
     draw_growth,
     draw_parts,
     draw_plane,
+    draw_stages,
+    learned_by_stage,
 )
 from dmr.verdict.tables import evidence
 
@@ -72,3 +74,24 @@ def test_parts_stand_side_by_side_with_those_that_are_there():
     assert f"{SHARED}, far, at equal learning: 0.6" in alt
     assert fig.get_suptitle() == "Near and far"
     assert draw_parts({"later": None}, both) is None
+
+
+def test_later_domains_are_held_to_plain_trainings_of_their_seed():
+    def stiffen(row, L):
+        if row["arm"] == SHARED:
+            L[np.diag_indices(len(L))] += 0.1 * np.arange(len(L)) - 0.25
+
+    # without the change both are learned to 2.0
+    table = simulated.change(simulated.table({SHARED: 1.0}, seeds=5), stiffen)
+    found = learned_by_stage(table, SHARED)
+    assert [x.n for x in found] == [5, 5, 5]
+    assert [x.estimate for x in found] == pytest.approx([-0.25, -0.15, -0.05])
+    fig, alt = draw_stages(table, {SHARED: "ours"})
+    title = " ".join(fig.axes[0].get_title("left").split())
+    title = title or " ".join(fig.axes[0].get_title().split())
+    assert (
+        title
+        == "ours: domain 2 ends −0.15 against plain training's, domain 3 −0.05"
+    )
+    assert "ours -0.050" in alt
+    assert draw_stages(table, {"nobody": "x"}) is None
