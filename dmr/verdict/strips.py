@@ -53,13 +53,13 @@ __all__ = ['SAID', 'WHERE', 'Line', 'Strip', 'read_strips', 'draw_strips']
 # %% ../../nbs/making/10c_strips.ipynb #ec881349
 #: Claim -> in a few words, and what is on its axis.
 SAID: dict[str, tuple[str, str]] = {
-    "C1": ("an edited gradient protects nothing", "forgetting / plain's"),
+    "C1": ("an edit protects nothing", "forgetting / plain's"),
     "C2": ("replay is the best edit of a gradient", "nats to the next"),
     "C3": ("a fixed split forgets more", "forgetting / plain's"),
     "C4": ("the adaptive split forgets least", "nats to the best rival"),
     "C5": ("its lead grows with the domains", "nats"),
     "C6": ("rates inflate by 1/(1−α)", "median error of the formula"),
-    "C7": ("penalties and replay want a split too", "nats, split − shared"),
+    "C7": ("penalties, replay: the same", "nats, split − shared"),
     "C8": ("C1 and C4 under adapters", "forgetting / plain's"),
     "C9": ("C4 everywhere", "nats to the best rival"),
     "C10": ("without overlap, C1 fails", "forgetting / plain's"),
@@ -184,6 +184,10 @@ def _clean(overlap: Table) -> list[Line]:
 def _lines_of(tables: Mapping[str, Table]) -> dict[str, Sequence[Line]]:
     "Claim -> its lines, but for those that an answer's parts already are."
     conflict = evidence(tables["conflict"])
+    families = {
+        name.removeprefix("penalty, "): v
+        for name, v in (family_cells(conflict) if conflict else {}).items()
+    }
     lora = _adapters(tables["lora"])
     cells = everywhere_cells([tables[n] for n in EVERYWHERE])
     everywhere = {
@@ -195,7 +199,7 @@ def _lines_of(tables: Mapping[str, Table]) -> dict[str, Sequence[Line]]:
         "C3": _split(tables),
         "C4": _lines({AUTHORS: c4_of_authors(*three)}),
         "C5": _growth(tables["sixteen"]),
-        "C7": _lines(family_cells(conflict)) if conflict else (),
+        "C7": _lines(families),
         "C8": [lora["C8"]] if lora else (),
         "C9": [*_lines(everywhere), *([lora["C9"]] if lora else [])],
         "C10": _clean(tables["overlap"]),
@@ -257,6 +261,7 @@ def _draw_strip(ax: Axes, strip: Strip) -> None:
     ax.set_title(f"{strip.claim}  {words}", loc="left", x=-0.42, **head)
     ax.set_title(strip.word, loc="right", color="#1f4e79", **head)
     ax.set_xlabel(unit, fontsize=8.5)
+    ax.locator_params(axis="x", nbins=6)
     ax.tick_params(labelsize=8.5)
 
 # %% ../../nbs/making/10c_strips.ipynb #93952c7c
@@ -273,7 +278,7 @@ def draw_strips(
 
     shown = [s for s in strips if s.lines]
     rows = [0.24 * len(s.lines) + 0.66 for s in shown]
-    fig = Figure(figsize=(5.6, sum(rows) + 0.5), layout="constrained")
+    fig = Figure(figsize=(4.4, sum(rows) + 0.5), layout="constrained")
     axes = fig.subplots(len(rows), height_ratios=rows, squeeze=False)
     for ax, strip in zip(axes.ravel(), shown):
         _draw_strip(ax, strip)
