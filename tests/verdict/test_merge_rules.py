@@ -343,7 +343,7 @@ def test_other_streams_have_the_rows_of_the_length_that_decides():
 
     # as first fixed; the others got more rates where a best lay on an edge
     first = read("merging_text16")
-    for name, more in (("merging_confirm", 8), ("merging_long", 2)):
+    for name, more in (("merging_confirm", 8), ("merging_long", 4)):
         other = read(name)
         (mine, theirs), (arms, lr) = rates(other["arms"]), rates(first["arms"])
         assert mine == arms
