@@ -431,8 +431,8 @@ CELLS = {
     "adapters": ("lora", ""),
 }
 FAMILIES = {
-    "penalty, EWC rescaling": "EWC rescaling",
-    "penalty, SI rescaling": "SI rescaling",
+    "EWC rescaling": "EWC rescaling",
+    "SI rescaling": "SI rescaling",
     "replay mixing": "replay 0.5 %",
 }
 
