@@ -686,12 +686,10 @@ ENTRIES = [
     ("p to # long domains", lambda: regime(LONG)[1:2]),
     ("whole past, `dmr.FisherMerge(#, keep=#)`", lambda: merge(LONG, MERGE)),
     (
-        "On # domains of # kB, in # orders, that ended below replay, as on #"
-        " that no choice had seen;",
+        "On # domains of # kB, and on # unseen ones, that ended below replay;",
         lambda: (
             regime(LONG)[1],
             kilobytes(LONG),
-            regime(LONG)[0],
             regime(UNSEEN)[1],
             gap(LONG, BOTH, REPLAY)[1] > 0 < gap(LONG, BOTH, HALF)[1],
             gap(UNSEEN, BOTH, REPLAY)[1] > 0 < gap(UNSEEN, BOTH, HALF)[1],
