@@ -64,6 +64,7 @@ def webp(
 
 
 _THUMBNAIL = 340  # width of a figure in the gallery, CSS pixels
+_NARROW = 440  # a figure up to this width fits a telephone, CSS pixels
 
 
 def _thumbnail(
@@ -115,9 +116,12 @@ def picture_html(
     origin = f'<span class="origin">{source}</span>'
     below = f"<figcaption>{origin}</figcaption>" if source else ""
     label = f' id="{e(p.label)}"' if p.label else ""
+    # a telephone shows more than this by scrolling, which keys must reach
+    wide = ' tabindex="0" role="group" aria-label="Figure"'
     return (
         f'<figure class="chart"{label} style="--width: {p.width}"><div'
-        f' class="chart-scroll">{image}</div>{below}</figure>'
+        f' class="chart-scroll"{wide if p.width > _NARROW else ""}>{image}'
+        f"</div>{below}</figure>"
     )
 
 # %% ../../nbs/making/15_figures.ipynb #a448721a

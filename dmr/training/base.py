@@ -298,15 +298,28 @@ def _check_base(found: dict[str, Any], key: str, path: Path) -> None:
             )
 
 # %% ../../nbs/training/11_base.ipynb #f5d12f48
+def _take(file: Path, key: str, done: Path) -> None:
+    "Put a finished base that came with a file into the cache."
+    found = read_checkpoint(file)
+    if found is None:
+        raise FileNotFoundError(f"there is no file {file} to take a base from")
+    if not {"key", "model", "weights", "written", "text"} <= found.keys():
+        raise ValueError(f"{file} is no base; `base.pt` of a cache is one")
+    _check_base(found, key, file)
+    write_checkpoint(done, found)
+
+
 def make_base(
     config: BaseConfig,
     cache: str | Path | None = None,  # folder; None: see `cache_folder`
     progress: bool = True,
     every: int = 500,  # steps between checkpoints
+    file: str | Path | None = None,  # a finished base to take; None: train
 ) -> Base:
-    """The base from the cache, trained first where it is not there. Goes on
-    from the last checkpoint of a training that was stopped. Raises Busy where
-    another process trains the same base.
+    """The base from the cache; where it is not there, from `file`, or trained.
+    Goes on from the last checkpoint of a training that was stopped. Raises Busy
+    where another process trains the same base; with `file` FileNotFoundError,
+    and ValueError where it holds no base, or another one.
     """
     stream = base_text(config, cache)
     key = base_key(config, stream)
@@ -314,6 +327,8 @@ def make_base(
     folder.mkdir(parents=True, exist_ok=True)
     kept, done = folder / "training.pt", folder / "base.pt"
     with locked(folder):
+        if file is not None and not done.exists():
+            _take(Path(file), key, done)
         if not done.exists():
             run = _BaseRun(config, stream)
             if (state := last_checkpoint(kept)) is not None:
@@ -331,20 +346,25 @@ def make_base(
 
 # %% ../../nbs/training/11_base.ipynb #5c88405d
 def main(arguments: list[str] | None = None) -> int:  # exit code
-    "`python -m dmr.training.base [--cache FOLDER]`."
+    "`python -m dmr.training.base [--cache FOLDER] [--from FILE]`."
     parser = argparse.ArgumentParser(
         prog="python -m dmr.training.base",
         description="Train the base of the study `pretrained`, once.",
     )
     parser.add_argument("--cache", help="folder in place of the usual cache")
-    cache = parser.parse_args(arguments).cache
+    where = "a finished base to take in place of a training"
+    parser.add_argument("--from", dest="file", metavar="FILE", help=where)
+    given = parser.parse_args(arguments)
     try:
-        base = make_base(BaseConfig(), cache)
+        base = make_base(BaseConfig(), given.cache, file=given.file)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint")
         return 130
     except Busy as e:
         print(f"{e}: the base is being trained there")
+        return 1
+    except (FileNotFoundError, ValueError) as e:
+        print(e)
         return 1
     losses = ", ".join(f"{k} {x:.3f}" for k, x in base.losses.items())
     print(

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from ..files import write_atomic
+from ..studies.table import read_rows
 from ..training.config import Config
 from ..training.loop import train_stream
 
 # %% auto #0
-__all__ = ['SIZE', 'RECIPE', 'ARMS', 'COLUMNS', 'site', 'text_of', 'docstrings', 'folders', 'write_folders', 'told', 'digest',
-           'one', 'main', 'wanted']
+__all__ = ['SIZE', 'RECIPE', 'ARMS', 'COLUMNS', 'site', 'text_of', 'docstrings', 'folders', 'write_folders', 'digest', 'one',
+           'main', 'wanted']
 
 # %% ../../nbs/experiments/15_folders.ipynb #b4676195
 #: Bytes of each domain's file.
@@ -127,14 +128,6 @@ COLUMNS = (
 )  # fmt: skip
 
 # %% ../../nbs/experiments/15_folders.ipynb #18bd441f
-def told(path: Path) -> list[dict[str, str]]:
-    "The rows that are there."
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def digest(folder: Path) -> str:
     "What the text of a folder is, in twelve letters."
     parts = [file.read_bytes() for file in sorted(folder.iterdir())]
@@ -158,8 +151,8 @@ def one(folder: Path, arm: str, seed: int) -> dict[str, str]:
 def main() -> None:
     "`python -m dmr.verdict.folders`: the rows that the table lacks."
     torch.set_num_threads(1)
-    path, rows = Path("results/explore_folders.csv"), []
-    rows = told(path)
+    path = Path("results/explore_folders.csv")
+    rows = read_rows(path) if path.is_file() else []
     there = {tuple(row[k] for k in COLUMNS[:3]) for row in rows}
     with tempfile.TemporaryDirectory() as target:
         write_folders(Path(target))

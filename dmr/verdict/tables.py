@@ -78,6 +78,8 @@ class Table:
     nominal: Mapping[str, float] = field(default_factory=dict)
     code: str = ""  # version of the code that most rows have
     seeds: tuple[Any, ...] = ()  # of the study file, each once
+    # arm -> planned runs that have not ended
+    to_come: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def failed(self) -> dict[str, int]:
@@ -303,6 +305,9 @@ def read_table(
         {part: rate for part, rate in rates.items() if rate},
         code,
         tuple(dict.fromkeys(c.seed for c in plan.cells)),
+        Counter(
+            c.arm for k, c in cells.items() if k not in kept and k not in lost
+        ),
     )
 
 # %% ../../nbs/making/02_tables.ipynb #08eaa803

@@ -130,8 +130,37 @@ def test_the_command_makes_the_usual_base(tmp_path, monkeypatch, capsys):
     assert "goes on from the last checkpoint" in capsys.readouterr().out
 
 
-def stop(*given):
+def stop(*given, **named):
     raise KeyboardInterrupt
+
+
+def test_a_finished_base_is_taken_from_a_file(tmp_path, monkeypatch, capsys):
+    made = make_base(TINY, tmp_path / "a", progress=False)
+    file = made_file(tmp_path / "a")
+    monkeypatch.setattr(base, "_train", stop)
+    taken = make_base(TINY, tmp_path / "b", file=file)
+    assert (taken.weights, taken.text) == (made.weights, made.text)
+    assert made_file(tmp_path / "b").read_bytes() == file.read_bytes()
+    monkeypatch.setattr(base, "BaseConfig", lambda: TINY)
+    given = ["--cache", str(tmp_path / "c"), "--from"]
+    assert base.main([*given, str(file)]) == 0
+    assert made.weights[:16] in capsys.readouterr().out
+
+
+def test_a_file_that_holds_no_such_base_is_not_taken(tmp_path, capsys):
+    make_base(TINY, tmp_path / "a", progress=False)
+    file, new = made_file(tmp_path / "a"), tmp_path / "b"
+    with pytest.raises(ValueError, match="wanted was"):
+        make_base(replace(TINY, seed=1), new, file=file)
+    write_checkpoint(tmp_path / "x.pt", {"model": {}})
+    with pytest.raises(ValueError, match="is no base"):
+        make_base(TINY, new, file=tmp_path / "x.pt")
+    with pytest.raises(FileNotFoundError, match="nothing.pt"):
+        make_base(TINY, new, file=tmp_path / "nothing.pt")
+    assert not list(new.rglob("*.pt"))
+    given = ["--cache", str(new), "--from", str(tmp_path / "nothing.pt")]
+    assert base.main(given) == 1
+    assert "nothing.pt to take a base from" in capsys.readouterr().out
 
 
 def test_the_usual_base_is_the_one_of_the_protocol():
