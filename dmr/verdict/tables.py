@@ -263,15 +263,8 @@ def read_table(
     for c in plan.cells:
         parts.setdefault(c.part, []).append(c.parameters)
     rates = {part: base_rate(given) for part, given in parts.items()}
-    about = {
-        k: {
-            "part": c.part,
-            "arm": c.arm,
-            "seed": c.seed,
-            "parameters": c.parameters,
-        }
-        for k, c in cells.items()
-    }
+    named = ("part", "arm", "seed", "parameters")
+    about = {k: {n: getattr(c, n) for n in named} for k, c in cells.items()}
     every = read_rows(project.results / f"{study}.csv")
     rows = [r for r in every if r.get("cell") in cells]
     good = [r for r in rows if r.get("status") == "ok" and r.get("forgetting")]

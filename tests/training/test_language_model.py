@@ -1,0 +1,168 @@
+"""A language model beside its controls, as a run of a study."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from dmr.studies.table import tidy_run
+from dmr.studies.template import read_template
+from dmr.training.examples import general_texts
+from dmr.training.finetune import save_small_llama
+from dmr.training.language_model import (
+    GENERAL,
+    LANGUAGE_LIMITS,
+    LanguageConfig,
+    language_model,
+    write_texts,
+)
+from dmr.training.limits import read_range
+from dmr.verdict.language import beside, controls, dose, merges
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "nbs/experiments/language_model.ipynb"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    work = tmp_path_factory.mktemp("language")
+    (work / "texts").mkdir()
+    for name, text in zip(("a", "b"), general_texts().values()):
+        (work / "texts" / f"{name}.txt").write_text(text[:60_000])
+    return LanguageConfig(
+        model=str(save_small_llama(work / "model", width=32)),
+        stream=str(work / "texts"),
+        new="a",
+        old="b",
+        new_bytes=20_000,
+        old_bytes=20_000,
+        lr=1e-2,
+        lora=2,
+        steps=6,
+        length=32,
+        windows=4,
+        looks=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tiny, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    own = replace(tiny, keep="self", controls=False)
+    run = lambda config: language_model(config, False, cache)
+    return {"sample": run(tiny), "self": run(own)}
+
+
+def row_of(result):
+    row = tidy_run(result)
+    return {**row, "seed": 0, "parameters": result["parameters"]}
+
+
+def test_every_training_gives_its_points(results):
+    points = results["sample"]["metrics"]["measured"]
+    rates = {p["rate"] for p in points if p["lora"] is None}
+    assert sorted(rates) == pytest.approx([1e-2 / 3, 1e-2, 3e-2])
+    adapters = {p["rate"] for p in points if p["lora"] == 2}
+    assert sorted(adapters) == pytest.approx([1e-1, 3e-1])
+    kinds = [(p["kind"], p["rate"], p["lora"]) for p in points]
+    assert sum(k == ("merge", 1e-2, None) for k in kinds) == 1
+    assert not [k for k in kinds if k[0] == "merge" and k[2] is not None]
+    averages = [p["at"] for p in points if p["kind"] == "average"]
+    assert sorted({*averages}) == pytest.approx([k / 10 for k in range(1, 10)])
+
+
+def test_what_is_lost_is_the_mean_of_texts_that_no_method_is_shown(results):
+    m = results["sample"]["metrics"]
+    (end,) = (
+        p["changes"]
+        for p in m["measured"]
+        if p["kind"] == "merge" and p["rate"] == 1e-2
+    )
+    assert m["learned"] == -end["new"] and m["lost_old"] == end["old"]
+    assert m["lost"] == pytest.approx(sum(end[k] for k in GENERAL) / 2)
+    assert m["forgetting"] == m["lost"]
+
+
+def test_both_sources_train_alike_and_merge_apart(results):
+    """The controls of a seed may stand beside a merge by written text."""
+
+    def trained(result, kind):
+        new = lambda p: [p["changes"][k] for k in ("new", *GENERAL)]
+        return [
+            new(p)
+            for p in result["metrics"]["measured"]
+            if (p["kind"], p["rate"], p["lora"]) == (kind, 1e-2, None)
+        ]
+
+    both = results["sample"], results["self"]
+    one, other = (trained(r, "training") for r in both)
+    assert one == other and len(one) == 2
+    one, other = (trained(r, "merge") for r in both)
+    assert one != other
+
+
+def test_a_row_becomes_ways_through_the_plane(results):
+    row, own = row_of(results["sample"]), row_of(results["self"])
+    ways = controls(row)
+    assert {len(ways[k]) for k in ways if k.endswith("at other rates")} == {3, 4}
+    back = [w for k, w in ways.items() if k.endswith("averaged back")]
+    assert {len(w) for w in back} == {11}
+    assert all(w[0] == (0.0, 0.0) for w in ways.values())
+    assert list(merges(own)) == ["0.01"]
+    found = beside([row], "0.01", {0: own})
+    assert found.keys() == ways.keys()
+    assert any(x[0] is not None for x in found.values())
+    assert beside([row], "0.02") == {}
+    assert {*dose([row])["0.01"]} == {0, 3, 6}
+
+
+def test_a_stopped_run_goes_on_and_ends_alike(
+    results, tiny, tmp_path, monkeypatch
+):
+    from dmr.training import finetune
+
+    real, made = finetune._train, []
+
+    def stopping(*given):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(given)
+        return real(*given)
+
+    config = replace(tiny, checkpoint=str(tmp_path / "kept"))
+    monkeypatch.setattr(finetune, "_train", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        language_model(config, False, tmp_path)
+    made.clear()
+    monkeypatch.setattr(finetune, "_train", lambda *a: made.append(a) or real(*a))
+    again = language_model(config, False, tmp_path)
+    assert len(made) == 3  # of five trainings
+    whole = results["sample"]["metrics"]["measured"]
+    assert again["metrics"]["measured"] == whole
+
+
+def test_a_domain_that_is_too_short_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"a of .* bytes of training text, and"):
+        write_texts(replace(tiny, new_bytes=10**6), tmp_path, tmp_path)
+
+
+def test_a_row_of_the_table(results):
+    row = tidy_run(results["sample"])
+    assert row["forgetting"] == results["sample"]["metrics"]["lost"]
+    assert len(json.loads(row["measured"])) == 3 * 12 + 2 * 11
+    start = results["sample"]["identity"]["base_weights"]
+    assert row["identity_base_weights"] == start
+    assert start == results["self"]["identity"]["base_weights"]
+
+
+def test_the_template_takes_the_parameters_of_a_run():
+    declared = read_template(TEMPLATE).parameters
+    assert list(declared) == [f.name for f in fields(LanguageConfig)]
+    usual = LanguageConfig()
+    for f in fields(LanguageConfig):
+        p = declared[f.name]
+        assert p.default == getattr(usual, f.name), f.name
+        assert set(p.types) == set(str(f.type).split(" | ")), f.name
+        limits = read_range(LANGUAGE_LIMITS.get(f.name, ""))
+        assert (p.interval, p.choices) == limits, f.name
