@@ -69,10 +69,11 @@ def beside(
     """
     out: dict[str, list[float | None]] = {}
     for row in sorted(rows, key=lambda r: r["seed"]):
-        mine = merges(row if ours is None else ours.get(row["seed"], {}))
-        if rate not in mine:
+        mine = row if ours is None else ours.get(row["seed"])
+        ends = {} if mine is None else merges(mine)
+        if rate not in ends:
             continue
-        learned, lost = mine[rate]
+        learned, lost = ends[rate]
         for control, way in controls(row).items():
             there = lost_where(way, learned)
             value = None if there is None else lost - there
