@@ -37,6 +37,7 @@ PAIR = f"{REPLAY} + Fisher merge"
 AVERAGE = "interpolation"
 SHARED, DISPLACED = "shared projection", "displacement projection"
 DECOUPLED = "fixed decoupled projection"
+CURRENT, RANDOM = (f"{x} basis + {MERGE}" for x in ("current", "random"))
 LONG, SHORT, UNSEEN = "merging_long", "eight", "merging_confirm"
 
 # The page of stories: the rule's margins, what was held back, and of each
@@ -386,6 +387,19 @@ def not_memory():
     arms = "control: current basis, decoupled", DECOUPLED
     here, there = (interval(saved(SHORT, arm).values()) for arm in arms)
     return here[0] / there[0]
+
+
+@functools.cache
+def by_basis(below, above=MERGE):
+    "How far a merge ends below another at the rate of all, paired."
+    at = {}
+    for study in (LONG, "merging_controls"):
+        for arm, settings in runs(study).items():
+            for (rate, *_), found in settings.items():
+                if rate == nominal(LONG):
+                    at.setdefault(arm, found)
+    low, high = at[below], at[above]
+    return interval([high[s][2] - low[s][2] for s in sorted(low)])
 
 
 def separate(study):
@@ -949,6 +963,18 @@ ENTRIES = [
         folders,
     ),
     ("bout # of what a decoupled one saves at equal", lambda: [not_memory()]),
+    (
+        "over # orders at one rate, the past's basis saves # [#, #] more than"
+        " the merge alone, the running domain's # [#, #], a random one # [#,"
+        " #] ([the runs](…)). Memory is # of it.",
+        lambda: (
+            seeds("merging_controls", CURRENT),
+            *by_basis(BOTH),
+            *by_basis(CURRENT),
+            *by_basis(RANDOM),
+            by_basis(BOTH, CURRENT)[0] / by_basis(BOTH)[0],
+        ),
+    ),
     ("Lion has # seeds", lambda: [seeds("explore_muon")]),
     (
         "makes # claims. By rules that were fixed before the runs # holds here,"
@@ -967,6 +993,10 @@ ENTRIES = [
     ("The # claims", lambda: verdicts()[:1]),
     *strip_entries(),
     # What would change our mind
+    (
+        "remembers nothing of the past ends # [#, #] above one that does",
+        lambda: by_basis(BOTH, CURRENT),
+    ),
     (
         "It held on # domains that no choice had seen. If on # its interval",
         lambda: (regime(UNSEEN)[1], regime("sixteen")[1]),
