@@ -1,12 +1,14 @@
 """The base of the study `pretrained`: made once, found by its hash."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import dmr.training.base as base
 from dmr.files import read_checkpoint, write_checkpoint
+from dmr.studies.table import read_rows
 from dmr.training.base import (
     BaseConfig,
     base_config,
@@ -17,6 +19,7 @@ from dmr.training.base import (
 )
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
 TINY = base_config(
     {
         "stream": "synthetic:rho=0.5,domains=4",
@@ -171,3 +174,15 @@ def test_the_usual_base_is_the_one_of_the_protocol():
         64,
         5_120_000,
     )
+
+
+def test_the_base_that_travels_is_the_one_of_the_runs():
+    path = ROOT / "results/base.pt"
+    found = read_checkpoint(path)
+    assert found["config"] == asdict(BaseConfig())
+    base._check_base(found, found["key"], path)
+    for study in ("pretrained", "tuning_pretrained"):
+        table = ROOT / "results" / f"{study}.csv"
+        rows = read_rows(table) if table.exists() else []
+        assert {r["identity_base_weights"] for r in rows} <= {found["weights"]}
+        assert {r["identity_base_written"] for r in rows} <= {found["text"]}
