@@ -13,7 +13,7 @@ from dmr.verdict.answers import ends_at_the_edge, read_answers
 from dmr.verdict.merging import judge_merge
 from dmr.verdict.rules import FAILS, HOLDS, UNTESTABLE
 from dmr.verdict.stories import HELD_BACK
-from dmr.verdict.tables import read_table
+from dmr.verdict.tables import read_table, setting_name
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -188,3 +188,19 @@ def test_hard_orders_have_c_plus_plus_early():
         for values, w in zip((plain, merged), words):
             found = [values[s] for s in seeds]
             assert f"{min(found):.2f} to {max(found):.2f}" == w and w in said
+
+
+def test_no_setting_brings_the_judged_arm_further():
+    table, ends = read_table("tuning_long"), {}
+    assert table.complete
+    for r in table.rows:
+        name = setting_name(table, r)
+        ends.setdefault(name, []).append(r["final_average"])
+    mean = {name: sum(x) / len(x) for name, x in ends.items()}
+    apart = ("as judged", "vanilla", "joint training")
+    above = sorted(
+        x - mean["as judged"] for k, x in mean.items() if k not in apart
+    )
+    assert len(above) == 9 and -0.01 < above[0] < 0 < above[1]
+    said = text("experiments/17_evidence.ipynb")
+    assert f"{above[1]:.3f} to {above[-1]:.3f} above" in said
