@@ -268,23 +268,28 @@ def load_base(
             f"the base {key[:16]} is not in {path.parent}; make it with"
             " dmr.training.base.make_base(config), where config is its"
             " BaseConfig; with the usual settings `python -m dmr.training.base`"
-            " does it, in about half an hour on one core"
+            " does it, in about half an hour on one core, or at once with"
+            " `--from results/base.pt` in a checkout"
         )
     _check_base(found, key, path)
     c = config
     model = build_model(c.size, c.context)
     model.load_state_dict(found["model"])
-    named = ("written", "key", "weights", "text", "losses", "seconds")
-    return Base(config, model, **{name: found[name] for name in named})
+    return Base(config, model, **{name: found[name] for name in _NAMED})
 
 
-def _check_base(found: dict[str, Any], key: str, path: Path) -> None:
+_NAMED = ("written", "key", "weights", "text", "losses", "seconds")
+_AGAIN = "delete it and make the base again"
+
+
+def _check_base(
+    found: dict[str, Any], key: str, path: Path, way_out: str = _AGAIN
+) -> None:
     "Raise ValueError where a hash does not fit."
     if found["key"] != key:
         raise ValueError(
             f"{path} holds the base {found['key'][:16]}, wanted was {key[:16]}:"
-            " its settings or its text are others; delete it and make the base"
-            " again"
+            f" its settings or its text are others; {way_out}"
         )
     parts = (
         ("its weights have", found["model"], found["weights"]),
@@ -294,7 +299,7 @@ def _check_base(found: dict[str, Any], key: str, path: Path) -> None:
         if (own := weights_hash(part)) != noted:
             raise ValueError(
                 f"{path} is damaged: {what} the hash {own[:16]}, noted was"
-                f" {noted[:16]}; delete it and make the base again"
+                f" {noted[:16]}; {way_out}"
             )
 
 # %% ../../nbs/training/11_base.ipynb #f5d12f48
@@ -303,10 +308,18 @@ def _take(file: Path, key: str, done: Path) -> None:
     found = read_checkpoint(file)
     if found is None:
         raise FileNotFoundError(f"there is no file {file} to take a base from")
-    if not {"key", "model", "weights", "written", "text"} <= found.keys():
+    if not {"model", *_NAMED} <= found.keys():
         raise ValueError(f"{file} is no base; `base.pt` of a cache is one")
-    _check_base(found, key, file)
-    write_checkpoint(done, found)
+    _check_base(found, key, file, "pass another file, or none")
+    kept = read_checkpoint(done)
+    if kept is None:
+        write_checkpoint(done, found)
+    elif any(kept[name] != found[name] for name in ("weights", "text")):
+        raise ValueError(
+            f"{done} holds the base {kept['weights'][:16]}, {file} holds"
+            f" {found['weights'][:16]}: the same settings, trained or written"
+            " apart; delete the one in the cache to have the one of the file"
+        )
 
 
 def make_base(
@@ -327,7 +340,7 @@ def make_base(
     folder.mkdir(parents=True, exist_ok=True)
     kept, done = folder / "training.pt", folder / "base.pt"
     with locked(folder):
-        if file is not None and not done.exists():
+        if file is not None:
             _take(Path(file), key, done)
         if not done.exists():
             run = _BaseRun(config, stream)

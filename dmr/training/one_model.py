@@ -51,7 +51,8 @@ from dmr.training.loop import (
 from .model import ByteLM, next_byte_loss
 
 # %% auto #0
-__all__ = ['ONE_LIMITS', 'OneConfig', 'Held', 'shown_windows', 'curvature', 'add_squares', 'OneRun', 'summary', 'one_model']
+__all__ = ['ONE_LIMITS', 'check_range', 'OneConfig', 'Held', 'shown_windows', 'curvature', 'add_squares', 'OneRun', 'summary',
+           'one_model']
 
 # %% ../../nbs/training/12_one_model.ipynb #b7220b0a
 #: Parameters of a run -> ranges and choices, as the template's comments state
@@ -84,12 +85,13 @@ ONE_LIMITS: dict[str, str] = {
 }
 
 
-def _check_one(
+def check_range(
     name: str,  # of the parameter
     value: Any,  # in its declared type; None: not given
+    limits: str,  # an interval, or words in braces
 ) -> None:
-    "Raise ValueError where a value lies outside what a run allows."
-    bounds, words = read_range(ONE_LIMITS.get(name, ""))
+    "Raise ValueError where a value lies outside its limits."
+    bounds, words = read_range(limits)
     if value is None:
         return
     if words and value not in words:
@@ -153,7 +155,7 @@ class OneConfig:
                     raise ValueError(f"{name}={value} must lie in (0, 1]")
             else:
                 value = _typed(name, value, kinds[name])
-            _check_one(name, value)
+            check_range(name, value, ONE_LIMITS.get(name, ""))
             object.__setattr__(self, name, value)
         _check_together(self)
 

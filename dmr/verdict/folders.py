@@ -152,7 +152,7 @@ def main() -> None:
     "`python -m dmr.verdict.folders`: the rows that the table lacks."
     torch.set_num_threads(1)
     path = Path("results/explore_folders.csv")
-    rows = read_rows(path) if path.is_file() else []
+    rows = read_rows(path)
     there = {tuple(row[k] for k in COLUMNS[:3]) for row in rows}
     with tempfile.TemporaryDirectory() as target:
         write_folders(Path(target))

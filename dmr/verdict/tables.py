@@ -78,7 +78,7 @@ class Table:
     nominal: Mapping[str, float] = field(default_factory=dict)
     code: str = ""  # version of the code that most rows have
     seeds: tuple[Any, ...] = ()  # of the study file, each once
-    # arm -> planned runs that have not ended
+    # arm -> planned runs that are neither among the rows nor lost
     to_come: Mapping[str, int] = field(default_factory=dict)
 
     @property

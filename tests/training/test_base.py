@@ -144,10 +144,24 @@ def test_a_finished_base_is_taken_from_a_file(tmp_path, monkeypatch, capsys):
     taken = make_base(TINY, tmp_path / "b", file=file)
     assert (taken.weights, taken.text) == (made.weights, made.text)
     assert made_file(tmp_path / "b").read_bytes() == file.read_bytes()
+    again = make_base(TINY, tmp_path / "b", file=file)  # it is there already
+    assert again.weights == made.weights
     monkeypatch.setattr(base, "BaseConfig", lambda: TINY)
     given = ["--cache", str(tmp_path / "c"), "--from"]
     assert base.main([*given, str(file)]) == 0
     assert made.weights[:16] in capsys.readouterr().out
+
+
+def test_a_base_that_was_trained_apart_does_not_pass_for_the_file(tmp_path):
+    make_base(TINY, tmp_path / "a", progress=False)
+    other = read_checkpoint(made_file(tmp_path / "a"))
+    other["model"]["norm.weight"][0] += 1
+    other["weights"] = base.weights_hash(other["model"])
+    write_checkpoint(tmp_path / "other.pt", other)
+    before = made_file(tmp_path / "a").read_bytes()
+    with pytest.raises(ValueError, match="trained or written apart"):
+        make_base(TINY, tmp_path / "a", file=tmp_path / "other.pt")
+    assert made_file(tmp_path / "a").read_bytes() == before
 
 
 def test_a_file_that_holds_no_such_base_is_not_taken(tmp_path, capsys):
@@ -155,6 +169,11 @@ def test_a_file_that_holds_no_such_base_is_not_taken(tmp_path, capsys):
     file, new = made_file(tmp_path / "a"), tmp_path / "b"
     with pytest.raises(ValueError, match="wanted was"):
         make_base(replace(TINY, seed=1), new, file=file)
+    for lacking in ("losses", "model"):
+        less = {k: v for k, v in read_checkpoint(file).items() if k != lacking}
+        write_checkpoint(tmp_path / "less.pt", less)
+        with pytest.raises(ValueError, match="is no base"):
+            make_base(TINY, new, file=tmp_path / "less.pt")
     write_checkpoint(tmp_path / "x.pt", {"model": {}})
     with pytest.raises(ValueError, match="is no base"):
         make_base(TINY, new, file=tmp_path / "x.pt")
@@ -183,6 +202,6 @@ def test_the_base_that_travels_is_the_one_of_the_runs():
     base._check_base(found, found["key"], path)
     for study in ("pretrained", "tuning_pretrained"):
         table = ROOT / "results" / f"{study}.csv"
-        rows = read_rows(table) if table.exists() else []
+        rows = [r for r in read_rows(table) if r["status"] == "ok"]
         assert {r["identity_base_weights"] for r in rows} <= {found["weights"]}
         assert {r["identity_base_written"] for r in rows} <= {found["text"]}

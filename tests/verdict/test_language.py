@@ -1,18 +1,24 @@
 """A language model's merge beside its controls, against numbers by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from dmr.studies.study import read_study
 from dmr.training.language_model import GENERAL
 from dmr.verdict.language import (
     beside,
     controls,
     dose,
+    dose_rate,
     draw_dose,
     merges,
     said,
 )
+from dmr.verdict.tables import read_table
+
+STUDIES = Path(__file__).parents[2] / "nbs/experiments/studies"
 
 
 def point(kind, at, learned, lost, rate=0.1, lora=None):
@@ -44,33 +50,59 @@ def test_points_become_ways_in_the_order_of_their_places():
         pytest.approx((0.2, 0.1)),
         pytest.approx((0.4, 0.4)),
     ]
-    by_rate = [x for x, _ in ways["plain, at other rates"]]
-    assert by_rate == [0.0, 0.1, 0.4]
+    assert [x for x, _ in ways["plain, at other rates"]] == [0.1, 0.4]
     assert merges(row(0, *TRAINED)) == {"0.1": pytest.approx((0.3, 0.05))}
 
 
 def test_the_difference_is_read_where_a_control_learned_as_much():
     found = beside([row(0, *TRAINED)], "0.1")
-    d = {k: None if x == [None] else round(x[0], 9) for k, x in found.items()}
+    rounded = lambda x: x if isinstance(x, str) else round(x, 9)
+    d = {k: rounded(x) for k, (x,) in found.items()}
     assert d["plain, lr 0.1, averaged back"] == -0.05
     assert d["plain, lr 0.1, stopped early"] == -0.2
     # between (0.1, 0.02) and (0.4, 0.4), two thirds of the way
     assert d["plain, at other rates"] == round(0.05 - (0.02 + 0.38 * 2 / 3), 9)
-    assert d["adapters, at other rates"] is None
+    assert d["adapters, at other rates"] == "learned less"
+
+
+def test_no_control_is_read_between_a_rate_and_no_training():
+    low = row(0, *TRAINED, point("merge", 1.0, 0.05, 0.01, 0.05))
+    found = beside([low], "0.05")
+    assert found["plain, at other rates"] == ["learned more"]
+    # on the way to the first look, which did begin at the start
+    early = found["plain, lr 0.1, stopped early"]
+    assert early == [pytest.approx(0.01 - 0.1 / 4)]
 
 
 def test_a_merge_of_another_row_stands_beside_its_own_seed():
     other = row(1, point("merge", 1.0, 0.2, 0.3))
     rows = [row(1, *TRAINED), row(0, *TRAINED)]
     found = beside(rows, "0.1", {1: other})
-    assert found["plain, lr 0.1, stopped early"] == [pytest.approx(0.2)]
-    assert beside(rows, "0.5") == {}
+    early = found["plain, lr 0.1, stopped early"]
+    assert early == ["no run", pytest.approx(0.2)]  # seeds 0 and 1
+    assert {*beside(rows, "0.5")["plain, at other rates"]} == {"no run"}
 
 
-def test_every_seed_is_said_and_what_is_not_comparable():
+def test_what_diverged_keeps_its_place():
+    lost = point("diverged", 1.0, 0.0, 0.0)
+    lost["changes"] = {}
+    adapters = {**lost, "rate": 1.0, "lora": 8}
+    rows = [row(0, *TRAINED), row(1, lost), row(2, *TRAINED[:-1], adapters)]
+    assert merges(rows[1]) == {"0.1": None}
+    found = beside(rows, "0.1")
+    first = found["plain, lr 0.1, averaged back"]
+    assert first == [-0.05, "the merge diverged", first[0]]
+    assert found["adapters, lr 1, averaged back"][1:] == ["no run", "diverged"]
+    learned = row(0, *TRAINED[:3], point("merge", 1.0, -0.1, 0.0))
+    assert {x for (x,) in beside([learned], "0.1").values()} == {
+        "the merge learned nothing"
+    }
+
+
+def test_every_seed_is_said_and_no_mean_of_a_part():
     assert said([0.1, -0.3]) == "-0.100 (+0.100, -0.300)"
-    assert said([0.1, None]) == "learned as much in 1 of 2"
-    assert said([]) == "learned as much in 0 of 0"
+    assert said([0.1, "diverged", -0.3]) == "+0.100, diverged, -0.300"
+    assert said([0.25]) == "+0.250"
 
 
 def test_the_dose_is_what_plain_training_lost_on_its_way():
@@ -81,5 +113,30 @@ def test_the_dose_is_what_plain_training_lost_on_its_way():
     fig, told = draw_dose(found)
     assert told.endswith("lr 0.05: +0.020; lr 0.1: +0.500.")
     (ax,) = fig.axes
-    assert "at 0.1 has lost\n+0.50 bits" in ax.get_title()
-    assert len(ax.lines) == 3
+    assert "at 0.1 loses\n0.50 bits" in ax.get_title()
+    assert [x.get_text() for x in ax.texts] == ["lr 0.05", "lr 0.1"]
+
+
+def test_the_rate_of_the_study_is_the_smallest_that_loses_enough():
+    at = lambda *ends: {f"{k}": {0: 0.0, 9: x} for k, x in enumerate(ends)}
+    assert dose_rate(at(0.05, 0.06, 0.9)) == "1"
+    assert dose_rate(at(0.01, 0.02, 0.05)) == "2"
+    diverged = point("diverged", 1.0, 0.0, 0.0, 0.2)
+    found = dose([row(0, *TRAINED[:4], {**diverged, "changes": {}})])
+    assert found["0.2"] == {0: 0.0, 10: float("inf")}
+    assert dose_rate({"0.05": {9: 0.0}, "0.2": found["0.2"]}) == "0.2"
+    assert draw_dose(found)[0].axes[0].get_title().startswith("Plain")
+
+
+@pytest.mark.parametrize("arm", ["merge by sample", "merge by self"])
+def test_the_study_has_the_rate_that_its_tuning_gives(arm):
+    (lr,) = {
+        c.parameters["lr"]
+        for c in read_study(STUDIES / "language_model.yaml").cells
+        if c.arm == arm
+    }
+    tuning = read_table("tuning_language_model")
+    level = read_table("language_model")
+    assert not level.rows or tuning.complete
+    if tuning.rows:
+        assert f"{lr:.2g}" == dose_rate(dose(tuning.rows))

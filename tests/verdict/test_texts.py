@@ -11,6 +11,7 @@ from test_zoo import cases
 
 from dmr.verdict.answers import ends_at_the_edge, read_answers
 from dmr.verdict.merging import judge_merge
+from dmr.verdict.regimes import WITHOUT_PAST
 from dmr.verdict.rules import FAILS, HOLDS, UNTESTABLE
 from dmr.verdict.stories import HELD_BACK
 from dmr.verdict.tables import read_table, setting_name
@@ -204,3 +205,16 @@ def test_no_setting_brings_the_judged_arm_further():
     assert len(above) == 9 and -0.01 < above[0] < 0 < above[1]
     said = text("experiments/17_evidence.ipynb")
     assert f"{above[1]:.3f} to {above[-1]:.3f} above" in said
+
+
+def test_the_pasts_basis_ends_lowest_in_every_order():
+    controls, long = map(read_table, ("merging_controls", "merging_long"))
+    ends = {}
+    for r in (*controls.rows, *long.rows):
+        if r["parameters"]["lr"] == 2e-3:
+            ends.setdefault(r["arm"], {})[r["seed"]] = r["final_average"]
+    past = ends["displacement projection + Fisher merge 0.7"]
+    for name in WITHOUT_PAST:
+        assert len(ends[name]) == 10
+        assert all(past[s] < x for s, x in ends[name].items())
+    assert "in each of the ten orders" in text("experiments/17_evidence.ipynb")
