@@ -32,8 +32,8 @@ from .tables import Table
 
 # %% auto #0
 __all__ = ['BASE', 'PLAIN', 'SFA', 'OURS', 'PARTS', 'ROWS', 'points_of', 'setting_of', 'methods', 'rival_curves', 'envelope',
-           'judge_points', 'chosen', 'chosen_rival', 'judge_pretrained', 'own_curve', 'judge_row', 'judge_rows',
-           'moonshot']
+           'judge_points', 'chosen', 'chosen_rival', 'judge_pretrained', 'at_each_weight', 'own_curve', 'judge_row',
+           'judge_rows', 'moonshot']
 
 # %% ../../nbs/making/10b_pretrained.ipynb #dbeb6079
 def points_of(
@@ -375,6 +375,29 @@ def _failed(table: Table, part: str, *arms: str) -> str:
         if r["part"] == part and r["arm"] in arms
     )
     return ", ".join(f"failed runs of {k}: {n}" for k, n in lost.items())
+
+# %% ../../nbs/making/10b_pretrained.ipynb #7cdb5d59
+def at_each_weight(
+    table: Table,
+    part: str,  # near or far
+    name: str,  # one of OURS
+    setting: str,
+    # weight -> learned, lost, the rival's loss there (NaN: none), the rival
+) -> dict[float, tuple[float, float, float, str]]:
+    "Ours beside the rival that lost least at equal learning, in nats."
+    found = methods(table, part)
+    rivals, base = rival_curves(found), found.get(BASE, {}).get("", {}).get(0.0)
+    out = {}
+    for at, arm in sorted(found.get(name, {}).get(setting, {}).items()):
+        rival, theirs = envelope(arm, rivals, table.every_seed), math.nan
+        if rival is not None:
+            d = match_control(arm, rivals[rival]).difference
+            theirs = float(np.mean([arm[s].forgetting - d[s] for s in d]))
+        lost = [p.forgetting for p in _known(arm)]
+        learned = _learned(base or {}, arm)
+        mean = float(np.mean(lost)) if lost else math.nan
+        out[at] = (learned, mean, theirs, rival or "none learned as much")
+    return out
 
 # %% ../../nbs/making/10b_pretrained.ipynb #c3ab2014
 #: Rivals without stored text that have one row each.

@@ -18,8 +18,10 @@ from dmr.verdict.pretrained import (
     OURS,
     PARTS,
     ROWS,
+    at_each_weight,
     chosen,
     chosen_rival,
+    envelope,
     judge_points,
     judge_pretrained,
     judge_rows,
@@ -359,7 +361,7 @@ def test_the_table_is_read_as_it_was_written(good, tmp_path):
 
 
 def test_the_study_keeps_the_protocol():
-    assert len(STUDY.cells) == 130 and len(TUNING.cells) == 40
+    assert len(STUDY.cells) == 130 and len(TUNING.cells) == 44
     seeds = {c.seed for c in STUDY.cells}
     assert len(seeds) == 5 and not seeds & {c.seed for c in TUNING.cells}
     for c in (*STUDY.cells, *TUNING.cells):
@@ -381,7 +383,8 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     shown = []
     empty = (Table("pretrained", planned=130), Table("tuning_pretrained"))
     tables = {t.study: t for t in (good if runs else empty)}
-    monkeypatch.setattr("dmr.verdict.tables.read_table", tables.get)
+    read = lambda name: tables.get(name, Table(name))
+    monkeypatch.setattr("dmr.verdict.tables.read_table", read)
     monkeypatch.setattr(
         "IPython.display.display", lambda x: shown.append(x.data)
     )
@@ -391,12 +394,35 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), space)
     if not runs:
-        assert len(shown) == 1 and "no runs yet, 130 planned" in shown[0]
+        assert len(shown) == 2 and "no runs yet, 130 planned" in shown[0]
+        assert shown[1].startswith("tuning_language_model")
         return
-    assert len(shown) == 7
     assert f"| {MINE} | lr 0.001, rank 32 | 0.9 |" in shown[1]
-    assert "holds: -" in shown[2] and "**far**" in shown[6]
+    assert "holds: -" in shown[2]
+    assert any(x.startswith("**far**") for x in shown)
+    # every weight, for two methods in two parts, of the study and of tuning
+    heads = ("**pretrained, ", "**tuning_pretrained, ")
+    assert sum(x.startswith(heads) for x in shown) == 8
     # the second rule and what both say; and what is lacking is printed
     assert "self-written replay lose, each**" in shown[3]
     assert shown[4].startswith("the moonshot: fails")
     assert "learned more than the control at any rate" in shown[2]
+
+
+def test_every_weight_stands_beside_the_rival_at_its_learning(good):
+    setting, _ = chosen(good[1], MINE)
+    found = at_each_weight(good[0], "near", MINE, setting)
+    assert list(found) == [0.3, 0.5, 0.7, 0.9]
+    every = methods(good[0], "near")
+    rivals = rival_curves(every)
+    for at, (learned, lost, theirs, rival) in found.items():
+        arm = every[MINE][setting][at]
+        start, seeds = every["the base"][""][0.0], list(arm)
+        fell = [
+            start[s].learning_accuracy - arm[s].learning_accuracy for s in seeds
+        ]
+        assert learned == pytest.approx(sum(fell) / 5)
+        mean = sum(arm[s].forgetting for s in seeds) / 5
+        assert lost == pytest.approx(mean)
+        assert rival == envelope(arm, rivals) and 0 < lost < 0.5 * theirs
+    assert at_each_weight(good[0], "near", MINE, "lr 7") == {}
