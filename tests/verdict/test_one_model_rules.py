@@ -29,6 +29,7 @@ from dmr.verdict.pretrained import (
     moonshot,
     points_of,
     rival_curves,
+    setting_of,
 )
 from dmr.verdict.tables import Table, read_table
 
@@ -376,6 +377,29 @@ def test_the_study_keeps_the_protocol():
     # what the study runs at one setting, tuning ran at several
     tuned = {c.arm for c in TUNING.cells}
     assert {c.arm for c in STUDY.cells} - tuned == {"replay"}
+
+
+def test_the_study_runs_what_its_tuning_chose():
+    tuning = read_table("tuning_pretrained", PROJECT)
+    assert tuning.complete
+    here = {
+        c.arm: setting_of({"parameters": c.parameters}) for c in STUDY.cells
+    }
+    for name in (MINE, MINE.replace("self", "sample")):
+        arm = name.partition(" + ")[0]
+        assert chosen(tuning, name)[0] == here[arm]
+    for name in ROWS:
+        assert chosen_rival(tuning, name) == here[name]
+    picked = chosen(tuning, MINE)[0]
+    found = [
+        mine / theirs
+        for part in PARTS
+        for _, mine, theirs, _ in at_each_weight(
+            tuning, part, MINE, picked
+        ).values()
+    ]
+    page = (ROOT / "nbs/experiments/18_third_protocol.ipynb").read_text()
+    assert f"lost {min(found):.2f} to {max(found):.2f} of what" in page
 
 
 @pytest.mark.parametrize("runs", [False, True])
