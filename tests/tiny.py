@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
-from dmr.studies.template import write_template
+from dmr.studies.template import read_template, write_template
+from dmr.training.limits import read_range
 
 PARAMETERS = """\
 lr = 1e-3                          # learning rate, (0, inf)
@@ -173,3 +175,15 @@ def repeated_sentences(noise: float = 0.0):  # share of random bytes
         text = torch.where(where, other, text)
         domains.append(Domain(name, text[:-900].clone(), text[-900:].clone()))
     return Stream("sentences", domains)
+
+
+def fits_its_template(kind, limits, path):
+    "Fail where a template declares a parameter as its configuration does not."
+    declared, usual = read_template(path).parameters, kind()
+    assert list(declared) == [f.name for f in fields(kind)]
+    for f in fields(kind):
+        p = declared[f.name]
+        assert p.default == getattr(usual, f.name), f.name
+        assert set(p.types) == set(str(f.type).split(" | ")), f.name
+        allowed = read_range(limits.get(f.name, ""))
+        assert (p.interval, p.choices) == allowed, f.name

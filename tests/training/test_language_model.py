@@ -2,13 +2,13 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import fits_its_template
 
 from dmr.studies.table import tidy_run
-from dmr.studies.template import read_template
 from dmr.training.examples import general_texts
 from dmr.training.finetune import save_small_llama
 from dmr.training.language_model import (
@@ -18,7 +18,6 @@ from dmr.training.language_model import (
     language_model,
     write_texts,
 )
-from dmr.training.limits import read_range
 from dmr.verdict.language import beside, controls, dose, merges
 
 ROOT = Path(__file__).parents[2]
@@ -208,12 +207,4 @@ def test_a_row_of_the_table(results):
 
 
 def test_the_template_takes_the_parameters_of_a_run():
-    declared = read_template(TEMPLATE).parameters
-    assert list(declared) == [f.name for f in fields(LanguageConfig)]
-    usual = LanguageConfig()
-    for f in fields(LanguageConfig):
-        p = declared[f.name]
-        assert p.default == getattr(usual, f.name), f.name
-        assert set(p.types) == set(str(f.type).split(" | ")), f.name
-        limits = read_range(LANGUAGE_LIMITS.get(f.name, ""))
-        assert (p.interval, p.choices) == limits, f.name
+    fits_its_template(LanguageConfig, LANGUAGE_LIMITS, TEMPLATE)

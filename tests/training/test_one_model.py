@@ -1,17 +1,16 @@
 """A base learns one new domain: what is measured, and what an arm changes."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import fits_its_template
 
 import dmr.training.one_model as one
 from dmr.methods.consolidation import FisherMerge
 from dmr.studies.table import tidy_run
-from dmr.studies.template import read_template
 from dmr.training.base import base_config, make_base
-from dmr.training.limits import read_range
 from dmr.training.model import next_byte_loss
 from dmr.training.one_model import ONE_LIMITS, OneConfig, OneRun, one_model
 
@@ -235,15 +234,7 @@ def test_a_row_of_the_table(results):
 
 
 def test_the_template_takes_the_parameters_of_a_run():
-    declared = read_template(TEMPLATE).parameters
-    assert list(declared) == [f.name for f in fields(OneConfig)]
-    usual = OneConfig()
-    for f in fields(OneConfig):
-        p = declared[f.name]
-        assert p.default == getattr(usual, f.name), f.name
-        assert set(p.types) == set(str(f.type).split(" | ")), f.name
-        limits = read_range(ONE_LIMITS.get(f.name, ""))
-        assert (p.interval, p.choices) == limits, f.name
+    fits_its_template(OneConfig, ONE_LIMITS, TEMPLATE)
 
 
 @pytest.mark.timeout(300)
