@@ -382,21 +382,23 @@ def at_each_weight(
     part: str,  # near or far
     name: str,  # one of OURS
     setting: str,
-    # weight -> learned, lost, the rival's loss there (NaN: none), the rival
-) -> dict[float, tuple[float, float, float, str]]:
+    # weight -> learned, lost, the rival's loss there (NaN: none), the rival,
+    # seeds that have ended
+) -> dict[float, tuple[float, float, float, str, int]]:
     "Ours beside the rival that lost least at equal learning, in nats."
     found = methods(table, part)
     rivals, base = rival_curves(found), found.get(BASE, {}).get("", {}).get(0.0)
     out = {}
     for at, arm in sorted(found.get(name, {}).get(setting, {}).items()):
-        rival, theirs = envelope(arm, rivals, table.every_seed), math.nan
+        rival, theirs = envelope(arm, rivals), math.nan
         if rival is not None:
             d = match_control(arm, rivals[rival]).difference
             theirs = float(np.mean([arm[s].forgetting - d[s] for s in d]))
         lost = [p.forgetting for p in _known(arm)]
         learned = _learned(base or {}, arm)
         mean = float(np.mean(lost)) if lost else math.nan
-        out[at] = (learned, mean, theirs, rival or "none learned as much")
+        who = rival or "none learned as much"
+        out[at] = (learned, mean, theirs, who, len(arm))
     return out
 
 # %% ../../nbs/making/10b_pretrained.ipynb #c3ab2014

@@ -394,7 +394,7 @@ def test_the_study_runs_what_its_tuning_chose():
     found = [
         mine / theirs
         for part in PARTS
-        for _, mine, theirs, _ in at_each_weight(
+        for _, mine, theirs, *_ in at_each_weight(
             tuning, part, MINE, picked
         ).values()
     ]
@@ -439,8 +439,9 @@ def test_every_weight_stands_beside_the_rival_at_its_learning(good):
     assert list(found) == [0.3, 0.5, 0.7, 0.9]
     every = methods(good[0], "near")
     rivals = rival_curves(every)
-    for at, (learned, lost, theirs, rival) in found.items():
+    for at, (learned, lost, theirs, rival, n) in found.items():
         arm = every[MINE][setting][at]
+        assert n == 5
         start, seeds = every["the base"][""][0.0], list(arm)
         fell = [
             start[s].learning_accuracy - arm[s].learning_accuracy for s in seeds
