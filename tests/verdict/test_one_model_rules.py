@@ -152,7 +152,7 @@ def test_a_method_that_loses_little_passes_and_others_do_not(good):
         assert found[MINE].outcome == "holds", found[MINE]
         # an average lost 0.9 of what plain training lost; ours 0.2
         note = found[MINE].note
-        assert "against averaged with the base" in note and "rank 32" in note
+        assert "against averaged with the base" in note and "rank 128" in note
         others = {f.outcome for name, f in found.items() if name != MINE}
         assert others == {"fails"}
 
@@ -434,7 +434,7 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
 
 
 def test_every_weight_stands_beside_the_rival_at_its_learning(good):
-    setting, _ = chosen(good[1], MINE)
+    setting, _ = chosen(good[1], MINE, methods(good[0], "near")[MINE])
     found = at_each_weight(good[0], "near", MINE, setting)
     assert list(found) == [0.3, 0.5, 0.7, 0.9]
     every = methods(good[0], "near")
