@@ -305,9 +305,12 @@ def _check_base(
 # %% ../../nbs/training/11_base.ipynb #f5d12f48
 def _take(file: Path, key: str, done: Path) -> None:
     "Put a finished base that came with a file into the cache."
-    found = read_checkpoint(file)
-    if found is None:
+    if not file.is_file():
         raise FileNotFoundError(f"there is no file {file} to take a base from")
+    try:
+        found = read_checkpoint(file) or {}
+    except ValueError:
+        found = {}
     if not {"model", *_NAMED} <= found.keys():
         raise ValueError(f"{file} is no base; `base.pt` of a cache is one")
     _check_base(found, key, file, "pass another file, or none")
