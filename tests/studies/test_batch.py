@@ -4,7 +4,6 @@ worker that dies. Nothing lost, nothing counted twice.
 
 import asyncio
 import json
-import os
 import random
 import signal
 import time
@@ -440,23 +439,18 @@ def test_a_batch_whose_cluster_is_gone_ends_as_a_stopped_one(
 
 
 @pytest.mark.slow
-def test_two_workers_on_two_cores(tmp_path):
-    """Runs side by side: two at a time take little more than half of one at a
-    time, where there are two free cores.
-    """
-    if (os.cpu_count() or 1) < 2 or os.getloadavg()[0] > 0.8 * (
-        os.cpu_count() or 1
-    ):
-        pytest.skip(
-            f"needs two free cores; the load is {os.getloadavg()[0]:.1f}"
-        )
-    walls = {}
-    for n in (1, 2):
-        folders = project(tmp_path / str(n), "seeds: 0..5\n")
-        walls[n] = run_batch(
-            read_study(folders.studies / "tiny.yaml"),
-            folders,
-            workers=n,
-            how="quiet",
-        ).wall_s
-    assert walls[2] < 0.62 * walls[1], walls
+@pytest.mark.parametrize("workers", [1, 2])
+def test_as_many_runs_at_a_time_as_there_are_workers(
+    tmp_path, monkeypatch, workers
+):
+    for name, value in traced(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    folders = project(tmp_path, STAGES.format(3))
+    study = read_study(folders.studies / "tiny.yaml")
+    assert (
+        run_batch(study, folders, workers=workers, how="quiet").exit_code == 0
+    )
+    order = [run for run, *_ in journal_of(tmp_path)]
+    spans = {r: (order.index(r), 16 - order[::-1].index(r)) for r in order}
+    at_once = [sum(a <= k < b for a, b in spans.values()) for k in range(16)]
+    assert len(spans) == 4 and max(at_once) == workers, order
