@@ -556,9 +556,8 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
         "rates": args.rates,
         "steps": args.steps,
         "output": args.output,
+        "method": args.method,
     }
-    if args.command == "finetune":
-        given["method"] = args.method
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -734,12 +733,12 @@ def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
             default={"finetune": "finetuned"}.get(name, "compared"),
             help="where model and page go (default: %(default)s)",
         )
+        p[name].add_argument(
+            "--method",
+            help="merge (the default with --keep), projection,"
+            " merge+projection, replay, or none to keep nothing",
+        )
         _add_parameter(p[name], "a further parameter, such as batch 4")
-    p["finetune"].add_argument(
-        "--method",
-        help="none, merge, projection, merge+projection or replay (default:"
-        " merge with --keep)",
-    )
 
 # %% ../nbs/making/23_cli.ipynb #a11e7a15
 #: Commands that make or look at runs: name, function, help.

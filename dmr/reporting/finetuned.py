@@ -15,7 +15,7 @@ from ..files import read_json, write_atomic, write_json
 from .figures import PALETTE, spread
 from ..studies.identity import package_folder
 from ..studies.run import kernel_manager
-from ..training.finetune import Finetuned
+from ..training.finetune import PLAIN_STEPS, Finetuned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,10 +272,10 @@ def _trained(done: Finetuned) -> list[dict[str, Any]]:
 
 
 def reference_run(done: Finetuned) -> dict[str, Any]:
-    "The run that others are compared with: of those that merge, the best."
+    "The run that others are compared with: the best of the method's."
     found = _trained(done)
-    merging = [run for run in found if "merge" in run["method"]] or found
-    return min(merging, key=lambda run: _bits(run["change"]["new"])[0])
+    own = [run for run in found if run["method"] == done.request["method"]]
+    return min(own or found, key=lambda run: _bits(run["change"]["new"])[0])
 
 
 def paths(
@@ -284,16 +284,21 @@ def paths(
 ) -> dict[str, Way]:  # by control: (learned, lost), from the origin on
     "What each control gives, post hoc from the trainings that were made."
     chosen = reference_run(done)
-    full = [run for run in _trained(done) if run["lora"] is None]
+    full = [
+        run
+        for run in _trained(done)
+        if run["lora"] is None and run["method"] in PLAIN_STEPS
+    ]
     ends = [
         _point(run["curve"][-1]["change"], name)
         for run in sorted(full, key=lambda run: run["rate"])
     ]
     out = {"plain, at other rates": [(0.0, 0.0), *ends]}
-    curve = [_point(p["change"], name) for p in chosen["curve"]]
-    out["stopped early"] = [(0.0, 0.0), *curve]
-    place = done.runs.index(chosen)
-    out["averaged back"] = way_back(done, name, place)
+    for run in full:
+        if run["rate"] == chosen["rate"]:
+            curve = [_point(p["change"], name) for p in run["curve"]]
+            out["stopped early"] = [(0.0, 0.0), *curve]
+            out["averaged back"] = way_back(done, name, done.runs.index(run))
     adapted = [run for run in _trained(done) if run["lora"] is not None]
     if adapted:
         by_rate = sorted(adapted, key=lambda run: run["rate"])
@@ -315,7 +320,8 @@ def equal_learning_table(
     learned = -_bits(chosen["change"]["new"])[0]
     told = "{:+.3f} ± {:.3f}".format  # over the held-out rows of a text
     row = {f"lost: {n}": told(*_bits(chosen["change"][n])) for n in others}
-    rows = [{"at equal learning": f"{chosen['method']} (default)"} | row]
+    usual = " (default)" if chosen["method"] == "merge" else ""
+    rows = [{"at equal learning": f"{chosen['method']}{usual}"} | row]
     by_text = {name: paths(done, name) for name in others}
     for control in by_text[others[0]]:
         row = {"at equal learning": control}
@@ -341,11 +347,11 @@ def draw_plane(
     found, more = paths(done, name), (PALETTE["displacement"],) * 9
     for (control, path), colour in zip(found.items(), [*colours, *more]):
         ax.plot(*zip(*path), marker="o", ms=3.5, color=colour, label=control)
+    chosen = reference_run(done)
     for run in _trained(done):
-        if "merge" in run["method"]:
+        if run["method"] == chosen["method"]:
             x, y = _point(run["change"], name)
             ax.plot(x, y, marker="*", ms=13, color=PALETTE["merge"])
-    chosen = reference_run(done)
     x, y = _point(chosen["change"], name)
     label = f"{chosen['method']}, rate {chosen['rate']:g}"
     star = {"marker": "*", "ms": 13, "ls": "", "color": PALETTE["merge"]}

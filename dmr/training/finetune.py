@@ -60,10 +60,10 @@ from dmr.training.examples import (
 from .finetuning import FinetuneConfig, _adapted_model
 
 # %% auto #0
-__all__ = ['METHODS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS', 'Read', 'SAVE_EVERY',
-           'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device', 'native_bfloat16',
-           'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts', 'row_order',
-           'merged_model', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
+__all__ = ['METHODS', 'PLAIN_STEPS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS', 'Read',
+           'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device',
+           'native_bfloat16', 'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts',
+           'row_order', 'merged_model', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
            'save_small_llama', 'example_case']
 
 # %% ../../nbs/training/10_finetune.ipynb #46eb0b5a
@@ -104,6 +104,8 @@ METHODS: dict[str, str] = {
     "merge+projection": "does both",
     "replay": "mixes gradients on the old text into each step",
 }
+#: Methods that take the steps of plain training.
+PLAIN_STEPS = ("none", "merge")
 
 
 def usual_method(
@@ -1514,6 +1516,7 @@ def compare(
     new: str | os.PathLike[str],  # as for `finetune`
     keep: str | os.PathLike[str] | None = None,  # as for `finetune`; needed
     *,
+    method: str = "merge",  # a key of METHODS, but for none
     lora: int | None = 8,  # rank of the adapters' arm; None: no such arm
     # peak learning rates of full training; None: the usual one, a third of it
     # and three times as much
@@ -1523,20 +1526,21 @@ def compare(
     progress: bool = True,  # say where it is
     **asked: Any,  # further fields of a `Request`, such as batch=4
 ) -> Finetuned:
-    """The default method beside plain training at several rates, stopping
-    early, averaging back, and adapters at ten times the two larger rates.
-    Keeps numbers and no model. Raises
-    ValueError for what cannot be, before anything is written.
+    """A method beside plain training at several rates, stopping early,
+    averaging back, and adapters at ten times the two larger rates. Keeps
+    numbers and no model. Raises ValueError for what cannot be, before anything
+    is written.
     """
-    _check_comparison(keep, asked)
+    _check_comparison(keep, method)
     usual = USUAL_RATE["full"]
     rates = [usual / 3, usual, 3 * usual] if rates is None else rates
     r = make_request(
-        model, new, keep, "merge", rates, None, steps=steps, **asked
+        model, new, keep, method, rates, None, steps=steps, **asked
     )
     if lora is not None:  # checked as a rank is checked
         replace(r, lora=lora)
-    arms = [Arm("merge", rate) for rate in r.rates]
+    made = [method] if method in PLAIN_STEPS else [method, "none"]
+    arms = [Arm(name, rate) for name in made for rate in r.rates]
     if lora is not None:
         more = USUAL_RATE["lora"] / usual  # adapters take larger rates
         larger = sorted(r.rates)[-2:]
@@ -1548,13 +1552,12 @@ def compare(
         return _train_all(r, arms, Path(output), False, progress)
 
 
-def _check_comparison(keep: Any, asked: dict[str, Any]) -> None:
+def _check_comparison(keep: Any, method: str) -> None:
     "ValueError for what `finetune` takes and a comparison does not."
-    if "method" in asked:
+    if method == "none":
         raise ValueError(
-            f"method={asked['method']!r} has no meaning in a comparison, which"
-            " trains the default method beside its controls; leave it out,"
-            " or use finetune"
+            "method='none' is what the others are compared with; pass one of"
+            f" {', '.join(name for name in METHODS if name != 'none')}"
         )
     if keep is None:
         raise ValueError(

@@ -31,6 +31,7 @@ GENERAL = ("factbook", "speeches")
 #: them.
 LANGUAGE_LIMITS: dict[str, str] = {
     "keep": "{sample, self}",
+    "method": "{merge, projection, merge+projection}",
     "new_bytes": "[20000, inf)",
     "old_bytes": "[20000, inf)",
     "lr": "(0, inf)",
@@ -54,6 +55,7 @@ class LanguageConfig:
     new: str = "cpp"  # domain that is learned
     old: str = "jargon"  # domain that the sample is taken from
     keep: str = "sample"  # what is protected: that sample, or written text
+    method: str = "merge"  # what protects it
     new_bytes: int = 300_000  # of text, a tenth of it held out
     old_bytes: int = 100_000  # of text, a tenth of it held out
     lr: float = 1e-4  # peak learning rate, the middle one of three
@@ -112,12 +114,13 @@ def _point(change: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def measured(
     done: Finetuned,  # of `compare`
-) -> Iterator[dict[str, Any]]:  # kind, rate, lora, at, changes, errors
+) -> Iterator[dict[str, Any]]:  # kind, method, rate, lora, at, changes, errors
     """Every point: kind 'training' at a share of its steps, 'average' at a
-    share of the way from the start, 'merge' at 1, or only 'diverged'.
+    share of the way from the start, 'end' at 1 where a method protects
+    something, or only 'diverged'.
     """
     for run in done.runs:
-        about = {"rate": run["rate"], "lora": run["lora"]}
+        about = {name: run[name] for name in ("method", "rate", "lora")}
         if "change" not in run:
             yield {"kind": "diverged", "at": 1.0, **about, "changes": {}}
             continue
@@ -126,8 +129,8 @@ def measured(
             for p in run["curve"]
         ]
         found += [("average", p["share"], p["change"]) for p in run["way_back"]]
-        if run["method"] == "merge":
-            found.append(("merge", 1.0, run["change"]))
+        if run["method"] != "none":
+            found.append(("end", 1.0, run["change"]))
         for kind, at, change in found:
             yield {"kind": kind, "at": round(at, 6), **about, **_point(change)}
 
@@ -146,6 +149,7 @@ def _trained(
         c.model,
         new,
         old if c.keep == "sample" else "self",
+        method=c.method,
         lora=c.lora if c.controls else None,
         rates=rates,
         output=folder / "compared",
@@ -197,7 +201,7 @@ def _records(
 def _numbers(
     before: Mapping[str, float], change: Mapping[str, float]
 ) -> dict[str, float]:
-    "Of the default method at the middle rate; none where it diverged."
+    "Of the method at the middle rate; none where it diverged."
     if not change:
         return {}
     lost = sum(change[k] for k in GENERAL) / len(GENERAL)
@@ -214,7 +218,7 @@ def _result(
     config: LanguageConfig, done: Finetuned, text: str, began: float
 ) -> dict[str, Any]:
     c, points = config, list(measured(done))
-    own = [p for p in points if p["kind"] == "merge" and p["rate"] == c.lr]
+    own = [p for p in points if p["kind"] == "end" and p["rate"] == c.lr]
     change = own[0]["changes"] if own else {}
     before = {k: x["bits_per_byte"] for k, x in done.texts.items()}
     start = next(run["start"] for run in done.runs if "start" in run)

@@ -10,10 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..reporting.figures import MARKERS, PALETTE
 from dmr.reporting.statistics import (
     Curve,
     Point,
@@ -30,10 +31,13 @@ from dmr.verdict.merging import (
 )
 from .tables import Table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # %% auto #0
 __all__ = ['BASE', 'PLAIN', 'SFA', 'OURS', 'PARTS', 'ROWS', 'points_of', 'setting_of', 'methods', 'rival_curves', 'envelope',
            'judge_points', 'chosen', 'chosen_rival', 'judge_pretrained', 'at_each_weight', 'own_curve', 'judge_row',
-           'judge_rows', 'moonshot']
+           'judge_rows', 'moonshot', 'mean_curve', 'draw_pretrained']
 
 # %% ../../nbs/making/10b_pretrained.ipynb #dbeb6079
 def points_of(
@@ -494,3 +498,104 @@ def moonshot(
         for one in (rule(table, tuning, part)[name] for rule in both)
     ]
     return replace(_weakest(found), rule="the moonshot")
+
+# %% ../../nbs/making/10b_pretrained.ipynb #c3ab2020
+def mean_curve(
+    base: Points,  # seed -> the base
+    curve: Curve,
+) -> list[tuple[float, float]]:  # learned and lost, in nats
+    "Means over the seeds with numbers, by what was learned."
+    there = [at for at in curve.values() if _known(at)]
+    mean = lambda at: float(np.mean([p.forgetting for p in _known(at)]))
+    return sorted((_learned(base, at), mean(at)) for at in there)
+
+# %% ../../nbs/making/10b_pretrained.ipynb #c3ab2021
+_ALONE = "Fisher merge by self"
+#: Curve of the figure -> its keywords of matplotlib's plot.
+_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    "stopped early, averaged, SFA": {"color": "#b9bdc2", "lw": 0.9},
+    "plain, by its rate": {"color": PALETTE["none"], "lw": 1.2, "marker": "X"},
+    "the merge alone": {"color": PALETTE["merge"], "lw": 1.2, "ls": "--"},
+    "projection and merge": {"color": PALETTE["displacement"], "lw": 2.2},
+}
+
+# %% ../../nbs/making/10b_pretrained.ipynb #c3ab2022
+def _drawn(
+    found: Mapping[str, Mapping[str, Mapping[float, Points]]],  # by `methods`
+    setting: str,  # of the method that decides
+) -> Iterator[tuple[str, Curve]]:  # a key of `_LOOKS`, and the curve
+    cheap, rate, alone, ours = _LOOKS
+    for name, curve in rival_curves(found).items():
+        yield rate if name == "lower rate" else cheap, curve
+    for at in found.get(_ALONE, {}):
+        yield alone, own_curve(found, _ALONE, at)
+    yield ours, own_curve(found, OURS[0], setting)
+
+# %% ../../nbs/making/10b_pretrained.ipynb #c3ab2023
+def _draw_part(
+    ax: Any,
+    found: Mapping[str, Mapping[str, Mapping[float, Points]]],  # by `methods`
+    setting: str,
+    weights: Mapping[float, tuple[float, float, float, str, int]],
+) -> None:
+    "Curves, marks of the rivals with one row, and ours at each weight."
+    base = found[BASE][""][0.0]
+    for name, curve in _drawn(found, setting):
+        line = mean_curve(base, curve)
+        ax.plot(*zip(*line), label=name, ms=5, **_LOOKS[name])
+    for name, marker in zip(ROWS, "^vs"):
+        look = {"color": PALETTE["interpolation"], "ls": "", "ms": 5.5}
+        spots = mean_curve(base, dict(enumerate(
+            at.get(1.0, {}) for at in found.get(name, {}).values()
+        )))  # fmt: skip
+        if spots:
+            ax.plot(*zip(*spots), marker, label=name, **look)
+    own = {"color": PALETTE["displacement"]}
+    for at, (x, y, theirs, _, _) in weights.items():
+        ax.plot([x, x], [y, theirs], ":", lw=1.2, **own)
+        ax.plot(x, y, MARKERS["merge"], ms=7, **own)
+        ax.annotate(
+            f"{at:g}: {y / theirs:.2f}×", (x, y), (6, -9), fontsize=8.5,
+            textcoords="offset points", **own,
+        )  # fmt: skip
+    top = max(y for _, y in line)
+    ax.set_ylim(-0.06 * top, 1.6 * top)
+
+# %% ../../nbs/making/10b_pretrained.ipynb #c3ab2024
+def draw_pretrained(
+    table: Table,  # of `pretrained`
+    tuning: Table,  # of `tuning_pretrained`
+) -> tuple[Figure, str]:  # with its alternative text
+    """Lost against learned, near and far: the method that decides by the weight
+    of its merge, and every rival. Raises ValueError where a part has no run of
+    that method.
+    """
+    from matplotlib.figure import Figure
+
+    fig, told = Figure(figsize=(5.4, 8.2), layout="constrained"), []
+    for ax, part in zip(fig.subplots(len(PARTS)), PARTS):
+        found = methods(table, part)
+        picked = chosen(tuning, OURS[0], found.get(OURS[0], {}))
+        if picked is None:
+            raise ValueError(f"{table.study} has no run of {OURS[0]}, {part}")
+        weights = at_each_weight(table, part, OURS[0], picked[0])
+        _draw_part(ax, found, picked[0], weights)
+        ratios = [y / z for _, y, z, _, _ in weights.values() if z > 0]
+        ax.set(
+            title=f"{part.capitalize()}: {min(ratios):.2f} to"
+            f" {max(ratios):.2f} of the best rival's loss",
+            xlabel="learned of the new text (nats per byte)",
+            ylabel="lost of the known text\n(nats per byte)",
+        )
+        spots = [
+            f"at {at:g} it learned {x:.3f} and lost {y:.3f}, {rival} {z:.3f}"
+            for at, (x, y, z, rival, _) in weights.items()
+        ]
+        told.append(f"{part.capitalize()}: {'; '.join(spots)}.")
+    key = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    fig.legend(key.values(), key, loc="outside lower left", ncols=2, fontsize=9)
+    return fig, (
+        "Lost against learned, means over seeds, of a projection with a merge"
+        " by the model's own text, by the weight of the merge, beside the rival"
+        f" that lost least there. {' '.join(told)}"
+    )

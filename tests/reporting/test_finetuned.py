@@ -17,8 +17,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from dmr.cli import main
-from dmr.reporting.finetuned import template
-from dmr.training.finetune import Training, save_small_llama
+from dmr.reporting.finetuned import (
+    equal_learning_table,
+    paths,
+    reference_run,
+    template,
+)
+from dmr.training.finetune import Training, compare, save_small_llama
 
 SMALL = "--steps 6 --rates 1e-3 3e-3 -p length 48 -p batch 2 -p windows 2"
 SMALL = f"{SMALL} -p keep_tokens 384 -p looks 2 -p device cpu".split()
@@ -138,12 +143,37 @@ def test_a_model_too_large_for_the_memory_is_one_line(
     assert not [*empty.iterdir()]
 
 
+def test_another_method_stands_beside_plain_steps(empty):
+    """Its own training is no control: those are trained plainly beside it."""
+    given = {"steps": 6, "batch": 2, "length": 48, "windows": 2, "looks": 2}
+    given |= {"keep_tokens": 384, "device": "cpu", "progress": False}
+    where = (empty / "../tiny", empty / "../new.txt", empty / "../old.txt")
+    call = lambda method: compare(
+        *where, method=method, rates=[1e-3, 3e-3], lora=None,
+        output=empty / method, **given,
+    )  # fmt: skip
+    both, merge = call("merge+projection"), call("merge")
+    made = [(run["method"], run["rate"]) for run in both.runs]
+    assert made == [
+        (m, r) for m in ("merge+projection", "none") for r in (1e-3, 3e-3)
+    ]
+    assert reference_run(both)["method"] == "merge+projection"
+    # plain steps are those of the merge alone
+    assert paths(both, "factbook").keys() == paths(merge, "factbook").keys()
+    one, other = (dict(paths(x, "factbook")) for x in (both, merge))
+    name = "plain, at other rates"
+    flat = lambda way: [x for spot in way for x in spot]
+    assert flat(one[name]) == pytest.approx(flat(other[name]))
+    heads = [equal_learning_table(x).index[0] for x in (both, merge)]
+    assert heads == ["merge+projection", "merge (default)"]
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
         (
-            ["-p", "method", "replay", "--keep", "self"],
-            "method='replay' has no",
+            ["--method", "none", "--keep", "self"],
+            "method='none' is what the others",
         ),
         ([], "--keep on the command line), a file or a folder, or self"),
     ],

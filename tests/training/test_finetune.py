@@ -603,8 +603,8 @@ def test_with_a_card_the_usual_steps_fit_the_text(made, monkeypatch):
 def test_a_comparison_says_what_it_takes(made):
     call = partial(compare, made / "tiny", made / "new.txt")
     given = SMALL | {"output": made / "out"}
-    with pytest.raises(ValueError, match="method='replay' has no meaning"):
-        call(made / "old.txt", method="replay", **given)
+    with pytest.raises(ValueError, match="method='none' is what the others"):
+        call(made / "old.txt", method="none", **given)
     with pytest.raises(ValueError, match="a file or a folder, or self"):
         call(**given)
     assert not (made / "out").exists()

@@ -18,7 +18,7 @@ from dmr.training.language_model import (
     language_model,
     write_texts,
 )
-from dmr.verdict.language import beside, controls, dose, merges
+from dmr.verdict.language import beside, controls, dose, ends
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "nbs/experiments/language_model.ipynb"
@@ -66,8 +66,8 @@ def test_every_training_gives_its_points(results):
     adapters = {p["rate"] for p in points if p["lora"] == 2}
     assert sorted(adapters) == pytest.approx([1e-1, 3e-1])
     kinds = [(p["kind"], p["rate"], p["lora"]) for p in points]
-    assert sum(k == ("merge", 1e-2, None) for k in kinds) == 1
-    assert not [k for k in kinds if k[0] == "merge" and k[2] is not None]
+    assert sum(k == ("end", 1e-2, None) for k in kinds) == 1
+    assert not [k for k in kinds if k[0] == "end" and k[2] is not None]
     averages = [p["at"] for p in points if p["kind"] == "average"]
     assert sorted({*averages}) == pytest.approx([k / 10 for k in range(1, 10)])
 
@@ -77,7 +77,7 @@ def test_what_is_lost_is_the_mean_of_texts_that_no_method_is_shown(results):
     (end,) = (
         p["changes"]
         for p in m["measured"]
-        if p["kind"] == "merge" and p["rate"] == 1e-2
+        if p["kind"] == "end" and p["rate"] == 1e-2
     )
     assert m["learned"] == -end["new"] and m["lost_old"] == end["old"]
     assert m["lost"] == pytest.approx(sum(end[k] for k in GENERAL) / 2)
@@ -101,7 +101,7 @@ def test_both_sources_train_alike_and_merge_apart(results):
     both = results["sample"], results["self"]
     one, other = (trained(r, "training") for r in both)
     assert one == other and len(one) == 2
-    one, other = (trained(r, "merge") for r in both)
+    one, other = (trained(r, "end") for r in both)
     assert one != other
 
 
@@ -115,7 +115,7 @@ def test_a_row_becomes_ways_through_the_plane(results):
     early = [w for k, w in ways.items() if k.endswith("stopped early")]
     assert {len(w) for w in early} == {3}
     assert {w[0] for w in (*back, *early)} == {(0.0, 0.0)}
-    assert list(merges(own)) == ["0.01"]
+    assert list(ends(own)) == ["0.01"]
     found = beside([row], "0.01", {0: own})
     assert found.keys() == ways.keys()
     # it ends on the way back or beside it, where that has learned as much
@@ -178,9 +178,9 @@ def test_a_training_that_diverged_leaves_the_rest(tiny, tmp_path, monkeypatch):
     assert "lost" not in result["metrics"]
     row = row_of(result)
     assert math.isnan(row["forgetting"])
-    assert merges(row)["0.01"] is None and len(merges(row)) == 3
+    assert ends(row)["0.01"] is None and len(ends(row)) == 3
     values = {x for (x,) in beside([row], "0.01").values()}
-    assert values == {"the merge diverged"}
+    assert values == {"the method diverged"}
     other = beside([row], "0.0033")["plain, lr 0.0033, averaged back"]
     assert isinstance(other[0], float)
 

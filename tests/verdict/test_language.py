@@ -13,7 +13,7 @@ from dmr.verdict.language import (
     dose,
     dose_rate,
     draw_dose,
-    merges,
+    ends,
     said,
 )
 from dmr.verdict.tables import read_table
@@ -25,7 +25,11 @@ def point(kind, at, learned, lost, rate=0.1, lora=None):
     low, high = lost - 0.02, lost + 0.02  # the texts differ, their mean counts
     changes = {"new": -learned, **dict(zip(GENERAL, (low, high)))}
     about = {"kind": kind, "at": at, "rate": rate, "lora": lora}
-    return {**about, "changes": changes}
+    return {
+        **about,
+        "changes": changes,
+        "method": "merge" if lora is None else "none",
+    }
 
 
 def title(fig):
@@ -36,14 +40,18 @@ def title(fig):
 
 def row(seed, *points, steps=10):
     told = json.dumps([*points])
-    return {"seed": seed, "measured": told, "parameters": {"steps": steps}}
+    return {
+        "seed": seed,
+        "measured": told,
+        "parameters": {"steps": steps, "method": "merge"},
+    }
 
 
 TRAINED = (
     point("training", 1.0, 0.4, 0.4),
     point("training", 0.5, 0.2, 0.1),
     point("average", 0.5, 0.3, 0.1),
-    point("merge", 1.0, 0.3, 0.05),
+    point("end", 1.0, 0.3, 0.05),
     point("training", 1.0, 0.1, 0.02, 0.05),
     point("training", 1.0, 0.2, 0.0, 1.0, 8),
 )
@@ -57,7 +65,7 @@ def test_points_become_ways_in_the_order_of_their_places():
         pytest.approx((0.4, 0.4)),
     ]
     assert [x for x, _ in ways["plain, at other rates"]] == [0.1, 0.4]
-    assert merges(row(0, *TRAINED)) == {"0.1": pytest.approx((0.3, 0.05))}
+    assert ends(row(0, *TRAINED)) == {"0.1": pytest.approx((0.3, 0.05))}
 
 
 def test_the_difference_is_read_where_a_control_learned_as_much():
@@ -72,7 +80,7 @@ def test_the_difference_is_read_where_a_control_learned_as_much():
 
 
 def test_no_control_is_read_between_a_rate_and_no_training():
-    low = row(0, *TRAINED, point("merge", 1.0, 0.05, 0.01, 0.05))
+    low = row(0, *TRAINED, point("end", 1.0, 0.05, 0.01, 0.05))
     found = beside([low], "0.05")
     assert found["plain, at other rates"] == ["learned more"]
     # on the way to the first look, which did begin at the start
@@ -81,7 +89,7 @@ def test_no_control_is_read_between_a_rate_and_no_training():
 
 
 def test_a_merge_of_another_row_stands_beside_its_own_seed():
-    other = row(1, point("merge", 1.0, 0.2, 0.3))
+    other = row(1, point("end", 1.0, 0.2, 0.3))
     rows = [row(1, *TRAINED), row(0, *TRAINED)]
     found = beside(rows, "0.1", {1: other})
     early = found["plain, lr 0.1, stopped early"]
@@ -94,14 +102,14 @@ def test_what_diverged_keeps_its_place():
     lost["changes"] = {}
     adapters = {**lost, "rate": 1.0, "lora": 8}
     rows = [row(0, *TRAINED), row(1, lost), row(2, *TRAINED[:-1], adapters)]
-    assert merges(rows[1]) == {"0.1": None}
+    assert ends(rows[1]) == {"0.1": None}
     found = beside(rows, "0.1")
     first = found["plain, lr 0.1, averaged back"]
-    assert first == [-0.05, "the merge diverged", first[0]]
+    assert first == [-0.05, "the method diverged", first[0]]
     assert found["adapters, lr 1, averaged back"][1:] == ["no run", "diverged"]
-    learned = row(0, *TRAINED[:3], point("merge", 1.0, -0.1, 0.0))
+    learned = row(0, *TRAINED[:3], point("end", 1.0, -0.1, 0.0))
     assert {x for (x,) in beside([learned], "0.1").values()} == {
-        "the merge learned nothing"
+        "the method learned nothing"
     }
 
 

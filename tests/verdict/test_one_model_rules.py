@@ -21,6 +21,7 @@ from dmr.verdict.pretrained import (
     at_each_weight,
     chosen,
     chosen_rival,
+    draw_pretrained,
     envelope,
     judge_points,
     judge_pretrained,
@@ -410,7 +411,9 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     read = lambda name: tables.get(name, Table(name))
     monkeypatch.setattr("dmr.verdict.tables.read_table", read)
     monkeypatch.setattr(
-        "IPython.display.display", lambda x: shown.append(x.data)
+        "IPython.display.display",
+        # a figure has no text of its own
+        lambda x, **_: shown.append(getattr(x, "data", "")),
     )
     page = ROOT / "nbs/experiments/18_third_protocol.ipynb"
     space: dict = {}
@@ -451,3 +454,28 @@ def test_every_weight_stands_beside_the_rival_at_its_learning(good):
         assert lost == pytest.approx(mean)
         assert rival == envelope(arm, rivals) and 0 < lost < 0.5 * theirs
     assert at_each_weight(good[0], "near", MINE, "lr 7") == {}
+
+
+def test_the_picture_has_the_ways_and_the_shares_of_the_best_rival(good):
+    good, tuning = good
+    fig, alt = draw_pretrained(good, tuning)
+    assert len(fig.axes) == len(PARTS)
+    for ax, part in zip(fig.axes, PARTS):
+        setting, _ = chosen(tuning, MINE, methods(good, part)[MINE])
+        found = at_each_weight(good, part, MINE, setting)
+        said = [t.get_text() for t in ax.texts]
+        assert said == [
+            f"{at:g}: {lost / theirs:.2f}×"
+            for at, (_, lost, theirs, _, _) in found.items()
+        ]
+        (way,) = (
+            line.get_xydata().tolist()
+            for line in ax.lines
+            if line.get_label() == "projection and merge"
+        )
+        marks = [[x, y] for x, y, *_ in found.values()]
+        assert way[0] == [0, 0] and way[1:-1] == marks
+    assert "Near: at 0.3 it learned" in alt
+    bare = replace(good, rows=[r for r in good.rows if r["arm"] == "plain"])
+    with pytest.raises(ValueError, match="has no run of projection by self"):
+        draw_pretrained(bare, tuning)
