@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,6 +181,9 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "warmup": ("float", "[0, 1)"),
     "held_out": ("float", "(0, 0.5]"),
     "seed": ("int", "[0, inf)"),
+    "rank": ("int", "[1, inf)"),
+    "strength": ("float", "[0, 1]"),
+    "weight": ("float", "(0, 1]"),
 }
 
 # %% ../../nbs/training/10_finetune.ipynb #c46ee72b
@@ -209,6 +212,9 @@ class Request:
     dtype: str  # of the arithmetic: float32 or bfloat16
     device: str
     seed: int
+    rank: int = 32  # of a projection: directions of each layer
+    strength: float = 0.5  # of a projection: how much of them it takes
+    weight: float = 0.8  # of a merge: what the new text counts
 
     def __post_init__(self) -> None:
         for name, (kind, limits) in NUMBERS.items():
@@ -294,6 +300,7 @@ def make_request(
     usual: dict[str, Any] = dict(USUAL["gpu" if found.type != "cpu" else "cpu"])
     usual |= {"accumulation": 1, "warmup": 0.1, "decay": "linear", "seed": 0}
     usual |= {"held_out": 0.1, "checkpointing": False, "targets": None}
+    usual |= _defaults(Request)
     if unknown := [name for name in asked if name not in usual]:
         raise ValueError(
             f"unknown parameter {unknown[0]!r}; a training takes"
@@ -304,6 +311,7 @@ def make_request(
     past = None if keep is None else os.fspath(keep)
     if past == "saved":
         method = _saved_method(os.fspath(model), method, lora)
+        _check_settings(asked)
     r = Request(
         model=os.fspath(model),
         new=os.fspath(new),
@@ -387,6 +395,16 @@ def _saved_method(model: str, method: str | None, lora: int | None) -> str:
             " wrote; leave method out"
         )
     return found
+
+
+def _check_settings(asked: Mapping[str, Any]) -> None:
+    "ValueError for a setting that goes on as it was saved."
+    for name in _defaults(Request):
+        if asked.get(name) is not None:
+            raise ValueError(
+                f"{name}={asked[name]!r} with keep='saved', which goes on as"
+                f" the first training was set; leave {name} out"
+            )
 
 
 def _saved_past(
@@ -741,7 +759,7 @@ def _router(
     "What an arm's method does to the optimizer."
     edit: Any = None
     if "projection" in arm.method:
-        edit = Projection()
+        edit = Projection(r.rank)
     elif arm.method == "replay":
         rows = max(r.batch, r.keep_tokens // r.length)
         buffer = ReplayBuffer(seed_for(r.seed, "replay"), capacity=rows)
@@ -752,8 +770,11 @@ def _router(
         model,
         optimizer,
         edit,
+        strength=r.strength if "projection" in arm.method else None,
         include=lora_include("both") if adapted else None,
-        consolidation=FisherMerge(samples=r.batch) if merges else None,
+        consolidation=(
+            FisherMerge(r.weight, samples=r.batch) if merges else None
+        ),
     )
 
 # %% ../../nbs/training/10_finetune.ipynb #f04fd130

@@ -32,6 +32,9 @@ GENERAL = ("factbook", "speeches")
 LANGUAGE_LIMITS: dict[str, str] = {
     "keep": "{sample, self}",
     "method": "{merge, projection, merge+projection}",
+    "rank": "[1, inf)",
+    "strength": "[0, 1]",
+    "weight": "(0, 1]",
     "new_bytes": "[20000, inf)",
     "old_bytes": "[20000, inf)",
     "lr": "(0, inf)",
@@ -56,6 +59,9 @@ class LanguageConfig:
     old: str = "jargon"  # domain that the sample is taken from
     keep: str = "sample"  # what is protected: that sample, or written text
     method: str = "merge"  # what protects it
+    rank: int = 32  # of a projection: directions of each layer
+    strength: float = 0.5  # of a projection: how much of them it takes
+    weight: float = 0.8  # of a merge: what the new text counts
     new_bytes: int = 300_000  # of text, a tenth of it held out
     old_bytes: int = 100_000  # of text, a tenth of it held out
     lr: float = 1e-4  # peak learning rate, the middle one of three
@@ -144,17 +150,17 @@ def _trained(
     c = config
     new, old, text = write_texts(c, folder, cache)
     rates = [c.lr / 3, c.lr, 3 * c.lr] if c.controls else [c.lr]
-    how = ("steps", "batch", "length", "windows", "looks", "seed", "device")
+    how = "steps batch length windows looks seed device"
+    how += " method rank strength weight"
     done = compare(
         c.model,
         new,
         old if c.keep == "sample" else "self",
-        method=c.method,
         lora=c.lora if c.controls else None,
         rates=rates,
         output=folder / "compared",
         progress=progress,
-        **{name: getattr(c, name) for name in how},
+        **{name: getattr(c, name) for name in how.split()},
     )
     return done, text
 

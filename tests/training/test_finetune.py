@@ -851,6 +851,25 @@ def test_a_saved_past_is_one_line_in_a_loop_of_ones_own(made):
     assert router.domains == 2 and router.consolidation.past
 
 
+def test_the_settings_of_a_method_can_be_asked_for(made):
+    from transformers import AutoModelForCausalLM
+
+    asked = {"method": "merge+projection", "rank": 4, "strength": 0.9}
+    done = tuned(made, weight=0.3, **asked)
+    model = AutoModelForCausalLM.from_pretrained(done.checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    router = MomentRouter.load(f"{done.checkpoint}/router.pt", model, optimizer)
+    assert router.modification.rank == 4
+    assert router.strength.alpha == 0.9 and router.consolidation.weight == 0.3
+    for name, value in (("rank", 0), ("strength", 1.5), ("weight", 0)):
+        with pytest.raises(ValueError, match=f"{name}={value}.* lies outside"):
+            tuned(made, "other", **{name: value})
+    with pytest.raises(ValueError, match="rank=8 with keep='saved'"):
+        dmr.finetune(
+            done.checkpoint, made / "new.txt", "saved", rank=8, device="cpu"
+        )
+
+
 def test_without_a_method_there_is_no_router_to_save(made):
     done = tuned(made, keep=None)
     assert not (made / "out/model/router.pt").exists()
