@@ -564,7 +564,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 def _train_and_tell(args: argparse.Namespace) -> int:
     "`dmr finetune`, `dmr compare`: train, then write the page."
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dmr.reporting.finetuned import check_page, write_page
+    from dmr.reporting.finetuned import check_page, reference_run, write_page
     from dmr.training import finetune
 
     check_page()
@@ -577,6 +577,8 @@ def _train_and_tell(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise
+    if args.command == "compare":
+        reference_run(done)  # or say why there is none
     print(done.summary(), flush=True)
     page = write_page(args.command, given | {"asked": more}, folder)
     print(f"open {page.resolve().as_uri()}")
@@ -733,10 +735,11 @@ def _add_training_options(p: dict[str, argparse.ArgumentParser]) -> None:
             default={"finetune": "finetuned"}.get(name, "compared"),
             help="where model and page go (default: %(default)s)",
         )
+        nothing = " or none" if name == "finetune" else ""
         p[name].add_argument(
             "--method",
             help="merge (the default with --keep), projection,"
-            " merge+projection, replay, or none to keep nothing",
+            f" merge+projection, replay{nothing}",
         )
         _add_parameter(p[name], "a further parameter, such as batch 4")
 

@@ -272,16 +272,23 @@ def _trained(done: Finetuned) -> list[dict[str, Any]]:
 
 
 def reference_run(done: Finetuned) -> dict[str, Any]:
-    "The run that others are compared with: the best of the method's."
-    found = _trained(done)
-    own = [run for run in found if run["method"] == done.request["method"]]
-    return min(own or found, key=lambda run: _bits(run["change"]["new"])[0])
+    """The run that others are compared with: the best of the method's.
+    ValueError where all of these diverged.
+    """
+    method = done.request["method"]
+    own = [run for run in _trained(done) if run["method"] == method]
+    if not own:
+        raise ValueError(
+            f"every training by {method!r} diverged; pass smaller rates"
+            " (--rates on the command line) and another folder"
+        )
+    return min(own, key=lambda run: _bits(run["change"]["new"])[0])
 
 
 def paths(
     done: Finetuned,
     name: str,  # a text other than new
-) -> dict[str, Way]:  # by control: (learned, lost), from the origin on
+) -> dict[str, Way | None]:  # from the origin on; None: it diverged
     "What each control gives, post hoc from the trainings that were made."
     chosen = reference_run(done)
     full = [
@@ -293,7 +300,10 @@ def paths(
         _point(run["curve"][-1]["change"], name)
         for run in sorted(full, key=lambda run: run["rate"])
     ]
-    out = {"plain, at other rates": [(0.0, 0.0), *ends]}
+    out: dict[str, Way | None] = {
+        "plain, at other rates": [(0.0, 0.0), *ends] if ends else None
+    }
+    out |= dict.fromkeys(("stopped early", "averaged back"))
     for run in full:
         if run["rate"] == chosen["rate"]:
             curve = [_point(p["change"], name) for p in run["curve"]]
@@ -327,8 +337,9 @@ def equal_learning_table(
         row = {"at equal learning": control}
         for name in others:
             path = by_text[name][control]
-            lost = lost_where(path, learned)
-            less = f"learns {max(x for x, _ in path):.3f} at most"
+            lost = lost_where(path or [], learned)
+            most = max((x for x, _ in path or []), default=0)
+            less = f"learns {most:.3f} at most" if path else "diverged"
             row[f"lost: {name}"] = less if lost is None else f"{lost:+.3f}"
         rows.append(row)
     return pandas.DataFrame(rows).set_index("at equal learning")
@@ -346,7 +357,9 @@ def draw_plane(
     colours = (PALETTE[k] for k in ("none", "shared", "interpolation"))
     found, more = paths(done, name), (PALETTE["displacement"],) * 9
     for (control, path), colour in zip(found.items(), [*colours, *more]):
-        ax.plot(*zip(*path), marker="o", ms=3.5, color=colour, label=control)
+        said = control if path else f"{control}: diverged"
+        way = zip(*path) if path else ([], [])
+        ax.plot(*way, marker="o", ms=3.5, color=colour, label=said)
     chosen = reference_run(done)
     for run in _trained(done):
         if run["method"] == chosen["method"]:

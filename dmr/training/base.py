@@ -309,8 +309,10 @@ def _take(file: Path, key: str, done: Path) -> None:
         raise FileNotFoundError(f"there is no file {file} to take a base from")
     try:
         found = read_checkpoint(file) or {}
-    except ValueError:
-        found = {}
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is no base, or damaged; pass another file, or none"
+        ) from error
     if not {"model", *_NAMED} <= found.keys():
         raise ValueError(f"{file} is no base; `base.pt` of a cache is one")
     _check_base(found, key, file, "pass another file, or none")

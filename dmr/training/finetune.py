@@ -60,8 +60,8 @@ from dmr.training.examples import (
 from .finetuning import FinetuneConfig, _adapted_model
 
 # %% auto #0
-__all__ = ['METHODS', 'PLAIN_STEPS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS', 'Read',
-           'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device',
+__all__ = ['METHODS', 'PLAIN_STEPS', 'SETTINGS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS',
+           'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device',
            'native_bfloat16', 'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts',
            'row_order', 'merged_model', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
            'save_small_llama', 'example_case']
@@ -106,6 +106,8 @@ METHODS: dict[str, str] = {
 }
 #: Methods that take the steps of plain training.
 PLAIN_STEPS = ("none", "merge")
+#: Part of a method -> the settings of a request that belong to it.
+SETTINGS = {"projection": ("rank", "strength"), "merge": ("weight",)}
 
 
 def usual_method(
@@ -310,13 +312,15 @@ def make_request(
     native = native_bfloat16(found)
     past = None if keep is None else os.fspath(keep)
     if past == "saved":
-        method = _saved_method(os.fspath(model), method, lora)
-        _check_settings(asked)
+        method, saved = _saved_method(os.fspath(model), method, lora)
+        usual |= _go_on(saved, asked)
+    method = usual_method(method, past)
+    _check_settings(method, asked)
     r = Request(
         model=os.fspath(model),
         new=os.fspath(new),
         keep=past,
-        method=usual_method(method, past),
+        method=method,
         rates=_rates(rates, lora),
         lora=lora,
         device=device,
@@ -362,7 +366,9 @@ def _base_of(folder: str) -> str:
     )
 
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e54
-def _saved_method(model: str, method: str | None, lora: int | None) -> str:
+def _saved_method(
+    model: str, method: str | None, lora: int | None
+) -> tuple[str, dict[str, Any]]:  # with the parts of the router
     "The method of a router's file. ValueError where none can be gone on with."
     path = Path(model) / ROUTER_FILE
     if _is_adapter(model):
@@ -378,8 +384,9 @@ def _saved_method(model: str, method: str | None, lora: int | None) -> str:
             f" {model!r} has none; a training with a method leaves it there."
             " Pass a file or folder of old text, or keep='self'"
         )
-    parts = read_kept(path).get("parts", {}).values()
-    kinds = str([how.get("class") or how.get("missing") for how in parts])
+    parts = read_kept(path).get("parts", {})
+    told = [how.get("class") or how.get("missing") for how in parts.values()]
+    kinds = str(told)
     names = {"merge": "FisherMerge", "projection": "Projection"}
     names["replay"] = "ReplayMix"
     found = "+".join(key for key, name in names.items() if name in kinds)
@@ -394,17 +401,39 @@ def _saved_method(model: str, method: str | None, lora: int | None) -> str:
             f"method={method!r} cannot go on from {path}, which {found!r}"
             " wrote; leave method out"
         )
-    return found
+    return found, parts
 
 
-def _check_settings(asked: Mapping[str, Any]) -> None:
-    "ValueError for a setting that goes on as it was saved."
-    for name in _defaults(Request):
+def _go_on(
+    parts: Mapping[str, Any],  # of the saved router
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
+    "Settings as they were saved. ValueError for one that is asked for anew."
+    found: dict[str, Any] = {}
+    for name, part, option in (
+        ("rank", "modification", "rank"),
+        ("strength", "strength", "alpha"),
+        ("weight", "consolidation", "weight"),
+    ):
         if asked.get(name) is not None:
             raise ValueError(
                 f"{name}={asked[name]!r} with keep='saved', which goes on as"
                 f" the first training was set; leave {name} out"
             )
+        options = parts.get(part, {}).get("options", {})
+        found |= {name: options[option]} if option in options else {}
+    return found
+
+
+def _check_settings(method: str, asked: Mapping[str, Any]) -> None:
+    "ValueError for a setting that has no meaning with the method."
+    for part, names in SETTINGS.items():
+        for name in names:
+            if part not in method and asked.get(name) is not None:
+                raise ValueError(
+                    f"{name}={asked[name]!r} is of a {part}, and"
+                    f" method={method!r} has none; leave {name} out"
+                )
 
 
 def _saved_past(
@@ -1178,10 +1207,13 @@ def save_model(
     sync_folder(folder.parent)
 
 # %% ../../nbs/training/10_finetune.ipynb #18bbf32a
-def _best(runs: list[dict[str, Any]]) -> int:
+def _best(
+    runs: list[dict[str, Any]],
+    method: str,  # whose runs come before all others
+) -> int:
     "Which run's loss on new text fell most."
     fell = {
-        i: run["change"]["new"]["nats_per_token"]
+        i: (run["method"] != method, run["change"]["new"]["nats_per_token"])
         for i, run in enumerate(runs)
         if "change" in run
     }
@@ -1265,7 +1297,8 @@ def _train_all(
             _next_run(bench, arm, runs, folder, keep_model, shown, place)
         found = any("change" in run for run in runs)
         if found and keep_model:
-            if not _is_kept(folder, runs[_best(runs)]["name"]):
+            best = runs[_best(runs, r.method)]["name"]
+            if not _is_kept(folder, best):
                 _make_again(bench, arms, runs, folder, shown)
         shown.close()
         if found:
@@ -1391,7 +1424,8 @@ def _next_run(
     bench.put_back()
     run, router = _one_arm(bench, arm, at, shown, place)
     runs.append(run)
-    if keep_model and "change" in run and _best(runs) == place:
+    best = "change" in run and _best(runs, arm.method) == place
+    if keep_model and best:
         _keep(bench, arm, folder, router)
     _finished(at, run)
     shown.end(run, made=True)
@@ -1405,7 +1439,7 @@ def _make_again(
     shown: _Trainings,
 ) -> None:
     "Train the best arm again: its model is lost, or not what was written."
-    place = _best(runs)
+    place = _best(runs, bench.request.method)
     warnings.warn(
         f"{folder / MODEL} is not the model that was written; the training"
         f" {arms[place].name} is made again",
@@ -1448,7 +1482,7 @@ def _collected(
     return Finetuned(
         request=asdict(r),
         runs=runs,
-        best=_best(runs),
+        best=_best(runs, r.method),
         checkpoint=str(folder / MODEL) if keep_model else None,
         folder=str(folder),
         seconds=math.fsum(run.get("seconds", 0.0) for run in runs),
@@ -1537,8 +1571,10 @@ def compare(
     new: str | os.PathLike[str],  # as for `finetune`
     keep: str | os.PathLike[str] | None = None,  # as for `finetune`; needed
     *,
-    method: str = "merge",  # a key of METHODS, but for none
+    # a key of METHODS, but for none; None: merge, or the saved one
+    method: str | None = None,
     lora: int | None = 8,  # rank of the adapters' arm; None: no such arm
+    controls: bool = True,  # False: the method alone, to stand beside others'
     # peak learning rates of full training; None: the usual one, a third of it
     # and three times as much
     rates: float | Sequence[float] | None = None,
@@ -1560,9 +1596,11 @@ def compare(
     )
     if lora is not None:  # checked as a rank is checked
         replace(r, lora=lora)
-    made = [method] if method in PLAIN_STEPS else [method, "none"]
+    made = [r.method]
+    if controls and r.method not in PLAIN_STEPS:
+        made.append("none")
     arms = [Arm(name, rate) for name in made for rate in r.rates]
-    if lora is not None:
+    if lora is not None and controls:
         more = USUAL_RATE["lora"] / usual  # adapters take larger rates
         larger = sorted(r.rates)[-2:]
         arms += [Arm("none", more * rate, lora) for rate in larger]
@@ -1573,7 +1611,7 @@ def compare(
         return _train_all(r, arms, Path(output), False, progress)
 
 
-def _check_comparison(keep: Any, method: str) -> None:
+def _check_comparison(keep: Any, method: str | None) -> None:
     "ValueError for what `finetune` takes and a comparison does not."
     if method == "none":
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 
 from ..text.load import load_stream
 from .config import _typed
-from .finetune import Finetuned, compare
+from .finetune import SETTINGS, Finetuned, compare
 from .loop import _environment, plain
 from .one_model import check_range
 
@@ -65,7 +65,9 @@ class LanguageConfig:
     new_bytes: int = 300_000  # of text, a tenth of it held out
     old_bytes: int = 100_000  # of text, a tenth of it held out
     lr: float = 1e-4  # peak learning rate, the middle one of three
-    controls: bool = True  # also a third of it, three times it, and adapters
+    # also a third of it and three times it, plain training where the method's
+    # steps are not plain ones, and adapters
+    controls: bool = True
     lora: int | None = 8  # rank of the adapters; None: none
     steps: int = 100  # of the optimizer
     batch: int = 2  # rows per step
@@ -150,13 +152,13 @@ def _trained(
     c = config
     new, old, text = write_texts(c, folder, cache)
     rates = [c.lr / 3, c.lr, 3 * c.lr] if c.controls else [c.lr]
-    how = "steps batch length windows looks seed device"
-    how += " method rank strength weight"
+    how = "steps batch length windows looks seed device method controls lora"
+    for part, names in SETTINGS.items():
+        how += f" {' '.join(names)}" if part in c.method else ""
     done = compare(
         c.model,
         new,
         old if c.keep == "sample" else "self",
-        lora=c.lora if c.controls else None,
         rates=rates,
         output=folder / "compared",
         progress=progress,

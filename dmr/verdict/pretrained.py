@@ -387,7 +387,7 @@ def at_each_weight(
     name: str,  # one of OURS
     setting: str,
     # weight -> learned, lost, the rival's loss there (NaN: none), the rival,
-    # seeds that have ended
+    # seeds of the means
 ) -> dict[float, tuple[float, float, float, str, int]]:
     "Ours beside the rival that lost least at equal learning, in nats."
     found = methods(table, part)
@@ -397,6 +397,7 @@ def at_each_weight(
         rival, theirs = envelope(arm, rivals), math.nan
         if rival is not None:
             d = match_control(arm, rivals[rival]).difference
+            arm = {s: arm[s] for s in d}  # both means over the same seeds
             theirs = float(np.mean([arm[s].forgetting - d[s] for s in d]))
         lost = [p.forgetting for p in _known(arm)]
         learned = _learned(base or {}, arm)
@@ -515,7 +516,9 @@ _ALONE = "Fisher merge by self"
 _LOOKS: Mapping[str, Mapping[str, Any]] = {
     "stopped early, averaged, SFA": {"color": "#b9bdc2", "lw": 0.9},
     "plain, by its rate": {"color": PALETTE["none"], "lw": 1.2, "marker": "X"},
-    "the merge alone": {"color": PALETTE["merge"], "lw": 1.2, "ls": "--"},
+    "the merge alone, each rate": {
+        "color": PALETTE["merge"], "lw": 1.2, "ls": "--",
+    },
     "projection and merge": {"color": PALETTE["displacement"], "lw": 2.2},
 }
 
@@ -554,12 +557,14 @@ def _draw_part(
     for at, (x, y, theirs, _, _) in weights.items():
         ax.plot([x, x], [y, theirs], ":", lw=1.2, **own)
         ax.plot(x, y, MARKERS["merge"], ms=7, **own)
+        share = f": {y / theirs:.2f}×" if theirs > 0 else ""
         ax.annotate(
-            f"{at:g}: {y / theirs:.2f}×", (x, y), (6, -9), fontsize=8.5,
+            f"{at:g}{share}", (x, y), (6, -9), fontsize=8.5,
             textcoords="offset points", **own,
         )  # fmt: skip
-    top = max(y for _, y in line)
-    ax.set_ylim(-0.06 * top, 1.6 * top)
+    top = max(y for _, y in mean_curve(base, own_curve(found, OURS[0], setting)))
+    if top > 0:
+        ax.set_ylim(-0.06 * top, 1.6 * top)
 
 # %% ../../nbs/making/10b_pretrained.ipynb #c3ab2024
 def draw_pretrained(
@@ -567,8 +572,8 @@ def draw_pretrained(
     tuning: Table,  # of `tuning_pretrained`
 ) -> tuple[Figure, str]:  # with its alternative text
     """Lost against learned, near and far: the method that decides by the weight
-    of its merge, and every rival. Raises ValueError where a part has no run of
-    that method.
+    of its merge, and its rivals. Raises ValueError where a part has no run of
+    that method at a setting that tuning can tell.
     """
     from matplotlib.figure import Figure
 
@@ -577,13 +582,19 @@ def draw_pretrained(
         found = methods(table, part)
         picked = chosen(tuning, OURS[0], found.get(OURS[0], {}))
         if picked is None:
-            raise ValueError(f"{table.study} has no run of {OURS[0]}, {part}")
+            raise ValueError(
+                f"{table.study}, {part}: no run of {OURS[0]} at a setting that"
+                " tuning can tell"
+            )
         weights = at_each_weight(table, part, OURS[0], picked[0])
         _draw_part(ax, found, picked[0], weights)
         ratios = [y / z for _, y, z, _, _ in weights.values() if z > 0]
+        share = "no cheap rival learned as much"
+        if ratios:
+            share = f"{min(ratios):.2f} to {max(ratios):.2f} of the best"
+            share = f"{share}\ncheap rival's loss"
         ax.set(
-            title=f"{part.capitalize()}: {min(ratios):.2f} to"
-            f" {max(ratios):.2f} of the best rival's loss",
+            title=f"{part.capitalize()}: {share}",
             xlabel="learned of the new text (nats per byte)",
             ylabel="lost of the known text\n(nats per byte)",
         )
@@ -592,10 +603,13 @@ def draw_pretrained(
             for at, (x, y, z, rival, _) in weights.items()
         ]
         told.append(f"{part.capitalize()}: {'; '.join(spots)}.")
-    key = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    key: dict[str, Any] = {}
+    for ax in fig.axes:
+        key |= zip(*ax.get_legend_handles_labels()[::-1])
     fig.legend(key.values(), key, loc="outside lower left", ncols=2, fontsize=9)
+    n = max(n for *_, n in weights.values())
     return fig, (
-        "Lost against learned, means over seeds, of a projection with a merge"
-        " by the model's own text, by the weight of the merge, beside the rival"
-        f" that lost least there. {' '.join(told)}"
+        f"Lost against learned, means over {n} seeds, of a projection with a"
+        " merge by the model's own text, by the weight of the merge, beside the"
+        f" cheap rival that lost least there. {' '.join(told)}"
     )

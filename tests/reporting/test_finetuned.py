@@ -18,6 +18,7 @@ pytest.importorskip("peft")
 
 from dmr.cli import main
 from dmr.reporting.finetuned import (
+    draw_plane,
     equal_learning_table,
     paths,
     reference_run,
@@ -51,9 +52,19 @@ def call(folder, *argv, python=(), **env):
     )
 
 
-@pytest.mark.parametrize("command", ["finetune", "compare"])
-def test_a_command_ends_with_a_page(command, empty):
-    texts = ["../tiny", "../new.txt", "--keep", "../old.txt"]
+@pytest.mark.parametrize(
+    "command, method",
+    [
+        ("finetune", []),
+        ("compare", []),
+        pytest.param(
+            *("compare", ["--method", "merge+projection"]),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_command_ends_with_a_page(command, method, empty):
+    texts = ["../tiny", "../new.txt", "--keep", "../old.txt", *method]
     # the folder by its option, or as a parameter
     texts += ["-o", "out"] if command == "finetune" else "-p output out".split()
     done = call(empty, command, *texts, *SMALL)
@@ -74,6 +85,7 @@ def test_a_command_ends_with_a_page(command, empty):
     result = json.loads((out / "result.json").read_text())
     change = result["runs"][result["best"]]["change"]["new"]["bits_per_byte"]
     assert f"{change:+.3f}".lstrip("-+") in page
+    assert (method or ["merge"])[-1] in done.stdout
     if command == "finetune":
         shows_everything(page, result)
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -166,6 +178,19 @@ def test_another_method_stands_beside_plain_steps(empty):
     assert flat(one[name]) == pytest.approx(flat(other[name]))
     heads = [equal_learning_table(x).index[0] for x in (both, merge)]
     assert heads == ["merge+projection", "merge (default)"]
+    # what the command says last is of the method, whatever learned more
+    assert both.run["method"] == "merge+projection"
+    # a control that diverged keeps its place
+    gone = [r for r in both.runs if r["method"] == "none"]
+    for run in gone:
+        del run["change"]
+    table = equal_learning_table(both)
+    assert [*table["lost: factbook"][1:]] == ["diverged"] * 3
+    draw_plane(both, "factbook")
+    for run in both.runs:
+        run.pop("change", None)
+    with pytest.raises(ValueError, match="by 'merge.projection' diverged"):
+        reference_run(both)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import random
 import signal
 import time
 from collections import Counter
+from itertools import accumulate
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from cluster import Cluster
-from tiny import dmr, processes, project, wait_for
+from tiny import EMIT, PARAMETERS, dmr, processes, project, wait_for
 
 from dmr.studies import batch
 from dmr.studies.batch import (
@@ -438,19 +439,40 @@ def test_a_batch_whose_cluster_is_gone_ends_as_a_stopped_one(
     assert "does not answer any more; start it again" in done.interrupted
 
 
+#: A run that waits, for so many seconds at most, until another runs beside it.
+TOGETHER = """\
+import os, time
+from pathlib import Path
+journal = Path(os.environ["DMR_TEST_JOURNAL"])
+def note(word):
+    with open(journal, "a") as f:
+        f.write(f"{word} {seed}\\n")
+def at_work():
+    said = journal.read_text()
+    return said.count("begins") - said.count("ends")
+note("begins")
+until = time.monotonic() + float(os.environ["DMR_TEST_WAIT"])
+while at_work() < 2 and time.monotonic() < until:
+    time.sleep(0.05)
+time.sleep(0.2)
+note("ends")
+done = []
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers, wait", [(1, "1"), (2, "30")])
 def test_as_many_runs_at_a_time_as_there_are_workers(
-    tmp_path, monkeypatch, workers
+    tmp_path, monkeypatch, workers, wait
 ):
-    for name, value in traced(tmp_path).items():
+    for name, value in (traced(tmp_path) | {"DMR_TEST_WAIT": wait}).items():
         monkeypatch.setenv(name, value)
-    folders = project(tmp_path, STAGES.format(3))
-    study = read_study(folders.studies / "tiny.yaml")
-    assert (
-        run_batch(study, folders, workers=workers, how="quiet").exit_code == 0
+    folders = project(
+        tmp_path, "seeds: 0..3\n", cells=(PARAMETERS, TOGETHER, EMIT)
     )
-    order = [run for run, *_ in journal_of(tmp_path)]
-    spans = {r: (order.index(r), 16 - order[::-1].index(r)) for r in order}
-    at_once = [sum(a <= k < b for a, b in spans.values()) for k in range(16)]
-    assert len(spans) == 4 and max(at_once) == workers, order
+    study = read_study(folders.studies / "tiny.yaml")
+    done = run_batch(study, folders, workers=workers, how="quiet")
+    words = [word for word, _ in journal_of(tmp_path)]
+    at_work = accumulate(1 if word == "begins" else -1 for word in words)
+    assert done.exit_code == 0 and len(words) == 8
+    assert max(at_work) == workers, words

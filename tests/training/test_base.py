@@ -178,7 +178,7 @@ def test_a_file_that_holds_no_such_base_is_not_taken(tmp_path, capsys):
     with pytest.raises(ValueError, match="is no base"):
         make_base(TINY, new, file=tmp_path / "x.pt")
     (tmp_path / "x.txt").write_text("no checkpoint")
-    with pytest.raises(ValueError, match=r"x\.txt is no base"):
+    with pytest.raises(ValueError, match=r"x\.txt is no base, or damaged"):
         make_base(TINY, new, file=tmp_path / "x.txt")
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         make_base(TINY, new, file=tmp_path / "nothing.pt")

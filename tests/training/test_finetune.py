@@ -608,6 +608,8 @@ def test_a_comparison_says_what_it_takes(made):
     with pytest.raises(ValueError, match="a file or a folder, or self"):
         call(**given)
     assert not (made / "out").exists()
+    alone = call(made / "old.txt", method="projection", controls=False, **given)
+    assert [run["method"] for run in alone.runs] == ["projection"]
 
 
 def test_trainings_that_have_ended_are_counted(made, capsys, monkeypatch):
@@ -851,23 +853,44 @@ def test_a_saved_past_is_one_line_in_a_loop_of_ones_own(made):
     assert router.domains == 2 and router.consolidation.past
 
 
-def test_the_settings_of_a_method_can_be_asked_for(made):
-    from transformers import AutoModelForCausalLM
+def settings_of(done):
+    "Rank, strength and weight of the router that a training left."
+    parts = read_kept(f"{done.checkpoint}/router.pt")["parts"]
+    asked = (("modification", "rank"), ("strength", "alpha"))
+    asked += (("consolidation", "weight"),)
+    return [parts[part]["options"][name] for part, name in asked]
 
+
+def test_the_settings_of_a_method_can_be_asked_for(made):
     asked = {"method": "merge+projection", "rank": 4, "strength": 0.9}
     done = tuned(made, weight=0.3, **asked)
-    model = AutoModelForCausalLM.from_pretrained(done.checkpoint)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    router = MomentRouter.load(f"{done.checkpoint}/router.pt", model, optimizer)
-    assert router.modification.rank == 4
-    assert router.strength.alpha == 0.9 and router.consolidation.weight == 0.3
+    assert settings_of(done) == [4, 0.9, 0.3]
     for name, value in (("rank", 0), ("strength", 1.5), ("weight", 0)):
         with pytest.raises(ValueError, match=f"{name}={value}.* lies outside"):
-            tuned(made, "other", **{name: value})
+            tuned(made, "other", **asked | {"weight": 0.3, name: value})
+    # what was protected goes on as it was
+    third = made / "third.txt"
+    third.write_text("The moon has no wind at all. " * 120)
+    go_on = partial(dmr.finetune, done.checkpoint, third, "saved", **SMALL)
     with pytest.raises(ValueError, match="rank=8 with keep='saved'"):
-        dmr.finetune(
-            done.checkpoint, made / "new.txt", "saved", rank=8, device="cpu"
-        )
+        go_on(rank=8, output=made / "third")
+    assert not (made / "third").exists()
+    assert settings_of(go_on(output=made / "third")) == [4, 0.9, 0.3]
+
+
+@pytest.mark.parametrize(
+    "name, method, part",
+    [
+        ("rank", "merge", "projection"),
+        ("strength", "replay", "projection"),
+        ("weight", "projection", "merge"),
+    ],
+)
+def test_a_setting_without_its_method_is_named(made, name, method, part):
+    said = f"{name}=1 is of a {part}, and method='{method}' has none"
+    with pytest.raises(ValueError, match=said):
+        tuned(made, method=method, **{name: 1})
+    assert not (made / "out").exists()
 
 
 def test_without_a_method_there_is_no_router_to_save(made):

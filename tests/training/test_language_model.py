@@ -51,7 +51,12 @@ def results(tiny, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     own = replace(tiny, keep="self", controls=False)
     run = lambda config: language_model(config, False, cache)
-    return {"sample": run(tiny), "self": run(own)}
+    both = {"method": "merge+projection", "rank": 4, "strength": 0.9}
+    projected = replace(tiny, lora=None, **both)
+    return {
+        "sample": run(tiny), "self": run(own), "projected": run(projected),
+        "alone": run(replace(projected, controls=False)),
+    }  # fmt: skip
 
 
 def row_of(result):
@@ -103,6 +108,24 @@ def test_both_sources_train_alike_and_merge_apart(results):
     assert one == other and len(one) == 2
     one, other = (trained(r, "end") for r in both)
     assert one != other
+
+
+def test_a_method_with_steps_of_its_own_is_no_control(results):
+    """Plain training runs beside a projection, and gives the controls."""
+    plain, row = row_of(results["sample"]), row_of(results["projected"])
+    ways = controls(row)
+    known = {k: w for k, w in controls(plain).items() if "adapters" not in k}
+    assert ways.keys() == known.keys()
+    for name, way in ways.items():
+        for one, other in zip(way, known[name], strict=True):
+            assert one == pytest.approx(other, abs=1e-6), name
+    assert ends(row) != ends(plain) and len(ends(row)) == 3
+    assert dose([row]) == dose([plain])
+    # without controls it stands beside those of another row, and ends alike
+    alone = row_of(results["alone"])
+    assert not controls(alone) and not dose([alone])
+    assert ends(alone)["0.01"] == pytest.approx(ends(row)["0.01"])
+    assert results["alone"]["parameters"]["rank"] == 4
 
 
 def test_a_row_becomes_ways_through_the_plane(results):

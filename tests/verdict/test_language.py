@@ -16,7 +16,7 @@ from dmr.verdict.language import (
     ends,
     said,
 )
-from dmr.verdict.tables import read_table
+from dmr.verdict.tables import Table, read_table
 
 STUDIES = Path(__file__).parents[2] / "nbs/experiments/studies"
 
@@ -154,3 +154,36 @@ def test_the_study_has_the_rate_that_its_tuning_gives(arm):
     assert not level.rows or tuning.complete
     if tuning.rows:
         assert f"{lr:.2g}" == dose_rate(dose(tuning.rows))
+
+
+def test_the_page_shows_each_arm_beside_the_controls_of_its_seed(monkeypatch):
+    page = STUDIES.parent / "18_third_protocol.ipynb"
+    (cell,) = (
+        "".join(c["source"])
+        for c in json.loads(page.read_text())["cells"]
+        if c["cell_type"] == "code" and "level.rows" in "".join(c["source"])
+    )
+    arm = lambda name, *rows: [r | {"arm": name} for r in rows]
+    rows = arm("merge by sample", row(0, *TRAINED), row(1, *TRAINED))
+    projected = point("end", 1.0, 0.3, 0.01) | {"method": "merge+projection"}
+    other = row(0, projected)
+    other["parameters"] |= {"method": "merge+projection"}
+    rows += arm("projection and merge by self", other)
+    lost = ({"arm": "merge by self", "seed": 2, "error": "it diverged"},)
+    shown = []
+    monkeypatch.setattr(
+        "IPython.display.display", lambda x: shown.append(x.data)
+    )
+    space: dict = {}
+    exec("from IPython.display import Markdown, display", space)
+    exec("from dmr.verdict.language import beside, ends, said", space)
+    exec("from dmr.verdict.pages import markdown_table", space)
+    level = Table("language_model", rows=tuple(rows), lost=lost)
+    exec(cell, space | {"level": level})
+    assert shown[0] == "Failed: merge by self, seed 2: it diverged."
+    assert shown[1].startswith("**Merge by sample, rate 0.1**")
+    assert (
+        "| plain, lr 0.1, averaged back | -0.050 (-0.050, -0.050)" in shown[1]
+    )
+    assert shown[2].startswith("**Projection and merge by self, rate 0.1**")
+    assert "| plain, lr 0.1, averaged back | -0.090, no run" in shown[2]

@@ -41,6 +41,7 @@ TUNING = read_study(PROJECT.studies / "tuning_pretrained.yaml")
 NUMBERS = ("learned", "lost", "lost_sample", "lost_rest", "lost_unseen")
 NUMBERS += ("accuracy_known", "kl_known")
 MINE = "projection by self + Fisher merge by self"
+FIGURE = "a figure"
 
 
 def result(cell, lost):
@@ -412,8 +413,7 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     monkeypatch.setattr("dmr.verdict.tables.read_table", read)
     monkeypatch.setattr(
         "IPython.display.display",
-        # a figure has no text of its own
-        lambda x, **_: shown.append(getattr(x, "data", "")),
+        lambda x, **_: shown.append(getattr(x, "data", FIGURE)),
     )
     page = ROOT / "nbs/experiments/18_third_protocol.ipynb"
     space: dict = {}
@@ -427,6 +427,7 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     assert f"| {MINE} | lr 0.001, rank 32 | 0.9 |" in shown[1]
     assert "holds: -" in shown[2]
     assert any(x.startswith("**far**") for x in shown)
+    assert shown.count(FIGURE) == 1
     # every weight, for two methods in two parts, of the study and of tuning
     heads = ("**pretrained, ", "**tuning_pretrained, ")
     assert sum(x.startswith(heads) for x in shown) == 8
@@ -477,5 +478,5 @@ def test_the_picture_has_the_ways_and_the_shares_of_the_best_rival(good):
         assert way[0] == [0, 0] and way[1:-1] == marks
     assert "Near: at 0.3 it learned" in alt
     bare = replace(good, rows=[r for r in good.rows if r["arm"] == "plain"])
-    with pytest.raises(ValueError, match="has no run of projection by self"):
+    with pytest.raises(ValueError, match="no run of projection by self"):
         draw_pretrained(bare, tuning)
