@@ -6,11 +6,12 @@ prints what tuning chooses and what the rules say of `pretrained.csv`:
 
     python tests/independent_pretrained.py [folder with the tables]
 
-Where the words leave a choice, it is this one:
+Where the words leave a choice, it is the one below. Those marked * were made
+another way at first, and changed to the package's when the two were compared.
 
 - A curve is a monotone cubic from the base to the point that learned most.
   Beyond its ends, or where on that branch a point is lacking or learned no
-  more than the one before, a seed is not comparable.
+  more than the one before*, a seed is not comparable.
 - The base is a point of every curve: the rate 0, the step 0, the weight 0.
   Averages and SFA end in plain training, which is their weight 1.
 - A lower rate is one curve, SFA another; early stopping and averages are one
@@ -18,8 +19,8 @@ Where the words leave a choice, it is this one:
 - A rival leaves because its runs are missing, failed ones too, where with
   them it could be comparable in four seeds in five.
 - The curve of a projection without a merge is the line from the base to the
-  end of its training.
-- Of answers with the same word the weakest has the largest mean d.
+  end of its training*.
+- Of answers with the same word the weakest has the largest mean d*.
 """
 
 import csv

@@ -197,15 +197,16 @@ def _sorted(
     missing: list[str] = []
     apart: dict[str, list[str]] = {}
     unknown = dict.fromkeys(every, Point(math.nan, math.nan))
+    diverged = {s for s, p in arm.items() if p.forgetting == math.inf}
     for name, curve in rivals.items():
         if len(curve) < 2:
             missing.append(name)
             continue
         found = match_control({**unknown, **arm}, curve)
-        d = found.difference
-        if d and enough_seeds(len(d), len(every)):
+        d, known = found.difference, diverged.union(found.difference)
+        if d and enough_seeds(len(known), len(every)):
             lost[name] = {s: arm[s].forgetting - x for s, x in d.items()}
-        elif _without_runs(arm, curve, d, len(every)):
+        elif _without_runs(arm, curve, known, len(every)):
             missing.append(name)
         else:
             apart.setdefault(found.fell_out(), []).append(name)
@@ -249,8 +250,8 @@ def judge_points(
     rivals: Mapping[str, Curve],
     seeds: Iterable[Any] = (),  # all that the study plans
 ) -> Finding:
-    """The rule on one method at one setting. Not complete, in place of holds,
-    where a rival cannot be compared because runs of it are missing.
+    """The rule on one method at one setting. Not complete where a rival cannot
+    be compared because runs of it are missing.
     """
     if not arm:
         return Finding(_RULE, "no runs")
@@ -264,10 +265,9 @@ def judge_points(
         why = f"none of {len(rivals)} rivals learned as much"
         return Finding(_RULE, word, None, why * (not missing), gaps)
     found = forgets_share(arm, rivals[name], rule=_RULE, seeds=every)
-    open_ = missing and found.outcome == "holds"
     return replace(
         found,
-        outcome="not complete" if open_ else found.outcome,
+        outcome="not complete" if missing else found.outcome,
         note=f"against {name}: {found.note}",
         gaps="; ".join(filter(None, (found.gaps, gaps))),
     )
@@ -443,20 +443,32 @@ def judge_row(
     here = {s: x - matched.difference[s] for s, x in theirs.items()}
     said = matched.fell_out().replace("the control", "our method")
     gaps = f"{name}: {said.replace('the arm', 'the rival')}" if said else ""
-    if len(theirs) < 2 or not matched.enough:
-        return Finding(_ROWS, "not comparable", gaps=gaps)
-    for at in curve.values():
-        lost = {s for s, p in at.items() if p.forgetting == math.inf}
-        here |= dict.fromkeys(lost, math.inf)
+    lost = {
+        s
+        for at in curve.values()
+        for s, p in at.items()
+        if p.forgetting == math.inf
+    }
+    known, every = len(lost | {*theirs}), {*seeds, *row}
+    if len(theirs) < 2 or not enough_seeds(known, len(every)):
+        ends = {s for s, p in row.items() if math.isfinite(p.forgetting)}
+        gone = len(every - lost - ends)
+        open_ = gone and enough_seeds(known + gone, len(every))
+        word = "not complete" if open_ else "not comparable"
+        return Finding(_ROWS, word, gaps=gaps)
+    here |= dict.fromkeys(lost, math.inf)
     one = share_of(here, theirs, 0.5, _ROWS, gaps)
     return replace(one, note=f"against {name}: {one.note}")
 
 # %% ../../nbs/making/10b_pretrained.ipynb #c3ab2018
 def _weakest(found: Iterable[Finding]) -> Finding:
-    "One that fails if there is one, else an open one, else the largest d."
+    """One that fails if there is one, else one that cannot be compared, else an
+    open one, else the largest d.
+    """
+    ranks = {"fails": 0, "not comparable": 1, "holds": 3}
 
     def order(one: Finding) -> tuple[int, float]:
-        rank = {"fails": 0, "holds": 2}.get(one.outcome.split(": ")[-1], 1)
+        rank = ranks.get(one.outcome.split(": ")[-1], 2)
         return rank, -(one.interval.estimate if one.interval else math.inf)
 
     return min(found, key=order)

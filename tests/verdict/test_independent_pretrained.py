@@ -1,0 +1,181 @@
+"""The rules for one pretrained model against a computation that shares no code
+with them: on the committed tables, and on tables that are made up from one
+seed of them.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmr.verdict import pretrained
+from dmr.verdict.pretrained import (
+    OURS,
+    PARTS,
+    at_each_weight,
+    chosen,
+    judge_pretrained,
+    judge_rows,
+    moonshot,
+    setting_of,
+)
+from dmr.verdict.tables import read_table
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS))
+import independent_pretrained as second  # noqa: E402
+
+RESULTS = TESTS.parent / "results"
+STUDY, TUNING = (read_table(name) for name in (second.STUDY, second.TUNING))
+FILE = second.read(RESULTS / f"{second.STUDY}.csv")
+CHOICES = second.Table(
+    second.read(RESULTS / f"{second.TUNING}.csv"), second.TUNED
+)
+SETTINGS = second.chosen(CHOICES)
+METHODS = {m.name: m for m in SETTINGS}
+SFA, MINE = second.SFA, OURS[0]
+
+
+@pytest.fixture(autouse=True)
+def chosen_once(monkeypatch):
+    "Tuning is the same for all tables here."
+    known = {}
+
+    def remembered(table, name, among=None):
+        key = name, tuple(sorted(among or ()))
+        if key not in known:
+            known[key] = chosen(table, name, among)
+        return known[key]
+
+    monkeypatch.setattr(pretrained, "chosen", remembered)
+
+
+def compared(table, rows):
+    "Words of both by part, method and rule; their numbers must agree."
+    again, words = second.Table(rows, second.SEEDS), {}
+    for part in PARTS:
+        rules = judge_pretrained, judge_rows
+        ours = [rule(table, TUNING, part) for rule in rules]
+        for name in OURS:
+            at = again, part, METHODS[name], SETTINGS[METHODS[name]]
+            theirs = second.first(*at), second.weakest(second.second(*at))
+            for rule, (found, a) in enumerate(zip(ours, theirs)):
+                f, where = found[name], (part, name, rule + 1)
+                assert a.word == f.outcome, (where, str(f))
+                if i := f.interval:
+                    shown = i.estimate, i.low, i.high
+                    assert shown == pytest.approx((a.d, a.low, a.high)), where
+                words[where] = a.word
+    word = second.moonshot(again, SETTINGS)[0]
+    assert moonshot(table, TUNING).outcome == word
+    return words
+
+
+def test_tuning_chooses_the_same():
+    for name in OURS:
+        knobs, weight = SETTINGS[METHODS[name]]
+        lr, rank = (*knobs, None)[:2]
+        said = f"lr {lr:g}" + (f", rank {rank:g}" if rank else "")
+        assert chosen(TUNING, name) == (said, weight), name
+
+
+@pytest.mark.skipif(len(STUDY.rows) < 130, reason="the study is not complete")
+def test_the_committed_table():
+    compared(STUDY, FILE)
+
+
+def test_the_shares_of_the_best_rival():
+    again = second.Table(FILE, second.SEEDS)
+    knobs = SETTINGS[METHODS[MINE]].knobs
+    setting, _ = chosen(TUNING, MINE)
+    for part in PARTS:
+        found = at_each_weight(STUDY, part, MINE, setting)
+        for at, (learned, lost, theirs, *_) in found.items():
+            setting_at = second.Setting(knobs, at)
+            a = second.first(again, part, METHODS[MINE], setting_at)
+            shown = (learned, lost, theirs)
+            assert shown == pytest.approx((a.learned, a.lost, a.theirs))
+
+
+FIRST = [r for r in STUDY.rows if r["seed"] == 1300]
+WRITTEN = {r["run_id"]: r for r in FILE}
+
+
+def scaled(row, of_new, of_known):
+    "A row of the file with its changes of the loss times two factors."
+    row, before = dict(row), np.array(json.loads(row["loss_untrained"]))
+    found = json.loads(row["measured"])
+    for point in found:
+        change = np.array(point["losses"]) - before
+        change *= [of_new] + [of_known] * (len(change) - 1)
+        point["losses"] = (before + change).tolist()
+    (end,) = (p for p in found if (p["kind"], p["at"]) == ("training", 1.0))
+    moved = np.array(end["losses"]) - before
+    # known text stands in the places after the new one
+    learned, lost = -moved[0], moved[1 : 1 + row["known"].count(",") + 1].mean()
+    told = {"learned": str(learned), "lost": str(lost)}
+    return row | told | {"measured": json.dumps(found)}
+
+
+def whole(keep=0.5, **fate):
+    """A table of all planned runs from those of one seed, with noise; what a
+    projection loses is multiplied by `keep`. `fate`: diverged, failed or
+    missing -> part, arm and seeds.
+    """
+    rng, rows, kept, lost = np.random.default_rng(0), [], [], []
+    noise = {s: 1 + 0.005 * rng.normal(size=2) for s in second.SEEDS}
+    errors = {"diverged": "the loss is not finite", "failed": "no disk"}
+    for seed in second.SEEDS:
+        for r in FIRST:
+            here = r["part"], r["arm"]
+            word = next(
+                (
+                    w
+                    for w, (*at, s) in fate.items()
+                    if (*at,) == here and seed in s
+                ),
+                "",
+            )
+            if word == "missing":
+                continue
+            name = f"{'-'.join(here)}-{setting_of(r)}-{seed}"
+            about = {"seed": str(seed), "run_id": name}
+            if word:
+                gone = {"status": "failed", "error": errors[word]}
+                rows.append(WRITTEN[r["run_id"]] | about | gone)
+                how = {"part": r["part"], "arm": r["arm"], "seed": seed}
+                lost.append(how | gone | {"parameters": r["parameters"]})
+                continue
+            new, known = noise[seed]
+            known *= keep if "projection" in r["arm"] else 1
+            row = scaled(WRITTEN[r["run_id"]], new, known) | about
+            rows.append(row)
+            kept.append(r | {"seed": seed, "measured": row["measured"]})
+    return replace(STUDY, rows=tuple(kept), lost=tuple(lost)), rows
+
+
+def test_a_table_in_which_something_holds():
+    words = compared(*whole())
+    assert words["near", MINE, 1] == words["near", MINE, 2] == "holds"
+    assert {*compared(*whole(keep=3)).values()} == {"fails", "not comparable"}
+
+
+@pytest.mark.parametrize(
+    "fate",
+    [
+        {"failed": ("near", SFA, [1301])},
+        {"failed": ("near", SFA, [1301, 1302])},
+        {"missing": ("near", SFA, [1301, 1302])},
+        {"failed": ("near", "projection by self", [1301, 1302])},
+        {"missing": ("near", "KL to the start", [1301, 1302])},
+        {"diverged": ("near", "projection by self", [1301])},
+        {"diverged": ("near", "projection by self", [1301, 1302])},
+    ],
+)
+def test_failed_diverged_and_missing_runs(fate):
+    words = compared(*whole(**fate))
+    if "diverged" in fate:  # a rule cannot hold any more
+        assert words["near", MINE, 1] == words["near", MINE, 2] == "fails"
