@@ -279,7 +279,7 @@ def _rates(
     given: Any = list(asked) if several else [asked]  # type: ignore[arg-type]
     return [_typed("rates", rate, "float") for rate in dict.fromkeys(given)]
 
-
+# %% ../../nbs/training/10_finetune.ipynb #9e2aa202
 def make_request(
     model: str | os.PathLike[str],
     new: str | os.PathLike[str],
@@ -403,7 +403,7 @@ def _saved_method(
         )
     return found, parts
 
-
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e55
 def _go_on(
     parts: Mapping[str, Any],  # of the saved router
     asked: Mapping[str, Any],
@@ -1308,7 +1308,7 @@ def _train_all(
     _clear(folder)
     raise ValueError(runs[0]["error"])
 
-
+# %% ../../nbs/training/10_finetune.ipynb #51594c14
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     "Hold a folder's lock. ValueError where another process has it."

@@ -48,7 +48,7 @@ LANGUAGE_LIMITS: dict[str, str] = {
     "threads": "[1, inf)",
 }
 
-
+# %% ../../nbs/training/13_language_model.ipynb #05151cd4
 @dataclass(frozen=True)
 class LanguageConfig:
     "Everything that decides a run. ValueError names what has no meaning."

@@ -574,7 +574,8 @@ def _draw_part(
             f"{at:g}{share}", (x, y), (6, -9), fontsize=8.5,
             textcoords="offset points", **own,
         )  # fmt: skip
-    top = max(y for _, y in mean_curve(base, own_curve(found, OURS[0], setting)))
+    whole = mean_curve(base, own_curve(found, OURS[0], setting))
+    top = max(y for _, y in whole)
     if top > 0:
         ax.set_ylim(-0.06 * top, 1.6 * top)
 
