@@ -375,6 +375,19 @@ def ratios(table, settings):
             yield part, w, found, found.lost / found.theirs
 
 
+def differences(table, settings, method):
+    "Part, weight, and ours minus the best rival's with its interval."
+    for part in PARTS:
+        for w in WEIGHTS:
+            setting = Setting(settings[method].knobs, w)
+            rival = first(table, part, method, setting).rival
+            mine, found = ours(table, part, method, setting), []
+            for s, (learned, lost) in mine.items():
+                y = on_curve(rivals(table, part, s)[rival], learned)
+                found += [lost - y] * (y is not None)
+            yield part, w, *interval(found)
+
+
 def read(path):
     csv.field_size_limit(1 << 27)
     if not path.exists():

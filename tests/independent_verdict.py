@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import independent_merging as second
+import independent_pretrained as one
 import numpy as np
 import yaml
 from independent import cdf, interval, on_curve, overlaps, quantile
@@ -46,6 +47,7 @@ MARGIN_OLD, MARGIN_NEW = 0.02, 0.75
 HELD_BACK = "recurrent", "half", "schedule"
 DOMAINS = {"drift": 5, "many": 6, "new_optimizer": 3, "schedule": 3}
 STEPS = {"drift": 200, "many": 40}
+ALONE = "Fisher merge by self"
 STORY = {
     DEFAULT: "merge 0.8, keep 0.5",
     MERGE: "merge 0.7",
@@ -413,6 +415,69 @@ def muon_saves():
     return *interval(saved("muon", DISPLACED).values()), low < 0 < high
 
 
+@functools.cache
+def base():
+    "The study of one pretrained model, and the settings its tuning chose."
+    tables = (one.STUDY, one.SEEDS), (one.TUNING, one.TUNED)
+    study, tuning = (
+        one.Table(one.read(ROOT / "results" / f"{name}.csv"), seeds)
+        for name, seeds in tables
+    )
+    return study, one.chosen(tuning)
+
+
+def beside_control(name=one.JUDGED.name):
+    "The first rule's numbers in every part, at every weight of the merge."
+    study, settings = base()
+    (method,) = (m for m in settings if m.name == name)
+    knobs = settings[method].knobs
+    for part in one.PARTS:
+        for weight in one.WEIGHTS:
+            at = one.Setting(knobs, weight)
+            yield one.first(study, part, method, at)
+
+
+def of_best_control(name):
+    "Least and largest share of its loss."
+    shares = [a.lost / a.theirs for a in beside_control(name)]
+    return min(shares), max(shares)
+
+
+def below_control():
+    "How many intervals of ours minus the best control's, if all are below 0."
+    found = list(one.differences(*base(), one.JUDGED))
+    return len(found) if all(high < 0 for *_, high in found) else math.nan
+
+
+def first_rule(part):
+    "Its word for the method that decides."
+    study, settings = base()
+    return one.first(study, part, one.JUDGED, settings[one.JUDGED]).word
+
+
+def base_rate(name):
+    "The rate that tuning chose for a method on the pretrained base."
+    (method,) = (m for m in base()[1] if m.name == name)
+    return base()[1][method].knobs[0]
+
+
+def planned_seeds(study):
+    "Of a plan that gives a range."
+    first, last = map(int, plan(study)["seeds"].split(".."))
+    return last - first + 1
+
+
+def kinds():
+    "Of cheap controls: how many, whatever their rates."
+    curves = one.rivals(base()[0], one.PARTS[0], one.SEEDS[0])
+    return len({name.partition(" at ")[0] for name in curves})
+
+
+def base_seen():
+    "Seeds and new texts of that study, and its million weights."
+    return seeds(one.STUDY, "plain"), len(one.PARTS), SMALL
+
+
 def rates():
     """Every merge's best rate in units of plain training's, and half of it: is
     the merge alone level there?
@@ -742,6 +807,28 @@ ENTRIES = [
             *kept(DEFAULT),
         ),
     ),
+    (
+        "--method merge+projection -p rank # -p strength #`",
+        lambda: (
+            base()[1][one.JUDGED].knobs[1],
+            given(one.STUDY, one.JUDGED.arm, "alpha"),
+        ),
+    ),
+    (
+        "On one byte model of # million weights, # seeds and # new texts, it"
+        " lost # to # of what the best of # cheap controls lost at equal"
+        " learning, a merge alone # to #. The rule that was fixed before asked"
+        " for #, at one weight: @ near, @ far.",
+        lambda: (
+            base_seen()[2],
+            *base_seen()[:2],
+            *of_best_control(one.JUDGED.name),
+            kinds(),
+            *of_best_control(ALONE),
+            0.5,
+            *(first_rule(part) for part in one.PARTS),
+        ),
+    ),
     ("plain Adam ended lowest at the smallest rate", lambda: [at_the_edge()]),
     (
         "Under Muon it forgot # [#, #] less at equal learning, where the same"
@@ -859,6 +946,10 @@ ENTRIES = [
             given(LONG, PLAIN, "weight_decay") == "0.0",
         ),
     ),
+    (
+        "tuning chose # for a merge alone and # beside a projection",
+        lambda: (base_rate(ALONE), base_rate(one.JUDGED.name)),
+    ),
     # How sure
     (
         "| #, # and # seeds, # sets of domains | sure at this scale, with"
@@ -929,7 +1020,16 @@ ENTRIES = [
             seeds("muon"),
         ),
     ),
+    (
+        "| # seeds, # new texts, one base of # million weights; all #"
+        " intervals, [beside",
+        lambda: (*base_seen(), below_control()),
+    ),
     # Where the doubt lies
+    (
+        "# pretrained ones: a small one, and one with adapters",
+        lambda: [sum(bool(rows(x)) for x in (one.STUDY, "lora"))],
+    ),
     ("above # million weights", lambda: [adapted()]),
     (
         "the merge ran at # million, and once at # million, at a rate that was"
@@ -993,6 +1093,10 @@ ENTRIES = [
     ("The # claims", lambda: verdicts()[:1]),
     *strip_entries(),
     # What would change our mind
+    (
+        "# seeds of [a language model](…) are planned",
+        lambda: [planned_seeds("language_model")],
+    ),
     (
         "remembers nothing of the past ends # [#, #] above one that does",
         lambda: by_basis(BOTH, CURRENT),

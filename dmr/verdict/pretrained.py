@@ -10,17 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..reporting.figures import MARKERS, PALETTE
 from dmr.reporting.statistics import (
     Curve,
+    Interval,
     Point,
     Points,
     enough_seeds,
     match_control,
+    mean_interval,
 )
 from dmr.verdict.merging import (
     Finding,
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['BASE', 'PLAIN', 'SFA', 'OURS', 'PARTS', 'ROWS', 'points_of', 'setting_of', 'methods', 'rival_curves', 'envelope',
-           'judge_points', 'chosen', 'chosen_rival', 'judge_pretrained', 'at_each_weight', 'own_curve', 'judge_row',
-           'judge_rows', 'moonshot', 'mean_curve', 'draw_pretrained']
+           'judge_points', 'chosen', 'chosen_rival', 'judge_pretrained', 'Beside', 'at_each_weight', 'own_curve',
+           'judge_row', 'judge_rows', 'moonshot', 'mean_curve', 'draw_pretrained']
 
 # %% ../../nbs/making/10b_pretrained.ipynb #dbeb6079
 def points_of(
@@ -381,29 +383,39 @@ def _failed(table: Table, part: str, *arms: str) -> str:
     return ", ".join(f"failed runs of {k}: {n}" for k, n in lost.items())
 
 # %% ../../nbs/making/10b_pretrained.ipynb #7cdb5d59
+class Beside(NamedTuple):
+    "Ours at one weight of its merge, beside a rival at equal learning, in nats."
+
+    learned: float
+    lost: float
+    theirs: float  # what the rival lost; NaN: none learned as much
+    rival: str  # its name
+    n: int  # seeds of the means
+    more: Interval | None  # lost minus theirs, paired; None: not two seeds
+
+
 def at_each_weight(
     table: Table,
     part: str,  # near or far
     name: str,  # one of OURS
     setting: str,
-    # weight -> learned, lost, the rival's loss there (NaN: none), the rival,
-    # seeds of the means
-) -> dict[float, tuple[float, float, float, str, int]]:
-    "Ours beside the rival that lost least at equal learning, in nats."
+) -> dict[float, Beside]:  # by weight
+    "Ours beside the rival that lost least at equal learning."
     found = methods(table, part)
     rivals, base = rival_curves(found), found.get(BASE, {}).get("", {}).get(0.0)
     out = {}
     for at, arm in sorted(found.get(name, {}).get(setting, {}).items()):
-        rival, theirs = envelope(arm, rivals), math.nan
+        rival, theirs, more = envelope(arm, rivals), math.nan, None
         if rival is not None:
             d = match_control(arm, rivals[rival]).difference
             arm = {s: arm[s] for s in d}  # both means over the same seeds
             theirs = float(np.mean([arm[s].forgetting - d[s] for s in d]))
+            more = mean_interval(d) if len(d) > 1 else None
         lost = [p.forgetting for p in _known(arm)]
         learned = _learned(base or {}, arm)
         mean = float(np.mean(lost)) if lost else math.nan
         who = rival or "none learned as much"
-        out[at] = (learned, mean, theirs, who, len(arm))
+        out[at] = Beside(learned, mean, theirs, who, len(arm), more)
     return out
 
 # %% ../../nbs/making/10b_pretrained.ipynb #c3ab2014
@@ -551,7 +563,7 @@ def _draw_part(
     ax: Any,
     found: Mapping[str, Mapping[str, Mapping[float, Points]]],  # by `methods`
     setting: str,
-    weights: Mapping[float, tuple[float, float, float, str, int]],
+    weights: Mapping[float, Beside],
 ) -> None:
     "Curves, marks of the rivals with one row, and ours at each weight."
     base = found[BASE][""][0.0]
@@ -566,7 +578,7 @@ def _draw_part(
         if spots:
             ax.plot(*zip(*spots), marker, label=name, **look)
     own = {"color": PALETTE["displacement"]}
-    for at, (x, y, theirs, _, _) in weights.items():
+    for at, (x, y, theirs, *_) in weights.items():
         ax.plot([x, x], [y, theirs], ":", lw=1.2, **own)
         ax.plot(x, y, MARKERS["merge"], ms=7, **own)
         share = f": {y / theirs:.2f}×" if theirs > 0 else ""
@@ -601,7 +613,7 @@ def draw_pretrained(
             )
         weights = at_each_weight(table, part, OURS[0], picked[0])
         _draw_part(ax, found, picked[0], weights)
-        ratios = [y / z for _, y, z, _, _ in weights.values() if z > 0]
+        ratios = [w.lost / w.theirs for w in weights.values() if w.theirs > 0]
         share = "no cheap rival learned as much"
         if ratios:
             share = f"{min(ratios):.2f} to {max(ratios):.2f} of the best"
@@ -613,14 +625,14 @@ def draw_pretrained(
         )
         spots = [
             f"at {at:g} it learned {x:.3f} and lost {y:.3f}, {rival} {z:.3f}"
-            for at, (x, y, z, rival, _) in weights.items()
+            for at, (x, y, z, rival, *_) in weights.items()
         ]
         told.append(f"{part.capitalize()}: {'; '.join(spots)}.")
     key: dict[str, Any] = {}
     for ax in fig.axes:
         key |= zip(*ax.get_legend_handles_labels()[::-1])
     fig.legend(key.values(), key, loc="outside lower left", ncols=2, fontsize=9)
-    n = max(n for *_, n in weights.values())
+    n = max(w.n for w in weights.values())
     return fig, (
         f"Lost against learned, means over {n} seeds, of a projection with a"
         " merge by the model's own text, by the weight of the merge, beside the"

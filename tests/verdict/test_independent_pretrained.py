@@ -98,6 +98,15 @@ def test_the_shares_of_the_best_rival():
             a = second.first(again, part, METHODS[MINE], setting_at)
             shown = (learned, lost, theirs)
             assert shown == pytest.approx((a.learned, a.lost, a.theirs))
+    by_place = {
+        (part, at): rest
+        for part, at, *rest in second.differences(
+            again, SETTINGS, METHODS[MINE]
+        )
+    }
+    for (part, at), interval in by_place.items():
+        more = at_each_weight(STUDY, part, MINE, setting)[at].more
+        assert interval == pytest.approx([more.estimate, more.low, more.high])
 
 
 FIRST = [r for r in STUDY.rows if r["seed"] == 1300]
@@ -179,3 +188,25 @@ def test_failed_diverged_and_missing_runs(fate):
     words = compared(*whole(**fate))
     if "diverged" in fate:  # a rule cannot hold any more
         assert words["near", MINE, 1] == words["near", MINE, 2] == "fails"
+
+
+def shares(name):
+    "Least and largest, as a text would say them."
+    again, method = second.Table(FILE, second.SEEDS), METHODS[name]
+    found = [
+        second.first(
+            again, part, method, second.Setting(SETTINGS[method].knobs, at)
+        )
+        for part in PARTS
+        for at in second.WEIGHTS
+    ]
+    of_best = [a.lost / a.theirs for a in found]
+    return f"{min(of_best):.2f} to {max(of_best):.2f}"
+
+
+def test_the_guide_says_what_the_table_says():
+    guide = TESTS.parent / "nbs/guides/00_one_model.ipynb"
+    cells = json.loads(guide.read_text())["cells"]
+    said = " ".join("".join(c["source"]) for c in cells)
+    assert f"projection with a merge lost {shares(MINE)} of what the" in said
+    assert f"The merge alone lost {shares(OURS[2])} of it" in said

@@ -394,11 +394,9 @@ def test_the_study_runs_what_its_tuning_chose():
         assert chosen_rival(tuning, name) == here[name]
     picked = chosen(tuning, MINE)[0]
     found = [
-        mine / theirs
+        w.lost / w.theirs
         for part in PARTS
-        for _, mine, theirs, *_ in at_each_weight(
-            tuning, part, MINE, picked
-        ).values()
+        for w in at_each_weight(tuning, part, MINE, picked).values()
     ]
     page = (ROOT / "nbs/experiments/18_third_protocol.ipynb").read_text()
     assert f"lost {min(found):.2f} to {max(found):.2f} of what" in page
@@ -428,9 +426,9 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     assert "holds: -" in shown[2]
     assert any(x.startswith("**far**") for x in shown)
     assert shown.count(FIGURE) == 1
-    # every weight, for two methods in two parts, of the study and of tuning
+    # every weight, for three methods in two parts, of the study and of tuning
     heads = ("**pretrained, ", "**tuning_pretrained, ")
-    assert sum(x.startswith(heads) for x in shown) == 8
+    assert sum(x.startswith(heads) for x in shown) == 12
     # the second rule and what both say; and what is lacking is printed
     assert "self-written replay lose, each**" in shown[3]
     assert shown[4].startswith("the moonshot: fails")
@@ -443,8 +441,9 @@ def test_every_weight_stands_beside_the_rival_at_its_learning(good):
     assert list(found) == [0.3, 0.5, 0.7, 0.9]
     every = methods(good[0], "near")
     rivals = rival_curves(every)
-    for at, (learned, lost, theirs, rival, n) in found.items():
+    for at, (learned, lost, theirs, rival, n, more) in found.items():
         arm = every[MINE][setting][at]
+        assert more.estimate == pytest.approx(lost - theirs) and more.n == 5
         assert n == 5
         start, seeds = every["the base"][""][0.0], list(arm)
         fell = [
@@ -467,7 +466,7 @@ def test_the_picture_has_the_ways_and_the_shares_of_the_best_rival(good):
         said = [t.get_text() for t in ax.texts]
         assert said == [
             f"{at:g}: {lost / theirs:.2f}×"
-            for at, (_, lost, theirs, _, _) in found.items()
+            for at, (_, lost, theirs, *_) in found.items()
         ]
         (way,) = (
             line.get_xydata().tolist()
