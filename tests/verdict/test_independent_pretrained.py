@@ -204,9 +204,43 @@ def shares(name):
     return f"{min(of_best):.2f} to {max(of_best):.2f}"
 
 
+def text(page):
+    cells = json.loads((TESTS.parent / "nbs" / page).read_text())["cells"]
+    return " ".join("".join(c["source"]) for c in cells)
+
+
 def test_the_guide_says_what_the_table_says():
-    guide = TESTS.parent / "nbs/guides/00_one_model.ipynb"
-    cells = json.loads(guide.read_text())["cells"]
-    said = " ".join("".join(c["source"]) for c in cells)
+    said = text("guides/00_one_model.ipynb")
     assert f"projection with a merge lost {shares(MINE)} of what the" in said
-    assert f"The merge alone lost {shares(OURS[2])} of it" in said
+    assert f"The merge alone lost {shares(OURS[2])} of what the best" in said
+
+
+def test_the_page_says_what_the_table_says():
+    said, words = text("experiments/18_third_protocol.ipynb"), {}
+    again, method = second.Table(FILE, second.SEEDS), METHODS[MINE]
+    of_rival = {}
+    for part in PARTS:
+        at = again, part, method, SETTINGS[method]
+        found = [second.first(*at), *second.second(*at)]
+        words[part] = [a.word for a in found]
+        of_rival[part] = [a.lost / a.theirs for a in found]
+    assert f"lost {shares(MINE)} of what the best of the four cheap" in said
+    near, far = of_rival["near"], of_rival["far"]
+    assert f"reached near ({near[0]:.2f}) and missed far ({far[0]:.2f})" in said
+    assert words["near"][0] == "holds" and words["far"][0] == "fails"
+    least, most = min(near[1:]), max(near[1:])
+    assert f"where it lost {least:.2f} to {most:.2f} of what L2, KL and" in said
+    assert "fails" in words["near"][1:] and most < 1
+    assert {*words["far"][1:]} == {"not comparable"}
+    ends = [
+        np.mean([again.number("far", *arm, s) for s in again.seeds], axis=0)
+        for arm in (
+            ("self-written replay", *again.knobs("self-written replay")),
+            (method.arm, SETTINGS[method].knobs),
+        )
+    ]
+    assert f"{ends[0][1]:.3f} against {ends[1][1]:.3f}. So" in said
+    assert f"The merge alone lost {shares(OURS[2])} of what the best" in said
+    assert "moonshot fails" in said
+    assert second.moonshot(again, SETTINGS)[0] == "fails"
+    assert not STUDY.lost and "No run failed." in said
