@@ -786,7 +786,8 @@ ENTRIES = [
             gap(UNSEEN, BOTH, REPLAY)[1] > 0 < gap(UNSEEN, BOTH, HALF)[1],
         ),
     ),
-    ("of # million weights", lambda: [NANO]),
+    ("most of # million weights", lambda: [NANO]),
+    ("models of # million weights", lambda: [NANO]),
     # Your case
     (
         "of about #: # orders of # domains, # steps each",
@@ -830,8 +831,8 @@ ENTRIES = [
         "On one byte model of # million weights, # seeds and # new texts, it"
         " lost # to # of what the best of # cheap controls lost at equal"
         " learning, a merge alone # to #. The rule that was fixed before asked"
-        " for #, at one weight: @ near, @ far. On C++ replay of text that the"
-        " model wrote lost less at full learning.",
+        " for #, at one weight: holds near, fails far. On C++ replay of text"
+        " that the model wrote lost less at full learning.",
         lambda: (
             base_seen()[2],
             *base_seen()[:2],
@@ -839,7 +840,7 @@ ENTRIES = [
             kinds(),
             *of_best_control(ALONE),
             0.5,
-            *(first_rule(part) for part in one.PARTS),
+            [first_rule(part) for part in one.PARTS] == ["holds", "fails"],
             replay_loses_less("far"),
         ),
     ),
@@ -1046,8 +1047,8 @@ ENTRIES = [
     ),
     ("above # million weights", lambda: [adapted()]),
     (
-        "the merge ran at # million, and once at # million, at a rate that was"
-        " not its own: below every plain run, and above replay.",
+        "the merge of a stream ran at # million, and once at # million, at a"
+        " rate that was not its own: below every plain run, and above replay.",
         lambda: (NANO, SMALL, *larger()),
     ),
     (

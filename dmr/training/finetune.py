@@ -279,6 +279,17 @@ def _rates(
     given: Any = list(asked) if several else [asked]  # type: ignore[arg-type]
     return [_typed("rates", rate, "float") for rate in dict.fromkeys(given)]
 
+
+def _check_settings(method: str, asked: Mapping[str, Any]) -> None:
+    "ValueError for a setting that has no meaning with the method."
+    for part, names in SETTINGS.items():
+        for name in names:
+            if part not in method and asked.get(name) is not None:
+                raise ValueError(
+                    f"{name}={asked[name]!r} is of a {part}, and"
+                    f" method={method!r} has none; leave {name} out"
+                )
+
 # %% ../../nbs/training/10_finetune.ipynb #9e2aa202
 def make_request(
     model: str | os.PathLike[str],
@@ -423,17 +434,6 @@ def _go_on(
         options = parts.get(part, {}).get("options", {})
         found |= {name: options[option]} if option in options else {}
     return found
-
-
-def _check_settings(method: str, asked: Mapping[str, Any]) -> None:
-    "ValueError for a setting that has no meaning with the method."
-    for part, names in SETTINGS.items():
-        for name in names:
-            if part not in method and asked.get(name) is not None:
-                raise ValueError(
-                    f"{name}={asked[name]!r} is of a {part}, and"
-                    f" method={method!r} has none; leave {name} out"
-                )
 
 
 def _saved_past(

@@ -384,7 +384,7 @@ def _failed(table: Table, part: str, *arms: str) -> str:
 
 # %% ../../nbs/making/10b_pretrained.ipynb #7cdb5d59
 class Beside(NamedTuple):
-    "Ours at one weight of its merge, beside a rival at equal learning, in nats."
+    "Ours at one weight of its merge, beside a rival at equal learning (nats)."
 
     learned: float
     lost: float

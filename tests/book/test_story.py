@@ -134,6 +134,7 @@ TITLED = {
     "draw_growth",
     "draw_plane",
     "draw_parts_apart",
+    "draw_pretrained",
     "draw_routings",
     "draw_scores",
     "draw_settings",
@@ -184,7 +185,7 @@ def test_a_drawn_title_states_a_finding_in_two_lines():
     "On committed tables: many seeds, few seeds, adapters."
     from dmr.book.diagrams import draw_switches, draw_valleys
     from dmr.studies.study import find_project
-    from dmr.verdict import drawings, planes
+    from dmr.verdict import drawings, planes, pretrained
     from dmr.verdict.tables import read_table
 
     pytest.importorskip("matplotlib")
@@ -200,6 +201,8 @@ def test_a_drawn_title_states_a_finding_in_two_lines():
     for method in ("projection", "ewc"):
         figure = planes.draw_routings(families, [method])[0]
         drawn[f"routings of {method}"] = figure
+    both = (read_table(f"{x}pretrained", project) for x in ("", "tuning_"))
+    drawn["pretrained"] = pretrained.draw_pretrained(*both)[0]
     for name, figure in drawn.items():
         title = title_of(figure)
         assert len(title.split()) >= 5 and title.count("\n") <= 1, (name, title)
