@@ -190,13 +190,12 @@ def test_failed_diverged_and_missing_runs(fate):
         assert words["near", MINE, 1] == words["near", MINE, 2] == "fails"
 
 
-def shares(name):
+def shares(name, knobs=None):
     "Least and largest, as a text would say them."
     again, method = second.Table(FILE, second.SEEDS), METHODS[name]
+    knobs = knobs or SETTINGS[method].knobs
     found = [
-        second.first(
-            again, part, method, second.Setting(SETTINGS[method].knobs, at)
-        )
+        second.first(again, part, method, second.Setting(knobs, at))
         for part in PARTS
         for at in second.WEIGHTS
     ]
@@ -213,6 +212,7 @@ def test_the_guide_says_what_the_table_says():
     said = text("guides/00_one_model.ipynb")
     assert f"projection with a merge lost {shares(MINE)} of what the" in said
     assert f"The merge alone lost {shares(OURS[2])} of what the best" in said
+    assert f"and {shares(OURS[2], (1e-3,))} at 1e-3" in said
 
 
 def test_the_page_says_what_the_table_says():
@@ -241,6 +241,7 @@ def test_the_page_says_what_the_table_says():
     ]
     assert f"{ends[0][1]:.3f} against {ends[1][1]:.3f}. So" in said
     assert f"The merge alone lost {shares(OURS[2])} of what the best" in said
+    assert f"it lost {shares(OURS[2], (1e-3,))}." in said
     assert "moonshot fails" in said
     assert second.moonshot(again, SETTINGS)[0] == "fails"
     assert not STUDY.lost and "No run failed." in said

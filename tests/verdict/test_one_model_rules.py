@@ -426,9 +426,10 @@ def test_the_page_reads_what_is_there(good, runs, monkeypatch):
     assert "holds: -" in shown[2]
     assert any(x.startswith("**far**") for x in shown)
     assert shown.count(FIGURE) == 1
-    # every weight, for three methods in two parts, of the study and of tuning
+    # every weight, in two parts, of the study and of tuning: two methods, and
+    # the merge alone at two rates
     heads = ("**pretrained, ", "**tuning_pretrained, ")
-    assert sum(x.startswith(heads) for x in shown) == 12
+    assert sum(x.startswith(heads) for x in shown) == 16
     # the second rule and what both say; and what is lacking is printed
     assert "self-written replay lose, each**" in shown[3]
     assert shown[4].startswith("the moonshot: fails")
