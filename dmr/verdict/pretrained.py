@@ -602,7 +602,7 @@ def draw_pretrained(
     """
     from matplotlib.figure import Figure
 
-    fig, told = Figure(figsize=(5.4, 8.2), layout="constrained"), []
+    fig, told = Figure(figsize=(4.4, 7.6), layout="constrained"), []
     for ax, part in zip(fig.subplots(len(PARTS)), PARTS):
         found = methods(table, part)
         picked = chosen(tuning, OURS[0], found.get(OURS[0], {}))
@@ -631,7 +631,10 @@ def draw_pretrained(
     key: dict[str, Any] = {}
     for ax in fig.axes:
         key |= zip(*ax.get_legend_handles_labels()[::-1])
-    fig.legend(key.values(), key, loc="outside lower left", ncols=2, fontsize=9)
+    fig.legend(
+        key.values(), key, loc="outside lower left", ncols=2, fontsize=8,
+        columnspacing=1,
+    )  # fmt: skip
     n = max(w.n for w in weights.values())
     return fig, (
         f"Lost against learned, means over {n} seeds, of a projection with a"
