@@ -35,7 +35,8 @@ def parse_value(
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        # a key that is a list, or brackets without end, is text as well
+        except (ValueError, SyntaxError, TypeError, RecursionError):
             continue
     return text
 
@@ -571,7 +572,6 @@ def _train_and_tell(args: argparse.Namespace) -> int:
     given, more = _asked(args), _given(args)
     named = [name for name in more if hasattr(args, name)]
     given |= {name: more.pop(name) for name in named}
-    folder = str(given["output"])
     try:
         done = getattr(finetune, args.command)(**given, **more)
     except KeyboardInterrupt:
@@ -580,7 +580,7 @@ def _train_and_tell(args: argparse.Namespace) -> int:
     if args.command == "compare":
         reference_run(done)  # or say why there is none
     print(done.summary(), flush=True)
-    page = write_page(args.command, given | {"asked": more}, folder)
+    page = write_page(args.command, given | {"asked": more}, done.folder)
     print(f"open {page.resolve().as_uri()}")
     return 0
 

@@ -138,6 +138,7 @@ def test_verdicts_need_a_checkout(capsys, tmp_path, monkeypatch, what):
         ('["a"]', ["a"]),
         ("-0.5", -0.5),
         ("0.5 %", "0.5 %"),
+        ("{[1]: 2}", "{[1]: 2}"),
     ],
 )
 def test_values(text, value):

@@ -32,7 +32,7 @@ def _contents(
 class _Saving(DomainCallback, Callback):
     "What is in Lightning's checkpoints, and what of an earlier process."
 
-    ended = 0  # global step of the last boundary
+    ended = 0  # global step of the last boundary, or where this fit began
     _read: dict | None = None  # from a checkpoint, until there is an optimizer
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,6 +68,8 @@ class _Beginning(_Saving):
             )
         router = self.attach(pl_module, trainer.optimizers[0])
         if trainer.ckpt_path is None:
+            # of this fit, which may count its steps from 0 again
+            self.ended = trainer.global_step
             self.begin(pl_module)
             return
         if self._read is None:

@@ -103,18 +103,18 @@ def route_lora(
 
 # %% ../../nbs/frameworks/01_lora.ipynb #ccbf06cb
 def _fresh_A(
-    A: Tensor,  # (r, fan_in), the old one
+    A: Tensor,  # (r, fan_in) or a convolution's (r, in, *kernel), the old one
     U: Tensor | None,  # (fan_in, k), the protected inputs
     generator: torch.Generator | None,
-) -> Tensor:  # (r, fan_in), float32
+) -> Tensor:  # shaped as A, float32
     "A new A, drawn as peft draws it, that is zero on the protected inputs."
-    bound = A.shape[1] ** -0.5
-    drawn = torch.empty(A.shape, dtype=torch.float32)
+    bound = A[0].numel() ** -0.5
+    drawn = torch.empty(A.flatten(1).shape, dtype=torch.float32)
     drawn.uniform_(-bound, bound, generator=generator)
     if U is not None:
         U = U.to("cpu", torch.float32)
         drawn -= (drawn @ U) @ U.mT
-    return drawn
+    return drawn.view(A.shape)
 
 # %% ../../nbs/frameworks/01_lora.ipynb #866dab76
 def _bases(router: MomentRouter | None) -> dict[str, Tensor]:
@@ -122,12 +122,21 @@ def _bases(router: MomentRouter | None) -> dict[str, Tensor]:
     return getattr(router and router.modification, "bases", {})
 
 
-def _check_mergeable(name: str, base: Any) -> None:
-    "ValueError where the weight of this layer is quantized."
-    weight = base.weight
-    if (
-        not weight.is_floating_point()
-        or weight.numel() != base.in_features * base.out_features
+def _check_mergeable(
+    name: str,
+    layer: Any,  # of peft, around a layer of any shape and orientation
+) -> None:
+    "ValueError where its weight is quantized, or the adapter is a DoRA."
+    if len(getattr(layer, "lora_magnitude_vector", ())):
+        raise ValueError(
+            f"the adapter of {name!r} has magnitudes of its own, which a merge"
+            " of its product would leave out; make it with use_dora=False, or"
+            " keep it across domains"
+        )
+    weight = layer.base_layer.weight
+    if not weight.is_floating_point() or any(
+        layer.get_delta_weight(adapter).shape != weight.shape
+        for adapter in layer.lora_A
     ):
         raise ValueError(
             f"the weight of {name!r} is quantized ({weight.dtype}), and"
@@ -148,13 +157,13 @@ def restart_lora(
     the protected inputs. Call it after `consolidate()`.
 
     Raises ValueError for a quantized base, whose weights cannot take up a
-    merge: leave its adapter as it is.
+    merge, and for a DoRA: leave its adapter as it is.
     """
     layers: dict[str, Any] = lora_layers(model)
     bases = _bases(router)
     names = {id(p): n for n, p in model.named_parameters()}
     for name, layer in layers.items():
-        _check_mergeable(name, layer.base_layer)
+        _check_mergeable(name, layer)
     for layer in layers.values():
         weight = layer.base_layer.weight
         for adapter in layer.lora_A:

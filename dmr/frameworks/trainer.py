@@ -5,6 +5,7 @@
 # %% ../../nbs/guides/04_trainer.ipynb #8d844529
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dmr.frameworks.callbacks import (
     folder_hashes,
 )
 from ..routing.kept import read_kept
+from ..routing.router import MomentRouter
 
 # %% auto #0
 __all__ = ['SEAL', 'RouterCallback', 'Routed', 'RoutedTrainer']
@@ -53,28 +55,56 @@ def _check_whole(folder: Path) -> None:
             " there"
         )
 
+# %% ../../nbs/guides/04_trainer.ipynb #7c1e9a42
+def _resumed(
+    args: Any,
+    state: Any,
+    told: Any,  # what `train` was told to resume from; None: not known
+) -> list[Path]:  # in the order in which they count
+    "Where the router's file of the checkpoint that is resumed may be."
+    if isinstance(told, (str, os.PathLike)):
+        return [Path(told)]
+    given, own = args.resume_from_checkpoint, _folder(args, state)
+    if told is None and isinstance(given, (str, os.PathLike)):
+        return [Path(given), own]
+    return [own]
 
-def _saved_router(args: Any, state: Any) -> dict:
-    "The router's file in the checkpoint that is resumed, if all is whole."
-    folders, given = [_folder(args, state)], args.resume_from_checkpoint
-    if isinstance(given, str):
-        folders.insert(0, Path(given))
-    for folder in folders:
-        if (folder / ROUTER_FILE).is_file():
-            _check_whole(folder)
-            return read_kept(folder / ROUTER_FILE)
-    raise FileNotFoundError(
-        f"no {ROUTER_FILE} in {folders[-1]}: the checkpoint was"
-        " written without this callback, so what was protected is"
-        " not known; resume where it was saved, set"
-        " args.resume_from_checkpoint, or begin anew"
-    )
+
+_ELSEWHERE = (
+    "if a plain Trainer resumes from another folder, set"
+    " args.resume_from_checkpoint to it, or use RoutedTrainer"
+)
+
+
+def _take_up(
+    router: MomentRouter,
+    folders: list[Path],  # as `_resumed` gives them
+) -> None:
+    """Take over the router's file of the checkpoint that is resumed.
+    FileNotFoundError without one, ValueError unless all is whole and fits.
+    """
+    found = (x for x in folders if (x / ROUTER_FILE).is_file())
+    if (folder := next(found, None)) is None:
+        raise FileNotFoundError(
+            f"no {ROUTER_FILE} in {' or '.join(map(str, folders))}: the"
+            " checkpoint was written without this callback, so what was"
+            " protected is not known; resume where it was saved, or begin"
+            f" anew; {_ELSEWHERE}"
+        )
+    _check_whole(folder)
+    contents = read_kept(folder / ROUTER_FILE)
+    try:
+        router.take_up(contents)
+    except ValueError as error:
+        said = f"{folder / ROUTER_FILE}: {error}; {_ELSEWHERE}"
+        raise ValueError(said) from error
 
 # %% ../../nbs/guides/04_trainer.ipynb #4f61717d
 class _Hooks(DomainCallback, TrainerCallback):
     "What happens at the Trainer's events before and during training."
 
     observes = False  # does the Trainer show its batches?
+    told: Any = None  # what it was told to resume from; None: not known
 
     def on_train_begin(
         self,
@@ -89,7 +119,7 @@ class _Hooks(DomainCallback, TrainerCallback):
             self.check_shown("use RoutedTrainer(..., router=callback)")
         router = self.attach(model, optimizer)
         if state.global_step:  # resumed
-            router.take_up(_saved_router(args, state))
+            _take_up(router, _resumed(args, state, self.told))
         else:
             self.begin(model)
 
@@ -116,11 +146,14 @@ class RouterCallback(_Hooks):
     the Trainer's own checkpoints and comes back with
     `resume_from_checkpoint`; at the end of training it is written into the
     output folder, and a later process finds it beside the model that was
-    saved there. A plain Trainer shows the numbers in its `log_history` alone,
-    to no logger, and its `save_model` writes no router's file; RoutedTrainer
-    does both, or call `save(folder)`. Raises FileNotFoundError where a
-    checkpoint lacks it, ValueError where one of its files is not what was
-    written, and for methods that keep examples in a Trainer that shows none.
+    saved there. RoutedTrainer says where training resumes from; a plain
+    Trainer does not, so set `args.resume_from_checkpoint` as well where that
+    is another run's folder. A plain Trainer shows the numbers in its
+    `log_history` alone, to no logger, and its `save_model` writes no router's
+    file; RoutedTrainer does both, or call `save(folder)`. Raises
+    FileNotFoundError where a checkpoint lacks it, ValueError where one of its
+    files is not what was written or it belongs to other weights, and for
+    methods that keep examples in a Trainer that shows none.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -143,7 +176,9 @@ class RouterCallback(_Hooks):
 
 # %% ../../nbs/guides/04_trainer.ipynb #92c6c0ae
 class _Meeting:
-    "Meets the optimizer where it is made, and offers every batch."
+    """Meets the optimizer where it is made, offers every batch, and says where
+    training resumes from.
+    """
 
     def __init__(
         self,
@@ -155,6 +190,16 @@ class _Meeting:
         self.add_callback(router)  # type: ignore[attr-defined]
         self.routed: Any = router
         router.observes = True
+
+    def train(
+        self, resume_from_checkpoint: Any = None, *args: Any, **options: Any
+    ) -> Any:
+        self.routed.told = resume_from_checkpoint
+        train = super().train  # type: ignore[misc]
+        try:
+            return train(resume_from_checkpoint, *args, **options)
+        finally:
+            self.routed.told = None  # the next Trainer may be a plain one
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         made = super().create_optimizer(*args, **options)  # type: ignore

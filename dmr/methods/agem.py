@@ -41,6 +41,7 @@ class AGEM(ReplayMix):
 
     acts_on_steps = True
     usual_strength = 1.0  # all of the conflict
+    couples = True  # <g, g_r> is over all parameters
     _remove: Tensor | None = None  # the coefficient, within a step
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -50,7 +51,7 @@ class AGEM(ReplayMix):
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
         pairs = [(x, self._replayed(n, x)) for n, x in vectors.items()]
-        self._remove = conflict(pairs)
+        self._remove = conflict(pairs) if pairs else None
         return squared_cosine(pairs) if overlap else None
 
     def edit(self, name: str, x: Tensor) -> Dense | None:

@@ -18,13 +18,13 @@ from dmr.routing.consolidation import (
     check_weight,
     check_weights,
     is_constant,
+    placed,
 )
 from ..routing.modification import accumulator, user_level
 from ..routing.moments import Moments
 from dmr.routing.sharding import (
     is_finite,
     local,
-    placed_like,
     shard_groups,
     sum_over,
 )
@@ -77,9 +77,9 @@ def per_sample(
 # %% ../../nbs/methods/11_consolidation.ipynb #495aa836
 def running_share(
     v_end: Tensor,  # second moment now, without bias correction
-    v_start: Tensor | None,  # at the last boundary; None: state was new
+    v_start: Tensor | None,  # when the domain began; None: state was new
     beta2: float,  # in (0, 1)
-    steps: int,  # since then, >= 1
+    steps: int,  # that the optimizer took since then, >= 1
 ) -> Tensor:  # >= 0
     "The exponentially weighted mean of g² over the running domain alone."
     left = beta2**steps  # of what v held at the boundary
@@ -217,12 +217,6 @@ def _whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: full(x).clone() for name, x in named.items()}
 
 
-def _placed(named: Mapping[str, Tensor], trained: Trained) -> dict[str, Tensor]:
-    "Copies, each where its parameter is, and split as that is."
-    p = trained.parameters()
-    return {name: placed_like(x, p[name]) for name, x in named.items()}
-
-
 def _zeros(p: Tensor) -> Tensor:
     "Zeros of a parameter's shape, split as it is, in float32 at least."
     return torch.zeros_like(p.detach(), dtype=accumulator(p.dtype))
@@ -271,7 +265,7 @@ class MeanSquare(_Squares):
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
-        self.sums = _placed(state["sums"], self.trained)
+        self.sums = placed(state["sums"], self.trained)
 
 # %% ../../nbs/methods/11_consolidation.ipynb #b3c65fda
 class _RowsAndColumns(MeanSquare):
@@ -364,32 +358,73 @@ def _check_memory(beta2: float, steps: int) -> None:
             stacklevel=user_level(),
         )
 
+# %% ../../nbs/methods/11_consolidation.ipynb #5d0c7ab2
+def _steps_taken(trained: Trained) -> dict[str, int]:
+    "How often each weight was stepped, by name, where its optimizer counts."
+    out = {}
+    for name, p in trained.parameters().items():
+        for state in (x.state.get(p, {}) for x in trained.optimizers):
+            if "step" in state:  # a number, or a tensor on any device
+                out[name] = int(state["step"])
+    return out
+
 # %% ../../nbs/methods/11_consolidation.ipynb #3a944ea6
-class _SecondMoment(MeanSquare):
-    "The running domain's share of the optimizer's own second moment."
+class _Begun(MeanSquare):
+    "The second moment as it was before the running domain's first step."
 
     def __init__(self, trained: Trained):
         check_moment(trained)
-        super().__init__(trained)  # `sums` holds v at the last boundary
+        super().__init__(trained)  # `sums` holds v of then
+        self.begun: dict[str, int] = {}  # the optimizer's counters of then
+
+    def learn(self, grads: Mapping[str, Tensor]) -> None:
+        if not self.count:
+            now = second_moments(self.trained)
+            self.sums = {name: v.clone() for name, (v, _) in now.items()}
+            self.begun = _steps_taken(self.trained)
+        super().learn(grads)
 
     def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         "The optimizer does it."
 
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"begun": dict(self.begun)}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.begun = dict(state.get("begun", {}))
+
+# %% ../../nbs/methods/11_consolidation.ipynb #6f2e90d4
+class _SecondMoment(_Begun):
+    "The running domain's share of the optimizer's own second moment."
+
+    def _since(
+        self,
+        name: str,
+        end: int | None,  # steps taken of it; None: the optimizer counts none
+    ) -> tuple[Tensor | None, int]:
+        "v when the domain began, and how often it was stepped since."
+        start = self.sums.get(name)
+        start = None if start is None else local(start)
+        if end is None:
+            return start, self.count
+        # an older state has no counters
+        begun = self.begun.get(name, 0 if start is None else end - self.count)
+        return (None, end) if end < begun else (start, end - begun)
+
     def fisher(self) -> dict[str, Tensor]:
-        out = {}
+        if not self.count:
+            return {}
+        out, now = {}, _steps_taken(self.trained)
         for name, (v, beta2) in second_moments(self.trained).items():
-            start = self.sums.get(name)
-            start = None if start is None else local(start)
-            out[name] = running_share(local(v), start, beta2, self.count)
+            start, steps = self._since(name, now.get(name))
+            if steps:
+                out[name] = running_share(local(v), start, beta2, steps)
         return out
 
     def caution(self) -> None:
         for _, beta2 in [*second_moments(self.trained).values()][-1:]:
             _check_memory(beta2, self.count)
-
-    def clear(self) -> None:
-        now, self.count = second_moments(self.trained), 0
-        self.sums = {name: v.clone() for name, (v, _) in now.items()}
 
 # %% ../../nbs/methods/11_consolidation.ipynb #8719d55c
 #: What a domain's curvature is taken from.
@@ -500,13 +535,16 @@ class _Past(_Settings):
     "What is kept of the past: its weights and its curvature."
 
     recorder: MeanSquare
+    tables: tuple[str, ...] = ("before", "past")
+
+    def _stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        to = lambda x: x if self.storage is None else x.to(self.storage)
+        return {name: to(x) for name, x in named.items()}
 
     @torch.no_grad()
     def anchor(self) -> None:
         super().anchor()
-        if self.storage is not None:
-            kept = self.before.items()
-            self.before = {name: x.to(self.storage) for name, x in kept}
+        self.before = self._stored(self.before)
 
     def state_dict(self) -> dict:
         past, recorder = _whole(self.past), self.recorder.state_dict()
@@ -514,7 +552,8 @@ class _Past(_Settings):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.past = _placed(state["past"], self.trained)
+        self.before = self._stored(self.before)
+        self.past = self._stored(placed(state["past"], self.trained))
         self.recorder.load_state_dict(state["recorder"])
 
     def memory(self) -> int:

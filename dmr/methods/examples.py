@@ -236,12 +236,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def gradients_of(
     value: Tensor,  # 0-dim, with a graph
     params: Mapping[str, Tensor],  # by name
-) -> dict[str, Tensor | None]:  # by name; None where it does not reach
+) -> dict[str, Tensor | None]:  # by name; None: frozen, or not reached
     "∂ value / ∂ parameter, without touching p.grad."
-    every = list(params.values())
-    return dict(
-        zip(params, torch.autograd.grad(value, every, allow_unused=True))
-    )
+    found: dict[str, Tensor | None] = dict.fromkeys(params)
+    trained = {n: p for n, p in params.items() if p.requires_grad}
+    if trained:
+        every = list(trained.values())
+        grads = torch.autograd.grad(value, every, allow_unused=True)
+        found |= zip(trained, grads)
+    return found
 
 # %% ../../nbs/methods/00_examples.ipynb #3fe6ef47
 def scalar_of(

@@ -89,43 +89,92 @@ def _check_budget(
             " a larger budget, or take a method that works layer by layer"
         )
 
-# %% ../../nbs/methods/06_ogd.ipynb #fdc4f7fe
-class _Vectors(Modification):
-    "Keeps orthonormal vectors over all trained parameters."
+# %% ../../nbs/methods/06_ogd.ipynb #0c1d7a52
+class _Covering(Modification):
+    "Vectors over all parameters that are trained, or were."
 
     V: Tensor  # (k, P), orthonormal rows
+    _params: dict[str, nn.Parameter]  # in the order of the columns
+    _places: dict[str, slice]  # the columns of each
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        "The parameters that have columns, then those trained since."
+        known, named = self._params, self.model.named_parameters()
+        late = {n: p for n, p in named if p.requires_grad and n not in known}
+        return known | late
+
+    def _cover(self, params: dict[str, nn.Parameter]) -> None:
+        "Widen the vectors, by zeros, to these parameters."
+        self._params, self._places = params, _places_of(params)
+        more = sum(p.numel() for p in params.values()) - self.V.shape[1]
+        if more:
+            zeros = self.V.new_zeros(len(self.V), more)
+            self.V = torch.cat([self.V, zeros], 1)
+
+# %% ../../nbs/methods/06_ogd.ipynb #fdc4f7fe
+class _Vectors(_Covering):
+    "Keeps orthonormal vectors over all trained parameters."
+
+    vectors: int  # stored for each domain
+    planned: int  # domains
+    budget: float  # bytes
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
         named = model.named_parameters()
-        self._params = {n: p for n, p in named if p.requires_grad}
-        if not self._params:
+        params = {n: p for n, p in named if p.requires_grad}
+        if not params:
             raise ValueError(
                 "the model has no parameter that requires a gradient, so OGD"
                 " has nothing to protect"
             )
-        self._places = _places_of(self._params)
-        first = next(iter(self._params.values()))
+        first = next(iter(params.values()))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        P = sum(p.numel() for p in self._params.values())
-        self.V = torch.zeros(0, P, dtype=dtype, device=first.device)
+        P = sum(p.numel() for p in params.values())
+        V = torch.zeros(0, P, dtype=dtype, device=first.device)
+        _check_budget(self.vectors * self.planned, V, self.budget)
+        self.V = V
+        self._cover(params)
+
+    def carried(self, model: nn.Module) -> dict | None:
+        if not len(getattr(self, "V", ())):
+            return None
+        if self.model is model:
+            return self.state_dict()
+        raise ValueError(
+            f"this {type(self).__name__} keeps vectors of another model; make a"
+            " new one for this model. To move what it knows, pass"
+            " router.state_dict() to the new router's load_state_dict"
+        )
 
     def share(self) -> None:
         self.V = same_everywhere({"V": self.V}, self.group)["V"]
 
-    def state_dict(self) -> dict:
-        return {"V": self.V.clone()}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["V"].shape[1] != self.V.shape[1]:
-            raise ValueError(
-                f"the state's vectors have {state['V'].shape[1]:,} numbers,"
-                f" this model {self.V.shape[1]:,} parameters"
-            )
-        self.V = state["V"].to(self.V, copy=True)
-
     def memory(self) -> int:
         return self.V.nbytes
+
+# %% ../../nbs/methods/06_ogd.ipynb #d41f6e03
+class _Written(_Vectors):
+    "The state of the vectors."
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: p.numel() for name, p in self._params.items()}
+
+    def state_dict(self) -> dict:
+        return {"V": self.V.clone(), "sizes": self._sizes()}
+
+    def load_state_dict(self, state: dict) -> None:
+        sizes, V = state.get("sizes", self._sizes()), state["V"]
+        here = dict(self.model.named_parameters())
+        fits = lambda name: name in here and here[name].numel() == sizes[name]
+        if V.shape[1] != sum(sizes.values()) or not all(map(fits, sizes)):
+            raise ValueError(
+                f"the state's vectors have {V.shape[1]:,} numbers, which do not"
+                f" fit the {sum(self._sizes().values()):,} parameters of this"
+                " model; load it into the model that it was saved from"
+            )
+        self._params, self.V = {n: here[n] for n in sizes}, V.to(self.V).clone()
+        self._cover(self._trained())
 
 # %% ../../nbs/methods/06_ogd.ipynb #4063a5cb
 def _components(
@@ -142,10 +191,11 @@ def _components(
     return torch.stack(parts).sum(0) if parts else V.new_zeros(len(V))
 
 # %% ../../nbs/methods/06_ogd.ipynb #ec009742
-class _TakesOutSpan(_Vectors):
+class _TakesOutSpan(_Written):
     "In a step: g̃ = g - Vᵀ V g."
 
     reads_grads = False  # `end` only forgets
+    couples = True  # V g is over all parameters
 
     _along: Tensor | None = None  # (k,), V g within a step
 
@@ -156,7 +206,7 @@ class _TakesOutSpan(_Vectors):
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
         self._along = _components(self.V, vectors, self._places)
-        if not overlap:
+        if not overlap or not vectors:
             return None
         squares = [x.to(self.V).square().sum() for x in vectors.values()]
         whole = torch.stack(squares).sum()
@@ -200,16 +250,15 @@ class OGD(Sampled, _TakesOutSpan):
         stored = f", stored={len(self.V)}" if hasattr(self, "V") else ""
         return f"OGD(vectors={self.vectors}{stored})"
 
-    def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
-        super().attach(model, targets)
-        _check_budget(self.vectors * self.planned, self.V, self.budget)
-
     def consolidate(self) -> dict:
         examples, before = list(self.sample.batches(1)), len(self.V)
-        _check_budget(before + len(examples), self.V, self.budget)
-        rows = self.V.new_zeros(len(examples), self.V.shape[1])
+        params = self._trained()
+        none = self.V.new_zeros(0, sum(p.numel() for p in params.values()))
+        _check_budget(before + len(examples), none, self.budget)
+        rows = none.new_zeros(len(examples), none.shape[1])
         with torch.enable_grad(), evaluating(self.model):
-            logit_gradients(self.logit_fn, examples, self._params, rows)
+            logit_gradients(self.logit_fn, examples, params, rows)
+        self._cover(params)
         self.V = orthonormal_rows(self.V, rows)
         self.sample.clear()
         added, stored = len(self.V) - before, len(self.V)

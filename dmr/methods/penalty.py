@@ -5,7 +5,7 @@
 # %% ../../nbs/methods/08_penalty.ipynb #d4ca2a23
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,8 +91,7 @@ class _ByParameter(Modification):
 
     def attach(self, model: nn.Module, targets: dict[str, Target]) -> None:
         super().attach(model, targets)
-        named = model.named_parameters()
-        self._params = {n: p for n, p in named if p.requires_grad}
+        self._params = dict(model.named_parameters())
 
     def refresh(self) -> None:
         "Make again what follows from what is kept."
@@ -194,7 +193,7 @@ class Penalty(_Forms):
 
 # %% ../../nbs/methods/08_penalty.ipynb #13f7fcd5
 def fisher_diagonal(
-    params: Mapping[str, Tensor],  # by name, requiring gradients
+    params: Mapping[str, Tensor],  # by name; zeros for one that is frozen
     # a batch of ONE example -> its negative log-likelihood
     loss_fn: Callable[[Any], Tensor],
     examples: list,  # batches of one example each
@@ -246,18 +245,34 @@ class _Measuring(Sampled, Penalty):
         if not self.uniform:
             super().observe(batch, total)
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        "Those that are trained now, or matter already."
+        kept, named = self.importance, self._params.items()
+        return {n: p for n, p in named if p.requires_grad or n in kept}
+
     def _fisher(self, examples: list) -> dict[str, Tensor]:
+        params = self._trained()
         if self.uniform:
             ones = lambda p: torch.ones_like(p, dtype=accumulator(p.dtype))
-            return {name: ones(p.detach()) for name, p in self._params.items()}
+            return {name: ones(p.detach()) for name, p in params.items()}
         with torch.enable_grad(), evaluating(self.model):
-            fisher = fisher_diagonal(self._params, self.fisher_fn, examples)
+            fisher = fisher_diagonal(params, self.fisher_fn, examples)
         if not all(bool(F.isfinite().all()) for F in fisher.values()):
             raise ValueError(
                 "the Fisher information is not finite; nothing was changed."
                 " Check the model's weights and loss_fn"
             )
         return fisher
+
+# %% ../../nbs/methods/08_penalty.ipynb #3f6a90de
+def _moved_to(
+    params: Mapping[str, Tensor],  # by name
+    anchors: Mapping[str, Tensor],  # θ*, of some of them
+) -> dict[str, Tensor]:
+    "The same anchors where the parameters are now."
+    here = {n: p.detach() for n, p in params.items() if n in anchors}
+    now = {n: p.to(anchors[n], copy=True) for n, p in here.items()}
+    return {**anchors, **now}
 
 # %% ../../nbs/methods/08_penalty.ipynb #60aa1b6b
 class _Fisher(_Measuring):
@@ -282,6 +297,10 @@ class _Fisher(_Measuring):
         self.sample.clear()
         self.refresh()
         return _penalty_report(self) | {"examples": len(examples)}
+
+    def after_merge(self) -> None:
+        if self.online:
+            self.anchors = _moved_to(self._params, self.anchors)
 
 # %% ../../nbs/methods/08_penalty.ipynb #14fca053
 class EWC(_Fisher):
@@ -343,26 +362,50 @@ def _wide(p: Tensor) -> Tensor:
     dtype = torch.promote_types(p.dtype, torch.float32)
     return p.detach().to(dtype, copy=True)
 
-# %% ../../nbs/methods/08_penalty.ipynb #4af8618e
-class _FollowsPath(Penalty):
-    "In a step: ω ← ω - g Δθ."
+# %% ../../nbs/methods/08_penalty.ipynb #c2e85d60
+#: Why SI cannot be told of a past.
+_NO_PATH = (
+    "SI follows the path of training, so it learns nothing from weights or from"
+    " examples that are shown; train on those with this router and call"
+    " consolidate(), or take EWC, which protect(batches, loss_fn) can teach"
+)
+
+# %% ../../nbs/methods/08_penalty.ipynb #7d90b1fa
+class _Path(Penalty):
+    "The path of a domain, from where it begins."
 
     kept = (*Penalty.kept, "path", "start")
     path: dict[str, Tensor]  # ω of the running domain
     start: dict[str, Tensor]  # θ at the domain's first step
+
+    def _set_out(self, names: Iterable[str]) -> None:
+        "The paths of these parameters begin here."
+        for name in names:
+            self.start[name] = _wide(self._params[name])
+            self.path[name] = torch.zeros_like(self.start[name])
+
+    def read_weights(self, rank: int | None = None) -> dict:
+        raise TypeError(_NO_PATH)
+
+# %% ../../nbs/methods/08_penalty.ipynb #4af8618e
+class _FollowsPath(_Path):
+    "In a step: ω ← ω - g Δθ."
+
     _before: dict[str, Tensor] = {}  # θ before the step
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
+        if self.shown:
+            raise TypeError(_NO_PATH)
         self._before = {}
         self.learn_more(grads)
 
     def learn_more(self, grads: Mapping[str, Tensor]) -> None:
         params = self._params
         if not self.start:
-            self.start = {name: _wide(p) for name, p in params.items()}
-            zeros = {n: torch.zeros_like(x) for n, x in self.start.items()}
-            self.path = zeros
-        self._before |= {n: _wide(params[n]) for n in grads if n in params}
+            self._set_out(n for n, p in params.items() if p.requires_grad)
+        here = [name for name in grads if name in params]
+        self._set_out(name for name in here if name not in self.start)
+        self._before |= {name: _wide(params[name]) for name in here}
 
     def end(self, grads: Mapping[str, Tensor] | None = None) -> None:
         before, self._before = self._before, {}
@@ -400,6 +443,9 @@ class _WeighsPath(_FollowsPath):
         self.start, self.path = {}, {}
         self.refresh()
         return _penalty_report(self) | {"path_integral": fall}
+
+    def after_merge(self) -> None:
+        self.anchors = _moved_to(self._params, self.anchors)
 
 # %% ../../nbs/methods/08_penalty.ipynb #d68bc1d6
 class SI(_WeighsPath):

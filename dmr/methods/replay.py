@@ -19,8 +19,15 @@ from dmr.methods.examples import (
     gradients_of,
     scalar_of,
 )
-from ..routing.modification import Dense, Modification, Target, squared_cosine
+from dmr.routing.modification import (
+    Dense,
+    Modification,
+    Target,
+    accumulator,
+    squared_cosine,
+)
 from ..routing.sharding import sum_over
+from ..routing.step import on_one_device
 from ..routing.strength import check_fraction
 
 # %% auto #0
@@ -203,8 +210,8 @@ def _check_gradients(
     made = {name: g for name, g in grads.items() if g is not None}
     if not made:
         return
-    norms = torch.stack(torch._foreach_norm(list(made.values())))
-    if bool(norms.sum().isfinite()):
+    norms = on_one_device(torch._foreach_norm(list(made.values())))
+    if bool(torch.stack(norms).sum().isfinite()):
         return
     for name, g in made.items():
         if not bool(g.isfinite().all()):
@@ -214,6 +221,20 @@ def _check_gradients(
                 " observed"
             )
 
+# %% ../../nbs/methods/09_replay.ipynb #e4309781
+def _clipped(
+    grads: Mapping[str, Tensor | None],  # by parameter name
+    max_norm: float | None,  # of all of them together; None: as they are
+) -> Mapping[str, Tensor | None]:  # new tensors where it clips
+    "The same at most so long, by the rule of torch's clip_grad_norm_."
+    made = {name: g for name, g in grads.items() if g is not None}
+    if max_norm is None or not made:
+        return grads
+    size = lambda g: torch.linalg.vector_norm(g, dtype=accumulator(g.dtype))
+    norms = on_one_device(size(g) for g in made.values())
+    share = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
+    return {**grads, **{n: g * share.to(g.device) for n, g in made.items()}}
+
 # %% ../../nbs/methods/09_replay.ipynb #b6113e3e
 class _ReplayedGradient(_Replays):
     "In a step: the gradient on examples from the buffer."
@@ -222,6 +243,7 @@ class _ReplayedGradient(_Replays):
 
     loss_fn: Callable[[Any], Tensor]
     batch_size: int | None
+    max_norm: float | None = None  # of g_r; None: as it is
     _g: Mapping[str, Tensor | None] = {}  # g_r by name, within a step
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -232,8 +254,20 @@ class _ReplayedGradient(_Replays):
         n = self.batch_size or self.buffer.batch_size
         self._g = gradients_of(self._loss(self.buffer.sample(n)), trained)
         if self.group is not None:
-            self._g = {n: self._mean(p, self._g[n]) for n, p in trained.items()}
+            self._average(trained)
         _check_gradients(self._g)
+        self._g = _clipped(self._g, self.max_norm)
+
+    def _average(self, trained: Mapping[str, Tensor]) -> None:
+        "g_r over the processes, of what one of them at least has reached."
+        found = [float(self._g[name] is not None) for name in trained]
+        device = next(iter(self._params.values())).device
+        counts = sum_over(torch.tensor(found, device=device), [self.group])
+        pairs = zip(trained.items(), counts.tolist())
+        self._g = {
+            n: self._mean(p, self._g[n]) if count else None
+            for (n, p), count in pairs
+        }
 
     def _mean(self, p: Tensor, g: Tensor | None) -> Tensor:
         "The mean over the processes."
@@ -251,6 +285,14 @@ class _ReplayedGradient(_Replays):
 class _Mixes(_ReplayedGradient):
     "In a step: d = g - g_r."
 
+    acts_on_steps: bool
+
+    def reached(self) -> Collection[str]:
+        "Parameters to be stepped by g_r alone, where g leaves them out."
+        if self.acts_on_steps:  # then g_r only corrects g
+            return ()
+        return {name for name, g in self._g.items() if g is not None}
+
     def begin(
         self, vectors: Mapping[str, Tensor], overlap: bool
     ) -> Tensor | None:
@@ -261,6 +303,18 @@ class _Mixes(_ReplayedGradient):
 
     def edit(self, name: str, x: Tensor) -> Dense | None:
         return Dense(x - self._replayed(name, x))
+
+# %% ../../nbs/methods/09_replay.ipynb #41b590d5
+def _check_norm(max_norm: float | None) -> float | None:
+    "Return the norm, or None; ValueError for one that is not above 0."
+    if max_norm is None:
+        return None
+    if check_fraction("max_norm", max_norm, high=float("inf")) == 0:
+        raise ValueError(
+            "max_norm=0 would replay nothing; pass what the loop clips to, for"
+            " example 1.0, or None"
+        )
+    return float(max_norm)
 
 # %% ../../nbs/methods/09_replay.ipynb #ae4a11e8
 class ReplayMix(_Mixes):
@@ -289,8 +343,11 @@ class ReplayMix(_Mixes):
         # (examples, boundaries so far) -> batches that the model writes itself
         # in place of the domain's own; None: the domain's own are kept
         write: Writer | None = None,
+        # clip the replayed gradient to this norm, as the loop clips its own:
+        # its clipping does not reach it; None: leave it
+        max_norm: float | None = None,
     ):
-        self.write = write
+        self.write, self.max_norm = write, _check_norm(max_norm)
         self.buffer, self.loss_fn, self.batch_size = buffer, loss_fn, batch_size
         if fraction is None and buffer.capacity is None:
             raise ValueError(
@@ -303,4 +360,6 @@ class ReplayMix(_Mixes):
 
     def __repr__(self) -> str:
         kept = f"fraction={self.fraction}, kept={len(self.buffer)}"
+        if self.max_norm is not None:
+            kept += f", max_norm={self.max_norm:g}"
         return f"{type(self).__name__}({kept})"

@@ -32,6 +32,7 @@ from dmr.routing.consolidation import (
     Trained,
     check_weight,
     is_constant,
+    placed,
 )
 
 # %% auto #0
@@ -108,6 +109,15 @@ class _Looking(_Sampling):
     def memory(self) -> int:
         return super().memory() + (self.sample.bytes() if self.sample else 0)
 
+# %% ../../nbs/methods/13_rivals.ipynb #9a3f57d1
+@contextmanager
+def _own_stream(trained: Trained) -> Iterator[None]:
+    "Random numbers drawn inside leave the global stream as it was."
+    p = trained.parameters().values()
+    devices = {x.device for x in p if x.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        yield
+
 # %% ../../nbs/methods/13_rivals.ipynb #798c7f84
 class Seen(MeanSquare):
     """The mean square of what the second moment was fed over the running
@@ -170,6 +180,8 @@ class _Choices(_Looking, FisherMerge):
 class _Kept(_Choices):
     "A variant's state."
 
+    tables = (*FisherMerge.tables, "ends")
+
     def learn(self, grads: Mapping[str, Tensor]) -> None:
         self.taken += 1
         if self.taken > self.skipped and self.curvature != "pass":
@@ -191,9 +203,7 @@ class _Kept(_Choices):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.taken, self.weight = state["taken"], state["weight"]
-        here = self.trained.parameters()
-        ends = state["ends"].items()
-        self.ends = {name: x.to(here[name].device) for name, x in ends}
+        self.ends = placed(state["ends"], self.trained)
 
     def memory(self) -> int:
         return super().memory() + sum(x.nbytes for x in self.ends.values())
@@ -209,11 +219,11 @@ class _Measuring(_Kept):
     def _one_pass(self) -> dict[str, Tensor]:
         assert self.sample is not None  # `_look` came first
         examples, p = list(self.sample.batches(1)), self.trained.parameters()
-        devices = {x.device for x in p.values() if x.device.type == "cuda"}
-        own = torch.random.fork_rng(list(devices))
+        p = {name: x for name, x in p.items() if x.requires_grad}
+        own = _own_stream(self.trained)
         with torch.enable_grad(), evaluating(self.trained.model), own:
             torch.manual_seed(self.seed)
-            return fisher_diagonal(p, self.fisher_fn, examples)
+            return fisher_diagonal(p, self.fisher_fn, examples) if p else {}
 
     def _measured(self) -> dict[str, Tensor]:
         passes = self.curvature == "pass"
@@ -380,6 +390,7 @@ class _ByLayer(_Linear):
 class _Grams(_ByLayer):
     "The inputs of a domain, layer by layer, and their sum over the past."
 
+    tables = (*_ByLayer.tables, "grams")
     grams: dict[str, Tensor]  # ΣG by layer, (fan_in, fan_in) float64
 
     @torch.no_grad()
@@ -396,9 +407,7 @@ class _Grams(_ByLayer):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        here = self.trained.parameters()
-        kept = state["grams"].items()
-        self.grams = {name: G.to(here[name].device) for name, G in kept}
+        self.grams = placed(state["grams"], self.trained)
 
     def memory(self) -> int:
         kept = self.grams.values()
@@ -414,12 +423,12 @@ class _Regressing(_Grams):
 
     def _move(self, running: Mapping[str, Tensor]) -> dict:
         for name, p in self.trained.parameters().items():
-            if name not in self.before:
+            before = self.before.get(name)
+            if before is None or is_constant(p, before):
                 continue
-            old, layer = self.before[name].to(p), self.layers.get(name)
+            old, layer = before.to(p), self.layers.get(name)
             if layer is None or name not in self.grams:
-                if not is_constant(p, self.before[name]):
-                    p.copy_(torch.lerp(old, p, self.weight))
+                p.copy_(torch.lerp(old, p, self.weight))
                 continue
             start, end = (layer.matrix(x).double() for x in (old, p))
             both, soft = (self.grams[name], running[name]), softened
@@ -440,10 +449,18 @@ class _Adding(_Regressing):
     def merge(self) -> dict:
         running = self._measured()
         self._move(running)
+        self._add(running)
+        return {}
+
+    def take_in(self) -> None:
+        with _own_stream(self.trained):
+            self._add(self._measured())
+
+    def _add(self, running: Mapping[str, Tensor]) -> None:
+        "A domain's inputs enter the past's; a new domain begins."
         for name, G in running.items():
             self.grams[name] = self.grams.get(name, torch.zeros_like(G)) + G
         self.anchor()
-        return {}
 
 # %% ../../nbs/methods/13_rivals.ipynb #edd4f878
 class RegMean(_Adding):
@@ -533,7 +550,8 @@ def output_gradients(
             sums[name].addmm_(rows.mT, rows)
 
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            out.register_hook(add)
+            if out.requires_grad:  # else no gradient passes here
+                out.register_hook(add)
 
         return hook
 
@@ -554,7 +572,12 @@ def kronecker_factors(
     loss_fn: Callable[[Any], Tensor],  # a batch -> its mean loss
     batch: Any,
 ) -> dict[str, tuple[Tensor, Tensor]]:  # A (fan_in, fan_in), B (out, out)
-    "K-FAC's two factors of each layer's Fisher. Source: arXiv:1503.05671."
+    """K-FAC's two factors of each layer's Fisher; none of a frozen weight.
+    Source: arXiv:1503.05671.
+    """
+    layers = {n: t for n, t in layers.items() if t.param.requires_grad}
+    if not layers:
+        return {}
     params = {name: t.param for name, t in layers.items()}
     with torch.enable_grad(), evaluating(model):
         caught, out = capture_inputs(model, layers), output_gradients(layers)
@@ -570,6 +593,7 @@ def kronecker_factors(
 class _Factors(_ByLayer, FisherMerge):
     "The past's factors by layer."
 
+    tables = (*FisherMerge.tables, "factors")
     factors: dict[str, tuple[Tensor, Tensor]]  # A, B of the past
     running: dict[str, tuple[Tensor, Tensor]]  # of the domain, in a merge
 
@@ -584,11 +608,9 @@ class _Factors(_ByLayer, FisherMerge):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        here = self.trained.parameters()
-        self.factors = {
-            name: (A.to(here[name].device), B.to(here[name].device))
-            for name, (A, B) in state["factors"].items()
-        }
+        kept, here = state["factors"], self.trained
+        A, B = (placed({n: kept[n][i] for n in kept}, here) for i in (0, 1))
+        self.factors = {name: (A[name], B[name]) for name in A}
 
     def memory(self) -> int:
         kept = sum(A.nbytes + B.nbytes for A, B in self.factors.values())
@@ -605,8 +627,10 @@ class _Sylvester(_Factors):
     def _move(self, new: Mapping[str, Tensor]) -> dict:
         ends = _copied(self.trained)
         super()._move(new)
-        for name, past in self.factors.items():
+        both_known = self.factors.keys() & self.running.keys()
+        for name in (n for n in self.before if n in both_known):
             layer, p = self.layers[name], self.trained.parameters()[name]
+            past = self.factors[name]
             pair = (self.before[name].to(p), ends[name])
             old, now = (layer.matrix(x).double() for x in pair)
             both = (self._damped(past), self._damped(self.running[name]))
@@ -627,13 +651,24 @@ class _Remembering(_Sylvester):
     def merge(self) -> dict:
         self._look_back()
         report = super().merge()
+        self._fold()
+        return report
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        with _own_stream(self.trained):
+            self._look_back()
+        super().take_in()
+        self._fold()
+
+    def _fold(self) -> None:
+        "The domain's factors enter the past's."
         for name, pair in self.running.items():
             if name in self.factors:
                 A, B = self.factors[name]
                 pair = nearest_product((A, self.keep * B), pair)
             self.factors[name] = pair
         self.running = {}
-        return report
 
 # %% ../../nbs/methods/13_rivals.ipynb #1334cfb1
 class KFACMerge(_Remembering):

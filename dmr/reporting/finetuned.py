@@ -440,7 +440,7 @@ def write_page(
     "Execute a page's notebook, and write it for the browser."
     check_page()
     papermill = need("papermill", "experiments", "the page")
-    notebook = Path(folder) / f"{name}.ipynb"
+    notebook = Path(folder).expanduser() / f"{name}.ipynb"
     with tempfile.TemporaryDirectory() as scratch:
         papermill.execute_notebook(
             template(name),

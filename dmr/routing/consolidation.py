@@ -27,7 +27,7 @@ from .strength import check_fraction
 
 # %% auto #0
 __all__ = ['check_order', 'Trained', 'Consolidation', 'check_weight', 'check_only_copy', 'check_trained', 'is_constant',
-           'check_weights', 'Anchored', 'Interpolate']
+           'check_weights', 'placed', 'Anchored', 'Interpolate']
 
 # %% ../../nbs/routing/07_consolidation.ipynb #cf058ea1
 def check_order(model: object, optimizer: object) -> None:
@@ -208,6 +208,22 @@ def is_constant(
     bits = lambda x: x.contiguous().reshape(-1).view(torch.uint8)
     return torch.equal(bits(kept), bits(local(p.detach()).to(kept)))
 
+# %% ../../nbs/routing/07_consolidation.ipynb #c7b05e12
+def _check_shapes(
+    weights: Mapping[str, Tensor],  # of the model, by name
+    *kept: Mapping[str, Tensor],  # of them, or of something else
+) -> None:
+    "Raise ValueError for a weight whose shape has changed."
+    for name, x in (pair for named in kept for pair in named.items()):
+        then = tuple(x.shape)
+        here = tuple(weights[name].shape) if name in weights else then
+        if here != then:
+            raise ValueError(
+                f"{name!r} has shape {here}, and {then} in what is kept of it,"
+                " so nothing was merged and nothing protected; close() the"
+                " router and make it again, then the weight counts as new"
+            )
+
 # %% ../../nbs/routing/07_consolidation.ipynb #6aa1c0d2
 def check_weights(
     trained: Trained,
@@ -215,12 +231,13 @@ def check_weights(
     *kept: Mapping[str, Tensor],  # what else it reads
     advice: str = "go on from a checkpoint with finite weights",
 ) -> None:
-    """Raise ValueError, in all processes, for a weight that is not finite.
-    Constants are passed over: no merge changes them.
+    """Raise ValueError, in all processes, for a weight that is not finite, or
+    has another shape. Constants are passed over: no merge changes them.
     """
     weights = trained.parameters()
     if not weights:
         return
+    _check_shapes(weights, before, *kept)
     still = {n for n, p in weights.items() if is_constant(p, before.get(n))}
     named = [pair for x in (weights, before, *kept) for pair in x.items()]
     checked = [(name, x) for name, x in named if name not in still]
@@ -239,16 +256,59 @@ def check_weights(
             f" {advice}"
         )
 
+# %% ../../nbs/routing/07_consolidation.ipynb #7d20c9aa
+def _check_known(merge: _Anchored, trained: Trained) -> None:
+    "Raise ValueError where it knows another model. A copy of it is free."
+    other = vars(merge).get("trained")
+    if not merge.before or other is None or merge.met != id(merge):
+        return
+    shared = {*trained.names} & {*other.names}
+    if other.model is not trained.model and not shared:
+        name = type(merge).__name__
+        raise ValueError(
+            f"this {name} knows the weights of another model, and would average"
+            f" this one with them; make a new {name} for this model. To move"
+            " what it knows, pass router.state_dict() to the new router's"
+            " load_state_dict"
+        )
+
+
+def _misfits(merge: _Anchored, trained: Trained) -> set[str]:
+    "Names of what it keeps of parameters that are gone, or were exchanged."
+    shapes = {name: p.shape for p, name in trained.names.items()}
+    names = {n for table in merge.tables for n in getattr(merge, table)}
+    before = {name: x.shape for name, x in merge.before.items()}
+    here = lambda n: n in shapes and before.get(n, shapes[n]) == shapes[n]
+    return {n for n in names if not here(n)}
+
+# %% ../../nbs/routing/07_consolidation.ipynb #e4f1b6d8
+def _warn_forgotten(merge: _Anchored, gone: set[str]) -> None:
+    "Warn of parameters that cannot be merged with what they were."
+    warnings.warn(
+        f"{len(gone)} parameters that this {type(merge).__name__} knows, such"
+        f" as {min(gone)!r}, are gone from the model or have another shape, and"
+        " are forgotten. One with another shape counts as new: its first"
+        " boundary merges nothing of it",
+        stacklevel=user_level(),
+    )
+
 # %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
 class _Anchored(Consolidation):
     "Takes a copy of the trained weights."
 
     weight: float | None = None  # λ of every boundary, where there is one
+    tables: tuple[str, ...] = ("before",)  # what it keeps by parameter name
 
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}  # θ_prev by name
 
     def attach(self, trained: Trained) -> None:
+        _check_known(self, trained)
+        if gone := _misfits(self, trained):
+            _warn_forgotten(self, gone)
+        for table in self.tables:
+            kept = getattr(self, table).items()
+            setattr(self, table, {n: x for n, x in kept if n not in gone})
         super().attach(trained)
         if self.weight is not None:
             check_only_copy(trained)
@@ -263,6 +323,15 @@ class _Anchored(Consolidation):
         parameters = self.trained.parameters().items()
         self.before = {name: p.detach().clone() for name, p in parameters}
 
+# %% ../../nbs/routing/07_consolidation.ipynb #1f6c2b90
+def placed(
+    named: Mapping[str, Tensor],  # of a state: whole, by parameter name
+    trained: Trained,
+) -> dict[str, Tensor]:  # without names that the model does not have
+    "Copies, each where its parameter is, and split as that is."
+    p = {name: x for x, name in trained.names.items()}
+    return {n: placed_like(x, p[n]) for n, x in named.items() if n in p}
+
 # %% ../../nbs/routing/07_consolidation.ipynb #7bb2d1e3
 class Anchored(_Anchored):
     "Keeps one copy of the trained weights, from the last boundary."
@@ -273,9 +342,7 @@ class Anchored(_Anchored):
         return {"before": {name: whole(x).clone() for name, x in kept}}
 
     def load_state_dict(self, state: dict) -> None:
-        params = self.trained.parameters()
-        kept = state["before"].items()
-        self.before = {name: placed_like(x, params[name]) for name, x in kept}
+        self.before = placed(state["before"], self.trained)
 
     def memory(self) -> int:
         return sum(x.numel() * x.element_size() for x in self.before.values())
@@ -304,7 +371,7 @@ class _Weighted(Anchored):
         self.weight = check_weight("weight", weight)
 
     def take_in(self) -> None:
-        if self.weight is not None:  # else no merge would use the copy
+        if self.weight is not None or self.before:  # else it has no use
             self.anchor()
 
 # %% ../../nbs/routing/07_consolidation.ipynb #b65e346d
@@ -330,6 +397,7 @@ class Interpolate(_Weighted):
         weight: float | None = None,  # λ of this boundary; None: as made
     ) -> dict:
         self.pull(weight)
-        if (self.weight if weight is None else weight) is not None:
+        asked = self.weight if weight is None else weight
+        if asked is not None or self.before:
             self.anchor()
         return {}

@@ -19,7 +19,7 @@ from dmr.routing.modification import (
 )
 from .moments import Differences
 from .sharding import sum_over, total
-from .step import Step, taken
+from .step import Step, on_one_device, taken
 
 # %% auto #0
 __all__ = ['column_sums', 'Inflation', 'measure', 'whole', 'all_ratios', 'middle', 'meters_state', 'load_meters', 'step_energies',
@@ -67,9 +67,9 @@ class _Sums:
         raw, shared, removed = column_sums(g, edit, alpha)
         parts = (raw, shared.clamp_min(0), raw.sum(), removed)
         for key, x in zip(self.kept, parts):
-            if fresh or getattr(self, key) is None:
-                setattr(self, key, torch.zeros_like(x))
-            getattr(self, key).lerp_(x, 1 - beta2)
+            kept = None if fresh else getattr(self, key)
+            kept = torch.zeros_like(x) if kept is None else kept.to(x.device)
+            setattr(self, key, kept.lerp_(x, 1 - beta2))
 
     def state_dict(self) -> dict:
         return {key: getattr(self, key) for key in self.kept}
@@ -241,12 +241,13 @@ def step_norms(
     groups: Mapping[str, tuple],  # where the rows of sharded weights are
 ) -> dict[str, Tensor]:
     "‖u‖, its root mean square, and ‖uU‖."
+    over = lambda x: total(dict(zip(x, on_one_device(x.values()))), groups)
     out: dict[str, Tensor] = {}
     if energies:
         sizes = {t.parameter: t.param.numel() for t in matrices.values()}
         count = sum(sizes[name] for name in energies)
-        norm = total(energies, groups).sqrt()
+        norm = over(energies).sqrt()
         out = {"step_norm": norm, "step_rms": norm / count**0.5}
     if inside:
-        out["protected_step_norm"] = total(inside, groups).sqrt()
+        out["protected_step_norm"] = over(inside).sqrt()
     return out

@@ -460,8 +460,10 @@ def share_of(
 def squared_cosine(
     # (g, e) for each tensor, of equal shapes
     pairs: list[tuple[Tensor, Tensor]],
-) -> Tensor:  # 0-dim, in [0, 1]
+) -> Tensor | None:  # 0-dim, in [0, 1]; None: there are no pairs
     "cos² of the angle between two vectors given in pieces; 0 if either is 0."
+    if not pairs:
+        return None
     wide = lambda x: x if x.dtype == torch.float64 else x.float()
     gg = torch.stack([wide(g).square().sum() for g, _ in pairs]).sum()
     ee = torch.stack([wide(e).square().sum() for _, e in pairs]).sum()
@@ -511,7 +513,7 @@ def _overlap(
     for name, x in vectors.items():
         d = edit(name, x)
         pairs.append((x, torch.zeros_like(x) if d is None else d.dense(x)))
-    return squared_cosine(pairs) if pairs else None
+    return squared_cosine(pairs)
 
 # %% ../../nbs/routing/01_modification.ipynb #5724979a
 class _OptionalStep:
@@ -550,6 +552,8 @@ class _OptionalRest(_OptionalStep):
     "What a modification says of itself, with defaults."
 
     acts_on_steps: bool
+    # does the edit of one parameter look at the others' values?
+    couples: bool = False
 
     @property
     def usual_routing(self) -> str:  # of a router that is given none
@@ -684,6 +688,11 @@ class Modification(Made, _State, _OptionalSetup, _OptionalRest, _OptionalPast):
     def consolidate(self) -> dict:
         "End of a domain. Returns a report of plain numbers."
         return {}
+
+    def after_merge(self) -> None:
+        """Called when a boundary's consolidation has moved the weights; by
+        default nothing.
+        """
 
 # %% ../../nbs/routing/01_modification.ipynb #e2194a72
 class Nothing(Modification):

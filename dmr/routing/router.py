@@ -82,6 +82,7 @@ from dmr.routing.step import (
     finish,
     give_back,
     joined,
+    lend,
     marks,
     new_step,
     offer_look,
@@ -90,6 +91,7 @@ from dmr.routing.step import (
     same_values,
     settle,
     strengthen,
+    take_back,
     together,
     unmet,
 )
@@ -258,6 +260,7 @@ class _Closable(_Attached):
         for step in [] if flight is None else flight.open_steps():
             for undo in step.undo:
                 give_back(undo, stepped=False)
+            take_back(step)
         if flight is not None and flight.taken:
             self.modification.end(flight.grads())
         else:
@@ -379,6 +382,21 @@ def _caution(
             stacklevel=user_level(),
         )
 
+# %% ../../nbs/routing/08_router.ipynb #448e39c3
+def _warn_rounded(step: Step, modification: Modification) -> None:
+    "Warn where protected weights are too coarse for the edit of a step."
+    kinds = {name: step.live[name][0].dtype for name in step.names}
+    coarse = [n for n, kind in kinds.items() if torch.finfo(kind).eps > 2**-16]
+    if coarse and modification.acts_on_steps and not step.idle:
+        kind = str(kinds[coarse[0]]).removeprefix("torch.")
+        warnings.warn(
+            f"{coarse[0]!r} is protected in {kind}: the edit is rounded with"
+            " the weight, and at usual learning rates most of the protection"
+            " is rounded away; keep the weights in float32, and use"
+            " torch.autocast for speed",
+            stacklevel=user_level(),
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #2d59168e
 class _Finishing(_Tracking):
     "What happens after torch's step."
@@ -429,12 +447,16 @@ class _Looking(_Finishing):
             self.consolidation.learn_more(step.grads)
             if whole.active and flight.seen_steps:
                 method.begin(whole.grads, overlap=False)
+        routing = self.routings[place]
         if step is not whole:
             settle(step, method)
             step.active, step.alpha = whole.active, whole.alpha
         if step.active and place not in self._cautioned:
-            _caution(step, self.routings[place], self.guard, method)
+            _caution(step, routing, self.guard, method)
+            _warn_rounded(step, method)
             self._cautioned |= {place}
+        if whole.live:  # without any gradient it is no step
+            lend(step, self.optimizers[place], self.names, method, routing)
 
 # %% ../../nbs/routing/08_router.ipynb #0cad532e
 class _Planning(_Looking):
@@ -598,6 +620,22 @@ class _Watching(_Recognizing):
                 " it again after that hook"
             )
 
+# %% ../../nbs/routing/08_router.ipynb #a3b7a1eb
+def _waits(consolidation: Consolidation) -> bool:
+    "Does it move the weights only at a boundary that asks for it?"
+    plain = isinstance(consolidation, Interpolate)
+    return plain and getattr(consolidation, "weight", None) is None
+
+
+def _moves(
+    consolidation: Consolidation,
+    interpolate: float | None,  # λ of this boundary, or None
+    idle: bool,  # was no step seen since the last one?
+) -> bool:
+    "Does this boundary merge the weights?"
+    stays = _waits(consolidation) or (idle and consolidation.tells_idle())
+    return interpolate is not None or not stays
+
 # %% ../../nbs/routing/08_router.ipynb #e224200e
 def _merging(
     consolidation: Consolidation,
@@ -615,6 +653,14 @@ def _merging(
         )
     check_only_copy(consolidation.trained)
     check_weights(consolidation.trained, consolidation.before)
+    if consolidation.trained.domains and not consolidation.before:
+        warnings.warn(
+            f"interpolate={interpolate:g} averages nothing at this boundary: no"
+            " weights of the last one were kept. They are from now on; to keep"
+            " them from the start, make the router with"
+            f" consolidation=Interpolate({interpolate:g})",
+            stacklevel=user_level(),
+        )
     return lambda: consolidation.merge(interpolate)
 
 # %% ../../nbs/routing/08_router.ipynb #3ea86d0f
@@ -658,11 +704,32 @@ def _check_open(router: _Hooked, name: str) -> None:
             " dmr.MomentRouter(model, optimizer, ...)"
         )
 
-# %% ../../nbs/routing/08_router.ipynb #f041c217
-class _Offered(_Watching):
-    "A routed optimizer that is shown batches, and looks before a boundary."
+# %% ../../nbs/routing/08_router.ipynb #4dae6168
+def _examples_in(batch: Any) -> int:
+    "How many examples a batch has; 0 where that is not plain."
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, (Mapping, list, tuple)):
+        parts = [batch]
+    tensors = (x for x in parts if isinstance(x, Tensor) and x.ndim)
+    return len(next(tensors, ()))
 
-    told_gone: bool = False  # were exchanged parameters spoken of?
+
+def _per_sample(
+    consolidation: Consolidation,
+    examples: float,  # in the batch of one gradient
+) -> float:  # 0: it does not matter, or is not known
+    "Examples a gradient stands for, in units of what the merge was told."
+    samples = getattr(consolidation, "samples", 0)
+    known = ("gradients", "factored", "moment")
+    batched = getattr(consolidation, "curvature", None) in known
+    return examples / samples if batched and samples else 0.0
+
+# %% ../../nbs/routing/08_router.ipynb #4dae6169
+class _Observing(_Watching):
+    "A routed optimizer that is shown batches."
+
+    offered: tuple[int, int] = 0, 0  # examples and batches of this domain
+    shown: float = 0.0  # in a batch of the past, by `_per_sample`; 0: unknown
 
     def observe(self, batch: object, total: int | None = None) -> None:
         """Offer a training batch (before its backward pass) to what keeps
@@ -670,6 +737,31 @@ class _Offered(_Watching):
         """
         self.modification.observe(batch, total)
         self.consolidation.observe(batch)
+        examples, several = self.offered
+        self.offered = examples + _examples_in(batch), several + 1
+
+    def _compare_sizes(self, steps: int) -> None:
+        "Warn, once, of a past that was shown in batches of another size."
+        (examples, several), past = self.offered, self.shown
+        self.shown = 0.0
+        now = _per_sample(self.consolidation, examples / max(steps, 1))
+        all_seen = past and now and several >= steps
+        if all_seen and not 0.5 <= past / now <= 2:
+            warnings.warn(
+                f"protect() was shown batches {past / now:.2g} times as large"
+                " as those of a training step. A merge measures curvature by"
+                " the batch, so smaller ones count too much and larger ones"
+                " too little; call protect() with batches as large as in"
+                " training",
+                stacklevel=user_level(),
+            )
+
+# %% ../../nbs/routing/08_router.ipynb #f041c217
+class _Offered(_Observing):
+    "A routed optimizer that looks before a boundary."
+
+    told_gone: bool = False  # were exchanged parameters spoken of?
+    boundary: int = 0  # steps taken up to the last boundary
 
     def anchor(self) -> None:
         "The present parameters are the ones that the next merge starts from."
@@ -681,6 +773,7 @@ class _Offered(_Watching):
         self.consolidation.caution(idle)
         if idle and self.domains:
             _warn_unseen(self.modification, self.consolidation)
+        self._compare_sizes(self.steps - self.boundary)
         if not self.told_gone:
             self.told_gone = True  # also where warnings are errors
             self.told_gone = _warn_gone(self)
@@ -688,8 +781,6 @@ class _Offered(_Watching):
 # %% ../../nbs/routing/08_router.ipynb #f041c218
 class _Domains(_Offered):
     "A routed optimizer whose training is divided into domains."
-
-    boundary: int = 0  # steps taken up to the last boundary
 
     @torch.no_grad()
     def consolidate(
@@ -710,8 +801,11 @@ class _Domains(_Offered):
         if self.group is not None:
             self.modification.share()
         merged = merge()
+        if _moves(self.consolidation, interpolate, idle):
+            self.modification.after_merge()
         self.strength.end_domain()
-        self.domains, self.boundary = self.domains + 1, self.steps
+        self.offered, self.boundary = (0, 0), self.steps
+        self.domains += 1
         return report | ({"consolidation": merged} if merged else {})
 
 # %% ../../nbs/routing/08_router.ipynb #f041c220
@@ -796,8 +890,10 @@ class _Shown(_Timed):
         finally:
             self.modification.shown = False
 
-    def _show(self, batch: Any, loss_fn: Callable[[Any], Tensor]) -> None:
+    def _show(self, batch: Any, loss_fn: Callable[[Any], Tensor]) -> int:
+        offered = self.offered
         self.observe(batch)
+        size, self.offered = self.offered[0] - offered[0], offered
         parameters, group = self.parameters(), self.group
         with torch.enable_grad():
             grads = _raw_gradients(loss_fn(batch), parameters, group)
@@ -814,6 +910,7 @@ class _Shown(_Timed):
             self.modification.learn(seen)
             self.consolidation.show(seen)
             self.modification.end()
+        return size  # examples
 
     @torch.no_grad()
     def _close_past(self, close: Callable[[], dict]) -> dict:
@@ -831,7 +928,8 @@ class _Protecting(_Shown):
 
     def protect(
         self,
-        batches: Iterable[Any],  # of the old kind of data
+        # of the old kind of data, each as large as a batch of training
+        batches: Iterable[Any],
         loss_fn: Callable[[Any], Tensor],  # a batch's mean loss
         progress: bool = True,  # a bar, where somebody looks
     ) -> dict:  # the report of the boundary that is drawn
@@ -842,16 +940,16 @@ class _Protecting(_Shown):
         self._check_whole("protect")
         with self._showing():
             with _undisturbed(self.model):
-                count = 0
-                for batch in _counted(batches, progress):
-                    self._show(batch, loss_fn)
-                    count += 1
-                if not count:
+                several = _counted(batches, progress)
+                sizes = [self._show(batch, loss_fn) for batch in several]
+                if not sizes:
                     raise ValueError(
                         "protect() got no batch, so nothing is known yet"
                     )
                 report = self._close_past(self.modification.consolidate)
             self.consolidation.take_in()
+        size = sum(sizes) / len(sizes)
+        self.shown = _per_sample(self.consolidation, size)
         return report
 
     def protect_weights(
@@ -985,7 +1083,7 @@ class _Restored(_Stateful):
             self.strength.load_state_dict(strength)
             raise
         self.steps, self.domains = state["steps"], state["domains"]
-        self.boundary = state.get("boundary", 0)
+        self.boundary, self.shown = state.get("boundary", 0), 0.0
         self._saved_with = state.get("weights")
         self._inflation = load_meters(state["inflation"], self.groups)
 
@@ -1270,7 +1368,7 @@ def _check_merge(
     if other.model is not trained.model and not shared:
         raise ValueError(
             f"this {type(consolidation).__name__} serves a router of other"
-            " weights; make one for each, or call close() on that router"
+            " weights; make one for each"
         )
 
 # %% ../../nbs/routing/08_router.ipynb #bef61527
@@ -1332,6 +1430,24 @@ def _warn_left_out(trained: Trained) -> None:
             stacklevel=user_level(),
         )
 
+# %% ../../nbs/routing/08_router.ipynb #b41f7a95
+def _warn_apart(
+    names: Sequence[str],  # of the optimizers' classes
+    routings: Sequence[str],  # of each
+    modification: Modification,
+) -> None:
+    "Warn where a method sees a part of the step it should see as a whole."
+    coupled = getattr(modification, "couples", False)
+    if coupled and len(names) > 1 and "displacement" in routings:
+        warnings.warn(
+            f"{type(modification).__name__} looks at all parameters together,"
+            f" but displacement edits the steps of [{', '.join(names)}] one"
+            " after the other, so what it promises holds for each of them and"
+            " not for all; pass routing='shared', where it sees all gradients"
+            " at once, or use one optimizer",
+            stacklevel=user_level(),
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #4e581719
 def _meet(
     modification: Modification, model: nn.Module, targets: dict[str, Target]
@@ -1372,6 +1488,7 @@ class _Chosen(_Reloaded):
         names = _class_names(self.optimizers)
         for each in zip(names, self.kinds, self.routings):
             check_meaning(*each, modification)
+        _warn_apart(names, self.routings, modification)
 
 # %% ../../nbs/routing/08_router.ipynb #d18f69b7
 class _Wired(_Chosen):

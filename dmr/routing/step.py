@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # %% auto #0
-__all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'Vectors',
-           'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite', 'check_finite',
-           'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back', 'after_step',
-           'edit_gradients', 'give_all_back', 'first_moment', 'clamped', 'edits', 'route', 'offer_look', 'amend',
-           'taken', 'batches', 'taken_together', 'displace', 'remember', 'check_copies', 'unmet', 'look_for_copies',
-           'differ', 'follow', 'finish', 'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments',
-           'check_differences', 'check_meaning', 'check_guard']
+__all__ = ['ROUTINGS', 'GUARDS', 'EditOf', 'routed_moments', 'check_routing', 'channels', 'first_moment_factor', 'on_one_device',
+           'Vectors', 'as_vectors', 'Undo', 'Before', 'Step', 'new_step', 'check_gradients', 'all_finite',
+           'check_finite', 'capturing', 'settle', 'check_step', 'strengthen', 'edit_gradient', 'give_back',
+           'after_step', 'lend', 'take_back', 'edit_gradients', 'give_all_back', 'first_moment', 'clamped', 'edits',
+           'route', 'offer_look', 'amend', 'taken', 'batches', 'taken_together', 'displace', 'ratios', 'at_one_rate',
+           'at_own_rates', 'remember', 'check_copies', 'unmet', 'look_for_copies', 'differ', 'follow', 'finish',
+           'joined', 'marks', 'same_values', 'Round', 'together', 'check_moments', 'check_differences', 'check_meaning',
+           'check_guard']
 
 # %% ../../nbs/routing/05_step.ipynb #ccef976e
 from dmr.routing.modification import (
@@ -42,6 +43,7 @@ from dmr.routing.modification import (
     Nothing,
     accumulator,
     add_all,
+    share_of,
     square_norm,
     square_norms,
     stacks,
@@ -121,7 +123,7 @@ class _View(Mapping[str, Tensor]):
         x = self.make(name)
         if self.scale is None:
             return x
-        return x.to(accumulator(x.dtype)) / self.scale
+        return x.to(accumulator(x.dtype)) / self.scale.to(x.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -132,6 +134,12 @@ class _View(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
+# %% ../../nbs/routing/05_step.ipynb #5f31c853
+def on_one_device(parts: Iterable[Tensor]) -> list[Tensor]:
+    "Numbers of several devices on that of the first; as they are on one."
+    several = list(parts)
+    return [x.to(several[0].device) for x in several]
+
 # %% ../../nbs/routing/05_step.ipynb #cf15ddbe
 class Vectors(_View):
     "Tensors by parameter name, with their squared norms remembered."
@@ -141,16 +149,17 @@ class Vectors(_View):
         self._squares: dict[str, Tensor] = {}
 
     def square_norms(self, names: list[str]) -> Tensor:
-        "‖x‖² for each name, at least in float32: (len(names),), on the device."
-        kinds: dict[torch.dtype, list[str]] = {}
+        "‖x‖² for each name, at least in float32: (len(names),), on one device."
+        kinds: dict[tuple, list[str]] = {}
         for name in names:
             if name not in self._squares:
-                kind = accumulator(self.make(name).dtype)
+                x = self.make(name)
+                kind = (accumulator(x.dtype), x.device)
                 kinds.setdefault(kind, []).append(name)
-        for dtype, new in kinds.items():
+        for (dtype, _), new in kinds.items():
             squares = square_norms([self.make(name) for name in new], dtype)
             self._squares |= zip(new, self._unscaled(squares).unbind())
-        return torch.stack([self._squares[name] for name in names])
+        return torch.stack(on_one_device(self._squares[n] for n in names))
 
     def remember(self, name: str) -> None:
         "Take ‖x‖² now, while the tensor is in the cache."
@@ -160,7 +169,8 @@ class Vectors(_View):
             self._squares[name] = self._unscaled(square)
 
     def _unscaled(self, squares: Tensor) -> Tensor:
-        return squares if self.scale is None else squares / self.scale**2
+        c = self.scale
+        return squares if c is None else squares / c.to(squares.device) ** 2
 
 # %% ../../nbs/routing/05_step.ipynb #29f64886
 def as_vectors(named: Mapping[str, Tensor]) -> Vectors:
@@ -205,6 +215,7 @@ class Step:
     after: list[tuple[str, Edit, float | Tensor]] = field(default_factory=list)
     before: dict[str, Before] = field(default_factory=dict)
     unmet: list[str] = field(default_factory=list)  # to look for copies in
+    lent: dict[str, Tensor] = field(default_factory=dict)  # zeros in p.grad
     most: int = STACK_LIMIT  # elements of equal weights that are stacked
 
     @property
@@ -267,8 +278,9 @@ def all_finite(
         sums |= zip(rest, grads.square_norms(rest).unbind())
     if not sums:
         return True
-    parts = {n: x.double() for n, x in sums.items()} if groups else sums
-    return bool(total(parts, groups).isfinite())
+    several = on_one_device(sums.values())
+    wide = [x.double() for x in several] if groups else several
+    return bool(total(dict(zip(sums, wide)), groups).isfinite())
 
 # %% ../../nbs/routing/05_step.ipynb #ec4a3379
 def check_finite(
@@ -385,6 +397,37 @@ def after_step(step: Step) -> Vectors:
     "The gradients once torch's step was taken, when nothing scales them."
     grads = step.grads
     return grads if grads.scale is None else Vectors([*step.live], grads.make)
+
+# %% ../../nbs/routing/05_step.ipynb #81a3104e
+def lend(
+    step: Step,
+    optimizer: Optimizer,
+    names: Mapping[Tensor, str],  # of the parameters that can be routed
+    modification: Modification,
+    routing: str,  # one of ROUTINGS
+) -> None:
+    "Zeros in p.grad where only the method has a gradient."
+    reached = getattr(modification, "reached", None)
+    if not reached or routing != "shared" or step.idle:
+        return
+    wanted, known = reached(), step.grads.make
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names.get(p, "")
+            if p.grad is None and name in wanted:
+                p.grad = step.lent[name] = torch.zeros_like(p)
+                step.live[name] = (p, group)
+    step.names += step.lent
+    step.grads.names |= dict.fromkeys(step.lent)
+    step.grads.make = lambda n: step.lent[n] if n in step.lent else known(n)
+
+
+def take_back(step: Step) -> None:
+    "None in p.grad again, where zeros were lent."
+    for name, g in step.lent.items():
+        p = step.live[name][0]
+        if p.grad is g:
+            p.grad = None
 
 # %% ../../nbs/routing/05_step.ipynb #bf794fb7
 def edit_gradients(
@@ -634,6 +677,55 @@ def displace(
         follow(step, name, d, amounts[name])
     return made
 
+# %% ../../nbs/routing/05_step.ipynb #f3620d78
+def ratios(
+    step: Step,
+    modification: Modification,
+) -> dict[str, float | Tensor]:  # by name, in [0, 1]; empty: all are 1
+    "η / η_max of each parameter, where a method couples the parameters."
+    if not getattr(modification, "couples", False):
+        return {}
+    rates = {n: step.moments.rate(step.live[n][1]) for n in step.names}
+    host = lambda x: not isinstance(x, Tensor) or x.device.type == "cpu"
+    if all(map(host, rates.values())):
+        numbers = {name: float(x) for name, x in rates.items()}
+        top = max(numbers.values(), default=0.0)
+        alike = top == 0 or len({*numbers.values()}) == 1
+        return {} if alike else {n: x / top for n, x in numbers.items()}
+    like: Any = next(x for x in rates.values() if not host(x))
+    several = {n: torch.zeros_like(like) + x for n, x in rates.items()}
+    highest = torch.stack([*several.values()]).max()
+    return {name: share_of(x, highest) for name, x in several.items()}
+
+# %% ../../nbs/routing/05_step.ipynb #f3620d79
+def at_one_rate(
+    steps: Vectors,  # u
+    ratio: Mapping[str, float | Tensor],  # η / η_max by name; empty: all 1
+) -> Vectors:  # (η / η_max) u
+    "The steps in units of the largest rate."
+    if not ratio:
+        return steps
+    return Vectors(list(steps), lambda n: steps[n] * ratio[n], made=True)
+
+
+def at_own_rates(
+    edit: EditOf,  # of steps in units of the largest rate
+    ratio: Mapping[str, float | Tensor],  # η / η_max by name; empty: all 1
+) -> EditOf:  # its differences, each in units of its own rate
+    "The way back. Nothing is taken from what stands still."
+
+    def own(name: str, x: Tensor) -> Edit | None:
+        r = ratio[name]
+        d = None if isinstance(r, float) and r == 0 else edit(name, x)
+        if d is None:
+            return None
+        up = share_of(torch.ones_like(r), r) if isinstance(r, Tensor) else 1 / r
+        if isinstance(d, LowRank):
+            return LowRank(d.C * up, d.U, d.transposed)
+        return Dense(d.d * up)
+
+    return own if ratio else edit
+
 # %% ../../nbs/routing/05_step.ipynb #1e7be914
 def remember(
     step: Step,
@@ -739,19 +831,23 @@ def finish(
 ) -> dict[str, Edit]:  # what displacement took from each step u
     "What remains to be done once torch's step was taken."
     give_all_back(step)
+    take_back(step)
     for late in step.after:
         amend(step, *late)
     look_for_copies(step)
     differ(step)
     if routing != "displacement" or step.idle:
         return {}
-    modification.begin(taken(step, step.names), overlap=False)
+    ratio = ratios(step, modification)
+    edit = at_own_rates(modification.edit, ratio)
+    whole = at_one_rate(taken(step, step.names), ratio)
+    modification.begin(whole, overlap=False)
     grouped, alone = batches(step)
-    made = displace(step, taken(step, alone), modification.edit)
+    made = displace(step, at_one_rate(taken(step, alone), ratio), edit)
     for names in grouped:
-        steps = taken_together(step, names)
+        steps = at_one_rate(taken_together(step, names), ratio)
         modification.look(steps)
-        made |= displace(step, steps, modification.edit)
+        made |= displace(step, steps, edit)
     return made
 
 # %% ../../nbs/routing/05_step.ipynb #9a18b55f

@@ -32,11 +32,12 @@ from dmr.studies.identity import (
     read_text,
     stream_options,
 )
-from .mirror import pull, push
+from .mirror import pull, push, push_missing
 from dmr.studies.plan import (
     Plan,
     Planned,
     about,
+    as_run_reads,
     keep_sources,
     make_plan,
     mend,
@@ -46,7 +47,7 @@ from dmr.studies.plan import (
     write_plan,
 )
 from .run import FINAL, KILLED, OK, PENDING, RUNNING, Run, launch
-from .study import Project, Study
+from .study import Project, Study, command_of
 from .table import row_key, row_of
 
 # %% auto #0
@@ -289,7 +290,8 @@ def _need_streams(plan: Plan, todo: list[Planned]) -> None:
     for p in each.values():
         name = p.cell.parameters["stream"]
         try:
-            hash, domains = read_text(p.cell.parameters)
+            given = as_run_reads(p.cell.parameters, plan.project)
+            hash, domains = read_text(given)
         except (ValueError, OSError) as e:
             raise Refused(f"stream {name!r}: {e}") from None
         if hash != p.identity.stream:
@@ -437,7 +439,7 @@ class BatchResult:
     # run -> outcome, of the runs made now
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     interrupted: str = ""  # why it ended before all was done
-    table_error: str = ""  # why rows could not be written
+    table_error: str = ""  # why a row or a copy could not be written
     wall_s: float = 0.0
 
     @property
@@ -477,7 +479,8 @@ class BatchResult:
                 f"  {p.cell.label}: {s['state']}: {first} (dmr tail {p.name})"
             )
         if self.failed:
-            out.append(f"  again: dmr batch {name} --retry-failed")
+            again = command_of(self.plan.study, self.plan.project)
+            out.append(f"  again: dmr batch {again} --retry-failed")
         out += [f"  {t}" for t in (self.interrupted, self.table_error) if t]
         return "\n".join(out)
 
@@ -588,16 +591,42 @@ def _hand_out(w: _Work) -> None:
             w.voice.started(p.name, len(w.running))
 
 # %% ../../nbs/studies/08_batch.ipynb #6a1271a6
+def _copy(
+    w: _Work,
+    what: str,  # is copied, for the error
+    act: Callable[[], int | None],  # makes the copies
+) -> int:  # how many, if `act` says
+    "Copy runs elsewhere; what fails is said at the end of the batch."
+    try:
+        return act() or 0
+    except Exception as e:
+        w.batch.table_error = (
+            f"{what} could not be copied to {w.mirror}: {type(e).__name__}:"
+            f" {e}; a batch with --output copies what it lacks"
+        )
+        return 0
+
+
+def _copy_earlier(w: _Work) -> None:
+    "Copy the runs that were finished before and that the copy lacks."
+    url = w.mirror
+    if not url:
+        return
+    n = _copy(w, "finished runs", lambda: push_missing(w.plan, url))
+    if n and w.voice.how == "bar":
+        w.voice.say(f"finished runs that {url} lacked, copied: {n}")
+
+
 def _record(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
     "Add a run's row to the table, and its files to the copy elsewhere."
     run = Run(w.plan.project.runs / w.plan.study.name / p.name)
-    result, ok = run.result, outcome["state"] == OK
+    result, ok, url = run.result, outcome["state"] == OK, w.mirror
     if ok and result is None:
         raise FileNotFoundError(f"its result in {run.folder} vanished")
     row = row_of(about(p, w.plan), p.identity, outcome, result)
     w.plan.ledger.record([row])
-    if w.mirror and ok:
-        push(run.folder, w.mirror)
+    if url and ok:
+        _copy(w, p.name, lambda: push(run.folder, url))
 
 # %% ../../nbs/studies/08_batch.ipynb #be217b4c
 def _book(w: _Work, p: Planned, outcome: dict[str, Any]) -> None:
@@ -730,6 +759,18 @@ def _prepare_batch(plan: Plan, todo: list[Planned], local: bool) -> None:
         ) from None
 
 # %% ../../nbs/studies/08_batch.ipynb #b41d7e03
+def _fetched(plan: Plan, mirror: str | None) -> Plan:
+    "The plan with what was found in the copy elsewhere; raises Refused."
+    try:
+        found = pull(plan, mirror) if mirror else 0
+    except OSError as e:
+        raise Refused(
+            f"runs cannot be fetched from {mirror}: {type(e).__name__}: {e};"
+            " give another --output, or leave it out and copy them later"
+        ) from None
+    return make_plan(plan.study, plan.project) if found else plan
+
+
 def run_batch(
     study: Study,
     project: Project,
@@ -745,29 +786,30 @@ def run_batch(
     "Make the runs that a study lacks; raises Refused before anything starts."
     if workers is not None and workers < 1:
         raise Refused(f"workers={workers}; at least 1 is needed")
-    plan = make_plan(study, project)
-    if mirror and pull(plan, mirror):
-        plan = make_plan(study, project)
-    todo = runs_to_make(plan, retry_failed)
-    threads = [int(p.cell.parameters.get("threads") or 1) for p in todo]
-    slots = workers or max(1, cores() // max(threads, default=1))
-    _prepare_batch(plan, todo, local=scheduler is None)
-    voice = _Voice(how, plan, todo, out)
-    counts = dict(runs=len(plan.runs), todo=len(todo), states=plan.counts())
-    voice.event("plan", study=study.name, **counts)
-    if how == "bar":
-        said = "\n".join(describe(plan, todo, slots))
-        print(said, file=voice.out, flush=True)
-    executor: Any
-    executor = _DaskExecutor(scheduler) if scheduler else _LocalExecutor(slots)
+    executor: Any = _DaskExecutor(scheduler) if scheduler else None
     try:
+        plan = _fetched(make_plan(study, project), mirror)
+        todo = runs_to_make(plan, retry_failed)
+        threads = [int(p.cell.parameters.get("threads") or 1) for p in todo]
+        slots = workers or max(1, cores() // max(threads, default=1))
+        _prepare_batch(plan, todo, local=scheduler is None)
+        executor = executor or _LocalExecutor(slots)
+        voice = _Voice(how, plan, todo, out)
+        counts = dict(runs=len(plan.runs), todo=len(todo), states=plan.counts())
+        voice.event("plan", study=study.name, **counts)
+        if how == "bar":
+            said = "\n".join(describe(plan, todo, slots))
+            print(said, file=voice.out, flush=True)
         deadline = time.monotonic() + budget_s if budget_s else float("inf")
         waiting = [(0.0, p) for p in todo]
         result = BatchResult(plan)
-        _drive(_Work(plan, executor, voice, result, waiting, deadline, mirror))
+        work = _Work(plan, executor, voice, result, waiting, deadline, mirror)
+        _copy_earlier(work)
+        _drive(work)
     finally:
-        executor.stop() if sys.exc_info()[0] else None
-        executor.shutdown()
+        if executor is not None:
+            executor.stop() if sys.exc_info()[0] else None
+            executor.shutdown()
     voice.event(
         "summary",
         exit_code=result.exit_code,

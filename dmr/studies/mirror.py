@@ -5,6 +5,7 @@
 # %% ../../nbs/studies/09_mirror.ipynb #b0554aed
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,26 @@ from .plan import Plan, prepare_planned
 from .run import OK
 
 # %% auto #0
-__all__ = ['push', 'pull']
+__all__ = ['push', 'push_missing', 'pull']
 
 # %% ../../nbs/studies/09_mirror.ipynb #d83501ad
 def _file_system(url: str) -> tuple[Any, str]:  # file system, path in it
     "The file system behind an fsspec URL."
     return need("fsspec.core", "cluster", "a copy elsewhere").url_to_fs(url)
+
+
+def _listing(
+    url: str, study: str
+) -> tuple[Any, str, set[str]]:  # file system, the study's path, run/file
+    "What lies at the URL of a study, from one listing."
+    fs, base = _file_system(url)
+    base = f"{base.rstrip('/')}/{study}"
+    fs.invalidate_cache()
+    try:
+        paths = fs.find(base)
+    except FileNotFoundError:
+        paths = []
+    return fs, base, {"/".join(p.split("/")[-2:]) for p in paths}
 
 # %% ../../nbs/studies/09_mirror.ipynb #fa1729fb
 # in this order: the marker last
@@ -40,25 +55,47 @@ def push(
             fs.pipe_file(part, (folder / name).read_bytes())
             fs.mv(part, f"{target}/{name}")
 
+
+def push_missing(
+    plan: Plan,
+    url: str,
+) -> int:  # runs that were copied
+    "Copy the finished runs of a plan that the URL lacks; raises OSError."
+    *_, there = _listing(url, plan.study.name)
+    n = 0
+    for p in plan.runs:
+        folder = p.run.folder
+        names = [x for x in _COPIED if (folder / x).exists()]
+        lacks = not there.issuperset(f"{folder.name}/{x}" for x in names)
+        if p.state["state"] == OK and names and lacks:
+            push(folder, url)
+            n += 1
+    return n
+
 # %% ../../nbs/studies/09_mirror.ipynb #60e0c20e
 def pull(
     plan: Plan,
     url: str,
 ) -> int:  # runs that were fetched
     "Fetch the runs of a plan that are done at the URL and not here."
-    fs, base = _file_system(url)
-    study = f"{base.rstrip('/')}/{plan.study.name}"
-    names = fs.ls(study, detail=False) if fs.exists(study) else []
-    there = {Path(p).name for p in names}
+    fs, base, there = _listing(url, plan.study.name)
     n = 0
     for p in plan.runs:
-        copy = f"{study}/{p.name}"
-        if p.state["state"] == OK or p.name not in there:
+        if p.state["state"] == OK or f"{p.name}/done.json" not in there:
             continue
-        if not fs.exists(f"{copy}/done.json"):
-            continue
-        run = prepare_planned(p, plan)
-        for name in _COPIED[1:]:
-            write_atomic(run.folder / name, fs.cat_file(f"{copy}/{name}"))
-        n += run.done is not None
+        at = f"{base}/{p.name}"
+        lost = [x for x in _COPIED[1:] if f"{p.name}/{x}" not in there]
+        if not lost:
+            files = {x: fs.cat_file(f"{at}/{x}") for x in _COPIED[1:]}
+            run = prepare_planned(p, plan)
+            for name, data in files.items():
+                write_atomic(run.folder / name, data)
+            n += run.done is not None
+        if lost or run.done is None:
+            what = f"lacks {' and '.join(lost)}" if lost else "is damaged"
+            warnings.warn(
+                f"the copy {at} {what} and is passed over; a batch makes the"
+                " run anew and copies it again",
+                stacklevel=2,
+            )
     return n

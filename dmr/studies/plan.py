@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +51,10 @@ from dmr.studies.study import (
     Cell,
     Project,
     Study,
+    asked_as,
     find_study,
     list_studies,
+    started_study,
 )
 from dmr.studies.table import (
     Checked,
@@ -62,9 +67,9 @@ from dmr.studies.table import (
 from .template import Template, nearest
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'stream_hash', 'planned_text', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned', 'keep_sources',
-           'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found', 'shown_state', 'choose', 'table_rows',
-           'mend', 'check_tables', 'write_plan', 'status', 'studies_with_runs']
+__all__ = ['UNKNOWN', 'as_run_reads', 'stream_hash', 'planned_text', 'Found', 'Planned', 'Plan', 'make_plan', 'prepare_planned',
+           'keep_sources', 'find_run', 'explain', 'why', 'accept', 'about', 'row_of_found', 'shown_state', 'choose',
+           'table_rows', 'mend', 'check_tables', 'write_plan', 'status', 'studies_with_runs']
 
 # %% ../../nbs/studies/07_plan.ipynb #fa6643d9
 def _stream_key(parameters: Mapping[str, Any]) -> str:
@@ -79,6 +84,45 @@ def _known_streams(project: Project) -> dict[str, Any]:
     entry = {"hash": str, "stamp?": (str, type(None)), "domains?": {...: str}}
     return read_object(project.runs / "streams.json", {...: entry})
 
+# %% ../../nbs/studies/07_plan.ipynb #stream-root
+def _folders(
+    name: str, project: Project
+) -> tuple[Path | None, Path | None]:  # None: no folder
+    "The folder that a stream's name means here, and in the project's root."
+    from dmr.text.sources import STREAMS
+
+    if not name or name in STREAMS or name.startswith("synthetic:"):
+        return None, None
+    try:
+        here, there = (
+            p if p.is_dir() else None for p in (Path(name), project.root / name)
+        )
+    except OSError as e:
+        raise ValueError(
+            f"stream={name[:40]!r}... names no folder: {e.strerror}"
+        ) from None
+    return here, there
+
+
+def as_run_reads(
+    parameters: Mapping[str, Any],  # of a run
+    project: Project,
+) -> Mapping[str, Any]:
+    """The parameters with a folder stream's path as a run finds it, which works
+    in the project's root; raises ValueError where it is another folder here.
+    """
+    name = str(parameters.get("stream") or "")
+    here, there = _folders(name, project)
+    if here and not (there and os.path.samefile(here, there)):
+        raise ValueError(
+            f"stream {name!r} is {here.absolute()} here, but runs work in"
+            f" {project.root} and would not find it; give its whole path: -p"
+            f" stream {shlex.quote(str(here.absolute()))}"
+        )
+    if here or not there:
+        return parameters
+    return {**parameters, "stream": str(there)}
+
 # %% ../../nbs/studies/07_plan.ipynb #db135870
 UNKNOWN = "unknown"  # a stream whose text has not been read on this machine
 
@@ -92,6 +136,7 @@ def stream_hash(
     name = parameters.get("stream")
     if not isinstance(name, str):
         return None
+    parameters = as_run_reads(parameters, project)
     key, known = _stream_key(parameters), _known_streams(project)
     if key in known or not load:
         return known.get(key, {}).get("hash", UNKNOWN)
@@ -467,7 +512,9 @@ def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
     if same_code(found.parts, now_parts, accepted):
         end = ", and the change was accepted: it stands"
     else:
-        command = f"`dmr accept {plan.study.name}`"
+        study = plan.study  # with parameters of its own: by its folder
+        called = study.name if study.given else asked_as(study, plan.project)
+        command = f"`dmr accept {shlex.quote(called)}`"
         end = f"; it must run again, or {command} if no number can differ"
     out = [f"these parts of the code changed since{end}"]
     for c in changed_parts(found.parts, now_parts):
@@ -491,6 +538,16 @@ def _without_cell(found: Found, plan: Plan) -> list[str]:
     return out
 
 # %% ../../nbs/studies/07_plan.ipynb #f2623040
+def _study_of(found: Found, name: str, project: Project) -> Study:
+    "The study of a run, as its batch was asked for it."
+    study = started_study(name, project)
+    if study and study.path is None and found.run:  # one run of a template
+        own = found.run.spec["identity"]["parameters"]
+        with suppress(ValueError):  # it may have other parameters now
+            return find_study(str(study.template.path), project, own)
+    return study or find_study(name, project)
+
+
 def why(
     name: str,  # a run's name or its beginning
     project: Project,
@@ -498,7 +555,7 @@ def why(
 ) -> list[str]:  # lines to read
     "Say what state a run is in, whether it still stands, and why not."
     study_name, found = find_run(name, project)
-    study = study or find_study(study_name, project)
+    study = study or _study_of(found, study_name, project)
     plan, state = make_plan(study, project, load=False), found.state()
     error = state.get("error")
     reason = f" ({error.splitlines()[0]})" if error else ""
@@ -608,9 +665,12 @@ def choose(
         what = "are left out (code='any' shows them)"
         if borrow:
             what = "are shown, since there are no others"
+        name = asked_as(plan.study, plan.project)
+        if name != plan.study.name:
+            name = next(f.run_id for p in lack for f in p.stale)
         warnings.warn(
             f"{plan.study.name}: {old} results were made by other code and"
-            f" {what}; `dmr why {plan.study.name}` says what changed",
+            f" {what}; `dmr why {name}` says what changed",
             stacklevel=4,
         )
     return out
@@ -668,12 +728,18 @@ def write_plan(plan: Plan) -> None:
         )
         for p in plan.runs
     ]
+    asked = asked_as(plan.study, plan.project)
+    if asked == str(plan.study.path or plan.study.template.path):
+        asked = str(Path(asked).absolute())
     write_object(
         folder / "plan.json",
         dict(
             schema=1,
             study=plan.study.name,
             title=plan.study.title,
+            # for `dmr why`, which has the name of the study's folder alone
+            asked=asked,
+            given=dict(plan.study.given),
             written=now(),
             runs=runs,
         ),

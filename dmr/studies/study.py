@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import need
+from ..files import read_object
 from .identity import digest, package_folder
 from .run import Limits
 from dmr.studies.template import (
@@ -26,7 +29,8 @@ from dmr.studies.template import (
 )
 
 # %% auto #0
-__all__ = ['StudyError', 'Cell', 'combinations', 'Study', 'read_study', 'Project', 'find_project', 'list_studies', 'find_study']
+__all__ = ['StudyError', 'Cell', 'combinations', 'Study', 'read_study', 'Project', 'find_project', 'list_studies',
+           'started_study', 'find_study', 'asked_as', 'command_of']
 
 # %% ../../nbs/studies/05_study.ipynb #0c89d962
 class StudyError(ValueError):
@@ -401,6 +405,11 @@ def _arm_cells(
         at = where if "seeds" in entry else path
         wrong.append(((*at, "seeds"), str(e)))
         return
+    twice = [a["seed"][1] for a in axes.values() if "seed" in a]
+    if twice and seeds != [None]:
+        message = "'seed' is varied here and by 'seeds'; leave one of them out"
+        wrong.append((twice[0], message))
+        return
     named = bool(arm) and "arm" in template.parameters
     defaults = block.get("defaults") or {}
     own = {k: v for k, v in entry.items() if k not in _ARM_KEYS}
@@ -537,6 +546,8 @@ class Study:
     estimate_s: float | None = None
     record: bool = True
     analysis: Path | None = None
+    # parameters that replace every run's own
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 # %% ../../nbs/studies/05_study.ipynb #b9cd28fd
 def _read_limits(
@@ -597,7 +608,7 @@ def _check_name(path: Path) -> None:
             " PYTHONUTF8=1 and try again"
         )
 
-# %% ../../nbs/studies/05_study.ipynb #8db06758
+# %% ../../nbs/studies/05_study.ipynb #study-text
 def _study_text(path: Path) -> str:
     "The text of a study file; raises StudyError."
     if path.stat().st_size > _MOST_BYTES:
@@ -612,7 +623,7 @@ def _study_text(path: Path) -> str:
         line = data.count(b"\n", 0, e.start) + 1
         raise StudyError(f"{path.name}:{line}: is no UTF-8 text") from None
 
-
+# %% ../../nbs/studies/05_study.ipynb #8db06758
 def read_study(
     path: str | Path,
     overrides: Mapping[str, Any] | None = None,  # replace every run's own
@@ -631,6 +642,10 @@ def read_study(
         template = read_template(path.parent / data["template"])
     except (FileNotFoundError, ValueError) as e:
         raise StudyError(f"{path.name}:{lines[('template',)]}: {e}") from None
+    analysis = path.parent / data["analysis"] if "analysis" in data else None
+    if analysis and not analysis.is_file():
+        at = f"{path.name}:{lines[('analysis',)]}"
+        raise StudyError(f"{at}: no analysis notebook at {analysis}")
     cells: dict[str, Cell] = {}
     blocks = list(_blocks(data, wrong))
     large: list[_Problem] = []
@@ -655,11 +670,14 @@ def read_study(
         limits,
         estimate,
         data.get("record", True),
-        path.parent / data["analysis"] if "analysis" in data else None,
+        analysis,
     )
     return _override(study, overrides) if overrides else study
 
 # %% ../../nbs/studies/05_study.ipynb #b71f5081
+_LONGEST = 255  # signs in the name of a folder
+
+
 def _override(
     study: Study,
     given: Mapping[str, Any],  # parameter -> value, for every run
@@ -671,7 +689,12 @@ def _override(
     cells: dict[str, Cell] = {}
     for c in study.cells:
         new = resolve(study.template, {**c.parameters, **given})
-        cell = Cell(c.part, c.arm, new.get("seed", c.seed), c.varied, new)
+        # a varied parameter that is given is no longer what the label says
+        varied = {
+            k: new.get(k, given[k]) if k in given else v
+            for k, v in c.varied.items()
+        }
+        cell = Cell(c.part, c.arm, new.get("seed", c.seed), varied, new)
         if cell.hash in cells:
             raise ValueError(
                 f"{', '.join(given)} differs between the runs of {study.name}:"
@@ -681,7 +704,10 @@ def _override(
         cells[cell.hash] = cell
     values = "+".join(f"{k}={v}" for k, v in sorted(given.items()))
     name = re.sub(r"[^A-Za-z0-9.=_+-]+", "-", f"{study.name}+{values}")
-    return replace(study, name=name, cells=tuple(cells.values()), record=False)
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST - 9]}-{digest(values, 8)}"
+    made = replace(study, name=name, cells=tuple(cells.values()), record=False)
+    return replace(made, given=dict(given))
 
 # %% ../../nbs/studies/05_study.ipynb #f0b5400f
 @dataclass(frozen=True)
@@ -732,8 +758,23 @@ def list_studies(project: Project) -> list[Path]:
     return [*own, *(p for p in carried if p.stem not in names)]
 
 
+def started_study(
+    name: str,  # of a study's folder of runs
+    project: Project,
+    overrides: Mapping[str, Any] | None = None,
+) -> Study | None:  # None: no batch says how it was asked for
+    "A study as its batch read it; raises FileNotFoundError."
+    kept = {"asked?": str, "given?": dict}
+    plan = read_object(project.runs / name / "plan.json", kept)
+    asked = plan.get("asked", name)
+    if asked == name:
+        return None
+    given = {**plan.get("given", {}), **(overrides or {})}
+    return find_study(asked, project, given or None)
+
+
 def find_study(
-    name: str,  # a study's name, or the path of a study file or of a template
+    name: str,  # of a study, or the path of a study file or of a template
     project: Project,
     overrides: Mapping[str, Any] | None = None,
 ) -> Study:
@@ -742,12 +783,15 @@ def find_study(
         template, varied = read_template(name), dict(overrides or {})
         parameters = resolve(template, varied)
         cell = Cell("", "", parameters.get("seed"), varied, parameters)
-        return Study(template.path.stem, template, (cell,), record=False)
+        made = Study(template.path.stem, template, (cell,), record=False)
+        return replace(made, given=varied)
     if name.endswith((".yaml", ".yml")):
         return read_study(name, overrides)
     known = {p.stem: p for p in list_studies(project)}
     if name in known:
         return read_study(known[name], overrides)
+    if started := started_study(name, project, overrides):
+        return started
     raise FileNotFoundError(
         f"no study {name!r}{nearest(name, known)} in {project.studies}; "
         + (
@@ -756,3 +800,30 @@ def find_study(
             else "pass the path of a study file"
         )
     )
+
+# %% ../../nbs/studies/05_study.ipynb #asked-code
+#: What a command reads as text, as it stands.
+_PLAIN = re.compile(r"(?:[A-Za-z_]|\.{0,2}/)[\w./:=, +-]*")
+_WORDS = {"true", "false", "null", "True", "False", "None", "NaN", "Infinity"}
+
+
+def _option(value: Any) -> str:
+    "A value as `-p` takes it."
+    if isinstance(value, str) and value not in _WORDS:
+        if _PLAIN.fullmatch(value):
+            return value
+    return json.dumps(value)
+
+
+def asked_as(study: Study, project: Project) -> str:
+    "What a command calls a study: its name, or else the path of its file."
+    path = study.path or study.template.path
+    names = {p.resolve(): p.stem for p in list_studies(project)}
+    return names.get(path.resolve(), str(path))
+
+
+def command_of(study: Study, project: Project) -> str:
+    "The arguments that name a study and its parameters on the command line."
+    given = ((k, _option(v)) for k, v in study.given.items())
+    pairs = (word for k, v in given for word in ("-p", k, v))
+    return shlex.join([asked_as(study, project), *pairs])

@@ -125,12 +125,13 @@ def share_runs(
     most: int,  # runs in all
 ) -> dict[Any, int]:  # arm -> runs
     "How many runs each arm may have; raises ValueError if they are too few."
-    seeds = {a: len(c) // len(settings_of(c)) for a, c in arms.items()}
+    # an exclusion may leave some settings fewer seeds than others
+    seeds = {a: max(map(len, settings_of(c))) for a, c in arms.items()}
     needed = sum(seeds.values())
     if most < needed:
         raise ValueError(
             f"--trials {most}: {len(arms)} arms need at least {needed} runs,"
-            " one for each seed"
+            f" one for each seed; give --trials {needed} or more"
         )
     given = dict(seeds)
     for _ in range(most - needed):

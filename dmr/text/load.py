@@ -465,6 +465,20 @@ def _parts(domain: str, given: Any) -> list[bytes]:
         )
     return [part.encode() if isinstance(part, str) else part for part in parts]
 
+
+def _warn_of_copies(own: Mapping[str, list[bytes]], name: str) -> None:
+    "Say that a domain has some texts more than once."
+    given = {k: [t for t in texts if t.strip()] for k, texts in own.items()}
+    more = {k: len(texts) - len(set(texts)) for k, texts in given.items()}
+    copies = [f"{n} in {k!r}" for k, n in more.items() if n]
+    if copies:
+        warnings.warn(
+            f"{name} has exact copies of texts ({', '.join(copies)}); each is"
+            " trained on as often as it is there: remove the copies, or go on"
+            " if that is meant",
+            stacklevel=3,
+        )
+
 # %% ../../nbs/text/05_load.ipynb #a1ee4d0b
 # domain name -> a text (str or bytes) or an iterable of documents
 def from_texts(
@@ -489,6 +503,7 @@ def from_texts(
             f"{name} has {_count(own)}; a stream needs at least two to"
             " forget anything"
         )
+    _warn_of_copies(own, name)
     return Stream(
         name,
         [_own_domain(n, d, name, cap, cache) for n, d in own.items()],

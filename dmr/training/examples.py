@@ -172,15 +172,31 @@ def _read_file(path: Path) -> list[Example]:  # empty where the file is
     return found
 
 # %% ../../nbs/training/08_examples.ipynb #9e2b261d
+#: The file that says of a folder which training it holds.
+_REQUEST = "request.json"
+
+
+def _is_training(folder: Path) -> bool:
+    "Does a folder hold what `dmr.finetune` or `compare` wrote?"
+    try:
+        found = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"request", "arms"} <= found.keys()
+
+
 def _read_folder(folder: Path) -> list[Example]:
     "The examples of all files below a folder; warns of those skipped."
     found: list[Example] = []
     skipped: dict[str, list[str]] = {}
+    places = (p.parent for p in folder.rglob(_REQUEST))
+    trainings = {p for p in places if p != folder and _is_training(p)}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = path.relative_to(folder)
         examples: list[Example] = []
-        why = "hidden"
-        if not any(part.startswith(".") for part in inside.parts):
+        hidden = any(part.startswith(".") for part in inside.parts)
+        why = "hidden" if hidden else "of a training"
+        if not hidden and trainings.isdisjoint(path.parents):
             why = "binary" if _is_binary(path) else "empty"
             examples = [] if why == "binary" else _read_file(path)
         if not examples:

@@ -49,6 +49,7 @@ from dmr.training.config import (
     seed_for,
 )
 from dmr.training.examples import (
+    _REQUEST,
     NOT_LEARNED,
     Example,
     general_texts,
@@ -57,14 +58,14 @@ from dmr.training.examples import (
     split_examples,
     tokenize_examples,
 )
-from .finetuning import FinetuneConfig, _adapted_model
+from .finetuning import TARGETS, FinetuneConfig, _adapted_model
 
 # %% auto #0
 __all__ = ['METHODS', 'PLAIN_STEPS', 'SETTINGS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS',
            'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device',
            'native_bfloat16', 'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts',
-           'row_order', 'merged_model', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model', 'finetune', 'compare',
-           'save_small_llama', 'example_case']
+           'row_order', 'merged_model', 'adapter_targets', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model',
+           'finetune', 'compare', 'save_small_llama', 'example_case']
 
 # %% ../../nbs/training/10_finetune.ipynb #46eb0b5a
 from dmr.training.held_out import (
@@ -89,6 +90,7 @@ from dmr.training.loop import (
 )
 from dmr.training.pretrained import (
     MODELS,
+    _empty_model,
     encode,
     load_pretrained,
     load_tokenizer,
@@ -117,7 +119,7 @@ def usual_method(
     "The method of a training. ValueError where it needs a past and has none."
     if method is None:
         return "none" if keep is None else "merge"
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"method={method!r} is unknown; choose one of {', '.join(METHODS)}"
         )
@@ -223,6 +225,7 @@ class Request:
             value = _typed(name, getattr(self, name), kind)
             _within(name, value, limits)
             object.__setattr__(self, name, value)
+        _typed("targets", self.targets, "list[str] | None")
         _typed("checkpointing", self.checkpointing, "bool")
         for rate in self.rates:
             _within("rates", _typed("rates", rate, "float"), "(0, inf)")
@@ -246,6 +249,25 @@ def _within(name: str, value: Any, limits: str) -> None:
         raise ValueError(f"{name}={value!r} lies outside {limits}")
 
 
+def _usable_device(name: str) -> torch.device:
+    "A device. ValueError for a word that is none, and where it is of no use."
+    try:
+        device = _find_device(f"{name}")  # torch reads a number as a card's
+    except RuntimeError as e:  # torch's, for a word that is no device
+        raise ValueError(
+            f"device={name!r} is unknown; pass cpu, cuda, cuda:1 or mps"
+        ) from e
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as e:  # what a device raises that is not there
+        first = (str(e).strip().splitlines() or [""])[0][:120]
+        raise ValueError(
+            f"device={name!r} cannot be used by torch on this machine"
+            f" ({first}); pass device='cpu'"
+        ) from e
+    return device
+
+
 def _check_words(r: Request) -> None:
     "ValueError for a place, a device, an arithmetic or a decay that is none."
     for name in ("model", "new", "keep"):
@@ -261,7 +283,7 @@ def _check_words(r: Request) -> None:
         raise ValueError(
             f"dtype={r.dtype!r} is unknown; choose float32 or bfloat16"
         )
-    device = _find_device(r.device)
+    device = _usable_device(r.device)
     if r.dtype == "bfloat16" and not native_bfloat16(device):
         raise ValueError(
             f"dtype='bfloat16' is not native on device={r.device!r}, where it"
@@ -277,7 +299,8 @@ def _rates(
         asked = USUAL_RATE["full" if lora is None else "lora"]
     several = isinstance(asked, Sequence) and not isinstance(asked, str)
     given: Any = list(asked) if several else [asked]  # type: ignore[arg-type]
-    return [_typed("rates", rate, "float") for rate in dict.fromkeys(given)]
+    rates = [_typed("rates", rate, "float") for rate in given]
+    return list(dict.fromkeys(rates))
 
 
 def _check_settings(method: str, asked: Mapping[str, Any]) -> None:
@@ -289,6 +312,47 @@ def _check_settings(method: str, asked: Mapping[str, Any]) -> None:
                     f"{name}={asked[name]!r} is of a {part}, and"
                     f" method={method!r} has none; leave {name} out"
                 )
+
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e7c
+def _place(name: str, value: Any) -> str:
+    "A path as text. ValueError, naming the parameter, for anything else."
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(found, str):
+        return found
+    raise ValueError(
+        f"{name}={value!r} must be text, the name of a file or folder; on the"
+        " command line 2024 is a number, and ./2024 is text"
+    )
+
+
+def _output(value: Any) -> Path:
+    "The folder of a training. ValueError for what names none."
+    if not (place := _place("output", value)):
+        raise ValueError("output='' names nothing; pass the name of a folder")
+    return Path(place).expanduser()
+
+
+def _usual_length(
+    model: str,
+    usual: int,  # tokens of a row
+) -> int:
+    "As usual, and no more than a model in a folder here can read."
+    most = None
+    if Path(model).is_dir():
+        folder = _base_of(model) if _is_adapter(model) else model
+        most = _positions(read_object(Path(folder) / "config.json"))
+    return min(usual, most or usual)
+
+
+def _positions(
+    config: Mapping[str, Any],  # of transformers
+) -> int | None:  # at least 1; None: it names no limit
+    "The longest row that a model can read."
+    text = config.get("text_config") or config
+    for name in ("max_position_embeddings", "n_positions"):
+        if isinstance(most := text.get(name), int) and most > 0:
+            return most
+    return None
 
 # %% ../../nbs/training/10_finetune.ipynb #9e2aa202
 def make_request(
@@ -303,17 +367,15 @@ def make_request(
     **asked: Any,  # further fields of a Request; None: as usual
 ) -> Request:
     "A request with all that was not asked for. ValueError for what is wrong."
+    model = os.path.expanduser(_place("model", model))
+    past = None if keep is None else _place("keep", keep)
     device = device or usual_device()
-    try:
-        found = _find_device(device)
-    except RuntimeError as e:  # torch's, for a word that is no device
-        raise ValueError(
-            f"device={device!r} is unknown; pass cpu, cuda, cuda:1 or mps"
-        ) from e
+    found = _usable_device(device)
     usual: dict[str, Any] = dict(USUAL["gpu" if found.type != "cpu" else "cpu"])
     usual |= {"accumulation": 1, "warmup": 0.1, "decay": "linear", "seed": 0}
     usual |= {"held_out": 0.1, "checkpointing": False, "targets": None}
     usual |= _defaults(Request)
+    usual["length"] = _usual_length(model, usual["length"])
     if unknown := [name for name in asked if name not in usual]:
         raise ValueError(
             f"unknown parameter {unknown[0]!r}; a training takes"
@@ -321,15 +383,14 @@ def make_request(
         )
     usual |= {name: x for name, x in asked.items() if x is not None}
     native = native_bfloat16(found)
-    past = None if keep is None else os.fspath(keep)
     if past == "saved":
-        method, saved = _saved_method(os.fspath(model), method, lora)
+        method, saved = _saved_method(model, method, lora)
         usual |= _go_on(saved, asked)
     method = usual_method(method, past)
     _check_settings(method, asked)
     r = Request(
-        model=os.fspath(model),
-        new=os.fspath(new),
+        model=model,
+        new=_place("new", new),
         keep=past,
         method=method,
         rates=_rates(rates, lora),
@@ -432,7 +493,14 @@ def _go_on(
                 f" the first training was set; leave {name} out"
             )
         options = parts.get(part, {}).get("options", {})
-        found |= {name: options[option]} if option in options else {}
+        if options.get("energy") is not None:
+            raise ValueError(
+                f"{ROUTER_FILE} holds a projection by energy="
+                f"{options['energy']!r}, which no request asks for; go on in a"
+                " loop of your own with MomentRouter.load"
+            )
+        if options.get(option) is not None:  # else as the method has it
+            found[name] = options[option]
     return found
 
 
@@ -662,6 +730,49 @@ def _opening_errors(name: str) -> Iterator[None]:
             " is missing or damaged: copy or download it again, whole"
         ) from e
 
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e7b
+def adapter_targets(
+    r: Request,
+    lora: int,  # rank
+) -> list[str] | None:  # ends of their names; None: the usual ones
+    "The layers that get adapters. ValueError where the model has none of them."
+    peft = need("peft", "hf", "an adapter")
+    _check_here(r.model)
+    with _opening_errors(r.model):
+        model = _empty_model(r.model)
+    head = model.get_output_embeddings()
+    named = model.named_modules()
+    layers = [n for n, x in named if _adapts(x) and x is not head]
+    found = r.targets
+    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if found is None and not any(f".{x}".endswith(_ENDS) for x in layers):
+        other = known.get(model.config.model_type)
+        found = list(other) if isinstance(other, list) else None
+    how = peft.LoraConfig(r=lora, target_modules=list(found or TARGETS))
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.get_peft_model(model, how)
+    except ValueError as e:
+        ends = list(dict.fromkeys(x.rpartition(".")[2] for x in layers))
+        wrong = "none of the layers that usually get adapters"
+        if r.targets is not None:
+            wrong = f"no layer for an adapter by targets={r.targets!r}"
+        raise ValueError(
+            f"{r.model!r} has {wrong}; name some of its own, such as targets="
+            f"{ends[:4]!r}"
+        ) from e
+    return found
+
+
+#: The usual layers, as their names end.
+_ENDS = tuple(f".{name}" for name in TARGETS)
+
+
+def _adapts(layer: nn.Module) -> bool:
+    "Is a layer one that multiplies by a matrix?"
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
 # %% ../../nbs/training/10_finetune.ipynb #cfb8fc38
 def _load(r: Request, lora: int | None) -> tuple[Any, Any]:
     "The model, on its device and open for training, and its tokenizer."
@@ -669,30 +780,26 @@ def _load(r: Request, lora: int | None) -> tuple[Any, Any]:
         model, tokenizer = merged_model(r.model)
         model.config.use_cache = False  # of generation
         return model.to(r.device).train(), tokenizer
-    # a folder called `small` is a folder, not the model made in place
-    name = f".{os.sep}small" if r.model == "small" else r.model
-    _check_here(name)
+    _check_here(r.model)
+    targets = None if lora is None else adapter_targets(r, lora)
     config = FinetuneConfig(
-        model=name,
+        # a folder called `small` is a folder, not the model made in place
+        model=f".{os.sep}small" if r.model == "small" else r.model,
         context=r.length,
         eval_bytes=max(16, r.length),
         lora_rank=lora,
         lora_alpha=2 * (lora or 1),
-        targets=r.targets,
+        targets=targets,
         device=r.device,
         seed=r.seed,
     )
-    with _opening_errors(r.model):
+    with _opening_errors(r.model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
         return _adapted_model(config)
 
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e74
 def _said_here(model: str, e: ValueError) -> ValueError:
     "An error of another chapter, with the way out that there is here."
-    if "Target modules" in str(e):
-        return ValueError(
-            f"{model!r} has none of the layers that usually get adapters;"
-            " name yours, for example targets=['c_attn', 'c_proj']"
-        )
     if "has no tokenizer in" in str(e):
         return ValueError(
             f"{model!r} has no tokenizer; write one with the same vocabulary"
@@ -738,6 +845,12 @@ class Bench:
         self.request, self.lora = r, lora
         self.device = _find_device(r.device)
         opened = self.model, self.tokenizer = _open_model(r, lora)
+        self.positions = _positions(self.model.config.to_dict())
+        if self.positions is not None and r.length > self.positions:
+            raise ValueError(
+                f"length={r.length} is more than the {self.positions} positions"
+                f" of {r.model!r}; pass length={self.positions} or less"
+            )
         self.texts = prepare_texts(r, read, *opened)
         self.start = copied(trained_weights(self.model))
         whole = dict(self.model.named_parameters())  # an adapter's base too
@@ -757,10 +870,12 @@ class Bench:
 
     def write(self) -> dict[str, str]:
         "How the model goes on from each prompt."
-        return {
-            name: self.tokenizer.decode(continuation(self.model, prompt))
-            for name, prompt in self.prompts.items()
-        }
+        written = {}
+        for name, prompt in self.prompts.items():
+            room = (self.positions or 64) + 1 - len(prompt)
+            ids = continuation(self.model, prompt, min(48, room))
+            written[name] = self.tokenizer.decode(ids)
+        return written
 
     def put_back(self) -> None:
         "The weights are again those that training began with."
@@ -1151,7 +1266,7 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
 
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e60
 #: Files of an output folder, and its folder of the model.
-REQUEST, RESULT, RUN = "request.json", "result.json", "run.json"
+REQUEST, RESULT, RUN = _REQUEST, "result.json", "run.json"
 MODEL = "model"
 
 
@@ -1277,11 +1392,19 @@ def _train_all(
     progress: bool,
 ) -> Finetuned:
     "All arms that are not done yet; what became of all."
+    ranks = [arm.lora for arm in arms if arm.lora is not None]
+    if r.targets is not None and not ranks:
+        raise ValueError(
+            f"targets={r.targets!r} is of adapters, and no training has any;"
+            " pass lora=8 (--lora 8), or leave targets out"
+        )
     read = read_sources(r)
     identity = plain(_identity(r, read) | {"arms": [arm.name for arm in arms]})
     _check_folder(folder, identity)
     if done := _done(folder, keep_model):
         return done
+    if ranks and arms[0].lora is None:  # before the first training
+        adapter_targets(r, ranks[0])
     bench = Bench(r, read, arms[0].lora)
     if progress and (said := _many_passes(bench)):
         print(said, flush=True)
@@ -1532,14 +1655,15 @@ def finetune(
     what it lost. Goes on where an interrupted call left `output`. Raises
     ValueError for what cannot be, before anything is written.
     """
+    folder = _output(output)
     r = make_request(
         model, new, keep, method, rates, lora, steps=steps, **asked
     )
     arms = [Arm(r.method, rate, r.lora) for rate in r.rates]
     if progress:
         print(_opening(r, steps is None), flush=True)
-    with _room(r, Path(output)):
-        return _train_all(r, arms, Path(output), True, progress)
+    with _room(r, folder):
+        return _train_all(r, arms, folder, True, progress)
 
 
 def _opening(
@@ -1589,13 +1713,14 @@ def compare(
     is written.
     """
     _check_comparison(keep, method)
+    folder = _output(output)
     usual = USUAL_RATE["full"]
     rates = [usual / 3, usual, 3 * usual] if rates is None else rates
     r = make_request(
         model, new, keep, method, rates, None, steps=steps, **asked
     )
     if lora is not None:  # checked as a rank is checked
-        replace(r, lora=lora)
+        lora = replace(r, lora=lora).lora
     made = [r.method]
     if controls and r.method not in PLAIN_STEPS:
         made.append("none")
@@ -1607,8 +1732,8 @@ def compare(
     if progress:
         opening = _opening(r, steps is None)
         print(f"{opening}\n{len(arms)} trainings", flush=True)
-    with _room(r, Path(output)):
-        return _train_all(r, arms, Path(output), False, progress)
+    with _room(r, folder):
+        return _train_all(r, arms, folder, False, progress)
 
 
 def _check_comparison(keep: Any, method: str | None) -> None:
@@ -1643,9 +1768,10 @@ def save_small_llama(
     end = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **end)
     model: Any = small_llama(seed, **shape)[0]
+    folder = Path(folder).expanduser()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Path(folder)
+    return folder
 
 # %% ../../nbs/training/10_finetune.ipynb #10fe0002
 def example_case(
@@ -1654,7 +1780,7 @@ def example_case(
     """A small model that has learned speeches, its old text, and the factbook
     as a new one. Takes about half a minute.
     """
-    work = Path(folder)
+    work = Path(folder).expanduser()
     how: dict[str, Any] = {"length": 64, "batch": 16, "windows": 16}
     how |= {"keep_tokens": 8192, "device": "cpu", "progress": False}
     for name, text in general_texts().items():

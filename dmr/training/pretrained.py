@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,15 +186,14 @@ def check_memory(
     return wanted
 
 # %% ../../nbs/training/05_pretrained.ipynb #94cd0341
-def _found(name: str, place: str, options: dict[str, Any]) -> tuple[Any, int]:
-    "A model's configuration and its number of parameters. ValueError if none."
+def _found(name: str, place: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    "A model's configuration, and it without weights. ValueError if none."
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(place, **options)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-        return config, sum(p.numel() for p in empty.parameters())
+            return config, AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as e:
         raise ValueError(
             f"no language model {name!r}: pass one of {', '.join(MODELS)},"
@@ -225,6 +225,50 @@ def load_tokenizer(
         ) from None
     return found
 
+# %% ../../nbs/training/05_pretrained.ipynb #c16ac24a
+def _located(
+    name: str | os.PathLike[str],  # as for `load_pretrained`
+    cache: str | os.PathLike[str] | None = None,
+) -> tuple[str, dict[str, Any]]:  # arguments of from_pretrained
+    "Where a model is. Raises ValueError for a .gguf file that is not there."
+    place = os.path.expanduser(str(name))
+    path = Path(place)
+    if place in MODELS:
+        path = fetch_model(place, cache, progress=False)
+    if path.suffix != ".gguf":
+        return place, {}
+    need("gguf", "hf", "a .gguf file")
+    if not path.is_file():
+        raise ValueError(
+            f"no file {path}; pass the path of a .gguf file, or one of"
+            f" {', '.join(MODELS)}"
+        )
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _empty_model(name: str | os.PathLike[str]) -> Any:
+    "A model without its weights: layers and shapes alone."
+    need("transformers", "hf", "a pretrained model")
+    return _found(str(name), *_located(name))[1]
+
+# %% ../../nbs/training/05_pretrained.ipynb #c16ac24c
+def _check_whole(
+    name: str,  # of the model, for the error
+    model: nn.Module,
+    missing: Collection[str],  # weights that no file held
+) -> None:
+    "ValueError where parameters were drawn at random in place of being read."
+    known = dict(model.named_parameters())  # a buffer is computed, not learned
+    if not (lost := sorted(known.keys() & set(missing))):
+        return
+    more = ", ..." if len(lost) > 3 else ""
+    raise ValueError(
+        f"{name!r} lacks {len(lost)} of the {len(known)} weights of a language"
+        f" model ({', '.join(lost[:3])}{more}), and random ones would stand in"
+        " their place; pass a folder that holds them all, as save_pretrained of"
+        " AutoModelForCausalLM writes it"
+    )
+
 # %% ../../nbs/training/05_pretrained.ipynb #c16ac24e
 def load_pretrained(
     # a key of MODELS, a folder, a .gguf file, or a model on Hugging Face
@@ -238,8 +282,8 @@ def load_pretrained(
     """A causal language model and its tokenizer, through transformers.
 
     Raises ImportError without transformers, ValueError for a model or a
-    tokenizer that cannot be found, MemoryError where the weights would not
-    fit.
+    tokenizer that cannot be found and for a model that lacks weights,
+    MemoryError where the weights would not fit.
     """
     need("transformers", "hf", "a pretrained model")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -248,31 +292,22 @@ def load_pretrained(
         )
     from transformers import AutoModelForCausalLM
 
-    place, path = str(name), Path(name)
-    options: dict[str, Any] = {}
-    if place in MODELS:
-        path = fetch_model(place, cache, progress=False)
-    if path.suffix == ".gguf":
-        need("gguf", "hf", "a .gguf file")
-        if not path.is_file():
-            raise ValueError(
-                f"no file {path}; pass the path of a .gguf file, or one of"
-                f" {', '.join(MODELS)}"
-            )
-        place, options = str(path.parent), {"gguf_file": path.name}
+    place, options = _located(name, cache)
     kind = getattr(torch, dtype)
-    config, parameters = _found(str(name), place, options)
+    config, empty = _found(str(name), place, options)
+    parameters = sum(p.numel() for p in empty.parameters())
     # a .gguf file is unpacked beside the model
     check_memory(str(name), parameters, kind, copies=2.2 if options else 1.2)
     words = (
         load_tokenizer(place, str(name), options)
         if tokenizer is None
-        else load_tokenizer(str(tokenizer), str(name))
+        else load_tokenizer(os.path.expanduser(str(tokenizer)), str(name))
     )
     # read once: a .gguf file is slow
-    model = AutoModelForCausalLM.from_pretrained(
-        place, config=config, dtype=kind, **options
-    )
+    options |= {"config": config, "dtype": kind, "output_loading_info": True}
+    read: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+    model, told = read
+    _check_whole(str(name), model, told["missing_keys"])
     return model.eval(), words
 
 # %% ../../nbs/training/05_pretrained.ipynb #320b6235

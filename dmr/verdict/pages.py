@@ -24,7 +24,6 @@ from dmr.reporting.statistics import (
     paired_difference,
     paired_p,
 )
-from ..theory import inflation
 from .answers import NOT_RUN, Answer
 from .rules import CLAIMS, Evidence, Part
 from dmr.verdict.tables import (
@@ -38,7 +37,7 @@ from dmr.verdict.tables import (
 )
 
 # %% auto #0
-__all__ = ['markdown_table', 'claim_box', 'verdict_table', 'pair_table', 'growth_table', 'gain_share', 'kept_text', 'dose_table',
+__all__ = ['markdown_table', 'claim_box', 'verdict_table', 'pair_table', 'growth_table', 'gain_share', 'kept_text',
            'recorded_left', 'comparison_table', 'final_table', 'recipe', 'advice']
 
 # %% ../../nbs/making/05_pages.ipynb #0a773a1d
@@ -281,35 +280,6 @@ def kept_text(
         f" {windows / trained:.0%} of the {trained:,} windows that the domain"
         " is trained on"
     )
-
-# %% ../../nbs/making/05_pages.ipynb #baef82fc
-def dose_table(
-    table: Table,  # of the study `tuning`
-    arm: str,
-) -> str:  # markdown
-    """Forgetting of an arm over vanilla's at the same rate and seed, by
-    strength and rank: smallest, mean and largest over rates and seeds.
-    """
-    at = lambda r: (r["parameters"]["lr"], r["seed"])
-    plain = {
-        at(r): r["forgetting"] for a, _, r in runs(table) if a == "vanilla"
-    }
-    groups: dict[tuple[float, int], list[Mapping[str, Any]]] = {}
-    for _, _, r in runs(table):
-        if r["arm"] == arm and at(r) in plain:
-            key = (r["parameters"]["alpha"], r["parameters"]["rank"])
-            groups.setdefault(key, []).append(r)
-    rows = []
-    for (alpha, rank), mine in sorted(groups.items()):
-        ratios = [r["forgetting"] / plain[at(r)] for r in mine]
-        kappa = float(np.mean([r["overlap_mean"] for r in mine]))
-        law = (1 - alpha) * float(inflation(alpha, kappa))
-        spread = (min(ratios), float(np.mean(ratios)), max(ratios))
-        numbers = [f"{x:.2f}" for x in (*spread, kappa, law)]
-        rows.append([f"{alpha:g}", str(rank), str(len(mine)), *numbers])
-    ratio = ["smallest ratio", "mean", "largest"]
-    head = ["α", "rank", "runs", *ratio, "measured κ", "step left by the law"]
-    return markdown_table(head, rows)
 
 # %% ../../nbs/making/05_pages.ipynb #5aaf933d
 def recorded_left(

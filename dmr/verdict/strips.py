@@ -28,7 +28,6 @@ from dmr.verdict.answers import (
     with_seeds,
 )
 from dmr.verdict.regimes import (
-    AUTHORS,
     by_part,
     c1_by_strength,
     c4_of_authors,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SAID', 'WHERE', 'Line', 'Strip', 'read_strips', 'draw_strips']
+__all__ = ['SAID', 'WHERE', 'MAIN', 'Line', 'Strip', 'read_strips', 'draw_strips']
 
 # %% ../../nbs/making/10c_strips.ipynb #ec881349
 #: Claim -> in a few words, and what is on its axis.
@@ -114,19 +113,24 @@ def _strengths(
     return _lines({f"{name}, α {a:g}": v for a, v in found.items()})
 
 
+MAIN = "Adam, α 0.9"  # the line that decides C1
+
+
 def _collapse(tables: Mapping[str, Table]) -> list[Line]:
     "C1: each strength, optimizer and memory."
     dose = joined(tables["dose"], tables["merging"])
     eight = evidence(tables["eight"])
-    out = _lines({"Adam, α 0.9": verdict_c1(eight, SHARED) if eight else None})
-    again = _strengths("Adam", dose, (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))
-    out += [Line(f"{x.label}, again", x.nominal, x.matched) for x in again]
+    out = _lines({MAIN: verdict_c1(eight, SHARED) if eight else None})
+    for x in _strengths("Adam", dose, (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)):
+        label = f"{x.label}, again" if x.label == MAIN else x.label
+        out.append(Line(label, x.nominal, x.matched))
+    out.sort(key=lambda line: line.label)
     for name in ("muon", "lion"):
         three = (0.5, 0.9, 1.0)
         out += _strengths(name.capitalize(), tables[name], three, 0.0)
     return out + _memories(tables["memory"], verdict_c1, SHARED)
 
-
+# %% ../../nbs/making/10c_strips.ipynb #othermemories1
 def _memories(table: Table, rule: Any, arm: str) -> list[Line]:
     "A rule at each memory of the second moment."
     found = by_part(table, rule, arm)
@@ -197,7 +201,7 @@ def _lines_of(tables: Mapping[str, Table]) -> dict[str, Sequence[Line]]:
     return {
         "C1": _collapse(tables),
         "C3": _split(tables),
-        "C4": _lines({AUTHORS: c4_of_authors(*three)}),
+        "C4": _lines({"the preprint's arm": c4_of_authors(*three)}),
         "C5": _growth(tables["sixteen"]),
         "C7": _lines(families),
         "C8": [lora["C8"]] if lora else (),

@@ -187,6 +187,68 @@ def test_a_fit_is_a_domain_and_what_is_protected_stays(tmp_path):
     assert callback.reports[1]["layers"]["net.0.weight"]["rank"] == 6
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_each_fit_ends_its_domains_at_the_boundaries(every, tmp_path):
+    "Though its global step begins at 0 again."
+    callback = LightningRouter(made()[0], boundaries=[8 // every])
+    module, domains = Regression(), []
+    for _ in range(3):
+        fit(callback, tmp_path, module, accumulate_grad_batches=every)
+        domains.append(callback.router.domains)
+    assert domains == [1, 2, 3]
+
+
+def test_a_trainer_that_goes_on_ends_no_domain_twice(tmp_path):
+    "Its global step goes on, and stays within the first accumulated batch."
+    callback, module = LightningRouter(made()[0], boundaries=[4, 8]), None
+    fit(callback, tmp_path, module := Regression(), accumulate_grad_batches=2)
+    trainer = module.trainer
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, data())
+    assert (trainer.global_step, callback.router.domains) == (8, 2)
+
+
+def test_the_last_checkpoint_of_every_fit_is_past_its_boundary(tmp_path):
+    "With the merged weights, where `max_steps` ends the fit."
+    callback, module = merged(), Regression()
+    for domain in (1, 2, 3):
+        folder = tmp_path / str(domain)
+        keep = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1)
+        fit(callback, folder, module, more=[keep], max_steps=8)
+        (path,) = folder.glob("*step=8.ckpt")
+        read = torch.load(path, weights_only=True)
+        state = read["callbacks"]["LightningRouter"]["router"]["state"]
+        assert state["domains"] == domain
+        assert state["boundary"] == state["steps"] == 8 * domain
+        for name, x in module.state_dict().items():
+            assert torch.equal(read["state_dict"][name], x)
+
+
+def test_a_second_fit_on_one_callback_resumes_bit_identically(tmp_path):
+    "From the step of its own first boundary, in another process."
+
+    def run(callback, module, resume=None):
+        keep = ModelCheckpoint(
+            tmp_path / str(len(callback.reports)),
+            "at-{step}",
+            save_on_train_epoch_end=True,
+            save_top_k=-1,
+            auto_insert_metric_name=False,
+        )
+        more = {"more": [keep], "ckpt_path": resume, "batches": 4}
+        fit(callback, tmp_path, module, accumulate_grad_batches=2, **more)
+
+    routed = lambda: LightningRouter(*made(), boundaries=[2, 4])
+    first, whole = routed(), Regression()
+    run(first, whole)
+    run(first, whole)
+    second, resumed = routed(), Regression()
+    run(second, resumed, str(tmp_path / "2/at-2.ckpt"))
+    assert first.router.domains == second.router.domains == 4
+    for p, q in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(p, q)
+
+
 def test_a_past_may_be_shown_before_the_first_fit(tmp_path):
     "By a router on an optimizer of one's own; as in a bare loop."
     batches = [*data()]

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
+import transformers
 
 import dmr.training.pretrained as pretrained
 from dmr.frameworks.lora import (
@@ -134,6 +135,64 @@ def test_over_a_quantized_base_the_adapters_are_routed_and_the_base_stays(
         ValueError, match=r"is quantized \(torch.int8\).*keep the adapter"
     ):
         restart_lora(model, optimizer, router)
+
+
+def test_adapters_with_magnitudes_of_their_own_are_not_merged():
+    layers = ["q_proj", "down_proj"]
+    model = adapted(peft.LoraConfig(use_dora=True, target_modules=layers))
+    optimizer = over(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="magnitudes.*use_dora=False"):
+        restart_lora(model, optimizer)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+class Convolutions(nn.Module):
+    "Of one and of nine weights an input."
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize("kind", ["transposed", "convolution"])
+def test_adapters_of_other_layers_than_linear_ones_are_merged(kind):
+    "Of a weight that is stored the other way round, as in GPT-2."
+    torch.manual_seed(0)
+    if kind == "transposed":
+        sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        config = transformers.GPT2Config(vocab_size=257, **sizes)
+        targets = ["c_attn", "c_proj"]  # (16, 48), (16, 16) and (64, 16)
+        model, shown = transformers.GPT2LMHeadModel(config), BATCH
+        told = lambda x: model(input_ids=x).logits
+    else:
+        model, targets = Convolutions(), ["first", "second"]
+        shown, told = torch.randn(4, 3, 5, 5), lambda x: model(x)
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    model = peft.get_peft_model(model, config).eval()
+    optimizer = over(model)
+    router = route_lora(model, optimizer, Projection(rank=2, every=1))
+    first = told(shown).detach()
+    for _ in range(4):
+        optimizer.zero_grad()
+        told(shown).square().mean().backward()
+        optimizer.step()
+    router.consolidate()
+    before = told(shown).detach()
+    assert (before - first).abs().max() > 1e-3
+    renewed = restart_lora(model, optimizer, router)
+    assert renewed == len(lora_layers(model)) >= 2
+    torch.testing.assert_close(told(shown), before, rtol=1e-4, atol=1e-5)
+    for name, layer in lora_layers(model).items():
+        A = layer.lora_A["default"].weight
+        U = router.modification.bases[f"{name}.lora_A.default.weight"]
+        assert (A.flatten(1) @ U).abs().max() < 1e-6 < A.abs().max()
+        assert not layer.lora_B["default"].weight.any()
 
 
 def test_a_merge_moves_the_adapters_alone():

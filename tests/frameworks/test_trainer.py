@@ -2,7 +2,9 @@
 as a bare loop does, with accumulation, clipping and bf16.
 """
 
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from dmr.frameworks.trainer import RoutedTrainer, RouterCallback
 from dmr.methods.consolidation import FisherMerge
 from dmr.methods.projection import Projection
 from dmr.methods.replay import ReplayBuffer, ReplayMix
+from dmr.routing.kept import read_kept
 from dmr.routing.router import MomentRouter
 from dmr.routing.strength import OverlapAware
 from dmr.training.pretrained import small_llama
@@ -209,6 +212,74 @@ def test_resumed_from_the_trainers_checkpoint_it_is_bit_identical(
         == (first.router.steps, first.router.domains)
         == (8, 2)
     )
+
+
+def two_runs(folder):
+    "Of one model on two domains, each with its checkpoint-3."
+
+    def routed(name, domain, kind=RoutedTrainer, **more):
+        args = arguments(
+            folder / name, 4, save_strategy="steps", save_steps=3, **more
+        )
+        rows = data(64)[32 * domain :][:32]
+        callback = RouterCallback(Projection(rank=2, every=1))
+        given = {"train_dataset": rows}
+        model, _ = small_llama(width=16, layers=1, context=32)
+        if kind is Trainer:
+            return Trainer(model, args, callbacks=[callback], **given), callback
+        return kind(model, args, router=callback, **given), callback
+
+    for domain, name in enumerate("XY"):
+        routed(name, domain)[0].train()
+    return routed
+
+
+@pytest.mark.parametrize("named", [str, Path])
+def test_a_run_resumes_in_the_folder_of_another(named, tmp_path):
+    "The router's file is that of the folder `train` was told."
+    routed = two_runs(tmp_path)
+    trainer, callback = routed("Y", 0)
+    path = tmp_path / "X/checkpoint-3"
+    taken, whole = [], read_kept(path / "router.pt")["weights"]
+    take_up = MomentRouter.take_up
+    with pytest.MonkeyPatch.context() as watched:
+        watched.setattr(
+            MomentRouter,
+            "take_up",
+            lambda it, contents: (
+                taken.append(contents["weights"]),
+                take_up(it, contents),
+            ),
+        )
+        trainer.train(resume_from_checkpoint=named(path))
+    assert taken == [whole] and callback.router.steps == 4
+    assert callback.told is None  # it may go on with a plain Trainer
+    (path / "router.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="router.pt in .*X.checkpoint"):
+        routed("Y", 0)[0].train(resume_from_checkpoint=named(path))
+
+
+def test_the_folders_own_last_checkpoint_is_meant_by_true(tmp_path):
+    "Whatever the arguments name, which the Trainer does not read."
+    routed = two_runs(tmp_path)
+    elsewhere = {"resume_from_checkpoint": str(tmp_path / "X/checkpoint-3")}
+    shutil.rmtree(tmp_path / "Y/checkpoint-4")
+    trainer, callback = routed("Y", 1, **elsewhere)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.router.steps == 4
+
+
+def test_a_plain_trainer_says_where_it_resumes_in_its_arguments(tmp_path):
+    "Told to `train` alone, another run's file is found out and refused."
+    routed, path = two_runs(tmp_path), str(tmp_path / "X/checkpoint-3")
+    trainer, _ = routed("Y", 0, Trainer)
+    said = r"Y.checkpoint-3.router.pt: .*other weights.*set args.resume_from"
+    with pytest.raises(ValueError, match=said):
+        trainer.train(resume_from_checkpoint=path)
+    told = {"resume_from_checkpoint": path}
+    trainer, callback = routed("Y", 0, Trainer, **told)
+    trainer.train(**told)
+    assert callback.router.steps == 4
 
 
 @pytest.mark.parametrize("how", ["lost", "a bit"])

@@ -119,3 +119,37 @@ def test_a_broken_reference_loss_changes_nothing(kind):
 def test_an_empty_buffer_is_said_to_be_empty():
     with pytest.raises(ValueError, match="replay buffer is empty"):
         AGEM(dmr.ReplayBuffer(), lambda b: b.mean()).buffer.sample(3)
+
+
+@pytest.mark.parametrize("rates", [(1e-4, 1e-2), (1e-2, 1e-4)])
+def test_the_whole_update_never_conflicts_where_rates_differ(rates):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    body, head = (x.parameters() for x in (model[0], model[2]))
+    groups = [dict(params=body, lr=rates[0]), dict(params=head, lr=rates[1])]
+    fit = lambda batch: (model(batch[0]) - batch[1]).square().mean()
+    agem = AGEM(dmr.ReplayBuffer(capacity=8), fit, fraction=None)
+    router = MomentRouter(model, torch.optim.Adam(groups), agem)
+    references, prepare = [], agem.prepare
+    agem.prepare = lambda: (
+        prepare(),
+        references.append(flat(agem._g.values())),
+    )[0]
+    x, y = torch.randn(16, 5).double(), torch.randn(16, 1).double()
+    conflicts = 0
+    for sign in (1.0, -1.0):  # the second domain wants the opposite
+        for _ in range(30):
+            router.observe((x, sign * y), total=16)
+            before = flat(model.parameters())
+            router.optimizer.zero_grad()
+            fit((x, sign * y)).backward()
+            router.optimizer.step()
+            moved = flat(model.parameters()) - before
+            if references:
+                along = moved @ references[-1]
+                size = moved.norm() * references[-1].norm()
+                assert along <= 1e-10 * size
+                conflicts += bool(along.abs() <= 1e-10 * size)
+        if not references:
+            router.consolidate()
+    assert conflicts > 3

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 import dmr
-from dmr.methods.consolidation import FisherMerge, merge
-from dmr.routing.consolidation import Interpolate
+from dmr.methods.consolidation import (
+    FisherMerge,
+    merge,
+    running_share,
+    steps_taken,
+)
+from dmr.routing.consolidation import Interpolate, Trained
 
 
 class Bowl(nn.Module):
@@ -176,6 +181,124 @@ def test_the_second_moment_gives_its_running_share():
         torch.testing.assert_close(found[name], mean, rtol=1e-9, atol=1e-14)
 
 
+def second_moments(model, optimizer):
+    named = model.named_parameters()
+    return {n: optimizer.state[p]["exp_avg_sq"].clone() for n, p in named}
+
+
+def test_the_second_moment_of_a_run_without_a_break_keeps_its_last_bit():
+    model = network()
+    optimizer = adamw(model)
+    router, _ = recorded(model, optimizer, curvature="moment")
+    start = {n: None for n, _ in model.named_parameters()}
+    for steps in (12, 20, 7):
+        train(model, optimizer, steps=steps, seed=steps)
+        found = router.consolidation.recorder.fisher()
+        end = second_moments(model, optimizer)
+        for n, v in end.items():
+            own = running_share(v, start[n], 0.95, steps)
+            assert torch.equal(found[n], own)
+        router.consolidate()
+        start = end
+
+
+def window_mean(seen, beta2=0.95):
+    "The weighted mean of g² that Adam's second moment is, by name."
+    steps = len(seen)
+    w = beta2 ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    stack = lambda n: torch.stack([s[n].double() for s in seen]).square()
+    mean = lambda n: torch.einsum("t,t...->...", w, stack(n)) / w.sum()
+    return {n: mean(n) for n in seen[0]}
+
+
+@pytest.mark.parametrize("steps", [5, 30])  # fewer, and more, than before
+@pytest.mark.parametrize("how", ["cleared", "warm", "new router"])
+def test_a_domain_is_measured_alone_whatever_the_optimizer_did_before(
+    how, steps
+):
+    model = network(dtype=torch.float64)
+    optimizer = adamw(model)
+    if how == "warm":
+        train(model, optimizer, steps=20, dtype=torch.float64)
+    router, seen = recorded(model, optimizer, curvature="moment")
+    if how != "warm":
+        train(model, optimizer, steps=12, dtype=torch.float64)
+        router.consolidate()
+    if how == "cleared":
+        optimizer.state.clear()
+    if how == "new router":
+        merge = router.consolidation
+        router.close()
+        router = dmr.MomentRouter(model, optimizer, consolidation=merge)
+    seen.clear()
+    train(model, optimizer, steps=steps, seed=1, dtype=torch.float64)
+    found = router.consolidation.recorder.fisher()
+    for name, f in window_mean(seen).items():
+        torch.testing.assert_close(found[name], f, rtol=1e-7, atol=1e-14)
+
+
+def test_a_state_cleared_within_a_domain_counts_from_there():
+    model = network(dtype=torch.float64)
+    optimizer = adamw(model)
+    router, seen = recorded(model, optimizer, curvature="moment")
+    train(model, optimizer, steps=12, dtype=torch.float64)
+    router.consolidate()
+    train(model, optimizer, steps=8, seed=1, dtype=torch.float64)
+    optimizer.state.clear()
+    seen.clear()
+    train(model, optimizer, steps=6, seed=2, dtype=torch.float64)
+    found = router.consolidation.recorder.fisher()
+    for name, f in window_mean(seen).items():
+        torch.testing.assert_close(found[name], f, rtol=1e-9, atol=1e-14)
+
+
+def test_a_weight_without_a_gradient_gains_no_curvature():
+    torch.manual_seed(0)
+    body, heads = nn.Linear(8, 4), [nn.Linear(4, 1) for _ in range(2)]
+    model = nn.ModuleList([body, *heads])
+    optimizer = adamw(model)
+    rule = FisherMerge(0.5, curvature="moment", keep=1.0)
+    router = dmr.MomentRouter(model, optimizer, consolidation=rule)
+    past = []
+    for domain, head in enumerate((0, 1, 1)):
+        draw = torch.Generator().manual_seed(domain)
+        for _ in range(9):
+            optimizer.zero_grad()
+            x = torch.randn(16, 8, generator=draw)
+            heads[head](body(x).tanh()).square().mean().backward()
+            optimizer.step()
+        router.consolidate()
+        past.append(rule.past["1.weight"].clone())
+    assert torch.equal(past[0], past[1]) and torch.equal(past[0], past[2])
+    assert rule.past["2.weight"].norm() > 0
+
+
+def test_an_optimizer_may_count_in_numbers_or_in_tensors_or_not_at_all():
+    model = network()
+    optimizer = adamw(model)
+    weights = dict(model.named_parameters())
+    for name, step in (("0.weight", 3), ("0.bias", torch.tensor(4.0))):
+        optimizer.state[weights[name]]["step"] = step
+    optimizer.state[weights["3.bias"]]["other"] = 5
+    counted = steps_taken(Trained(model, optimizer))
+    assert counted == {"0.weight": 3, "0.bias": 4}
+
+
+def test_an_older_state_without_counters_goes_on():
+    model = network()
+    optimizer = adamw(model)
+    router, _ = recorded(model, optimizer, curvature="moment")
+    train(model, optimizer)
+    router.consolidate()
+    train(model, optimizer, seed=1, steps=5)
+    recorder = router.consolidation.recorder
+    known, state = recorder.fisher(), copy.deepcopy(router.state_dict())
+    del state["consolidation"]["recorder"]["begun"]
+    router.load_state_dict(state)
+    for name, f in recorder.fisher().items():
+        assert torch.equal(f, known[name])
+
+
 @pytest.mark.parametrize(
     "make, routing, why",
     [
@@ -324,6 +447,23 @@ def test_storage_elsewhere_merges_the_same_to_its_precision():
         torch.testing.assert_close(
             p, found[torch.bfloat16][0][name], atol=1e-2, rtol=0
         )
+
+
+@pytest.mark.parametrize("storage", ["meta", torch.bfloat16])
+def test_what_is_loaded_goes_where_it_is_kept(storage):
+    "The meta device stands for a second one, which holds no numbers."
+    model = network()
+    optimizer = adamw(model)
+    router, _ = recorded(model, optimizer)
+    train(model, optimizer)
+    router.consolidate()
+    state = copy.deepcopy(router.state_dict())
+    router.close()
+    router, _ = recorded(model, optimizer, storage=storage)
+    router.load_state_dict(state)
+    rule = router.consolidation
+    for kept in (*rule.before.values(), *rule.past.values()):
+        assert storage in (kept.device.type, kept.dtype)
 
 
 def test_non_finite_curvature_changes_nothing():

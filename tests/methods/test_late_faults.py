@@ -1,6 +1,7 @@
 """What would be noticed only after a domain was trained, or never."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from conftest import basis, regression, train
 from torch import nn
 
 import dmr
+from dmr.methods.agem import AGEM
 from dmr.methods.controls import RandomBasis
 from dmr.methods.gpm import GPM, SGP
+from dmr.methods.ogd import OGD
+from dmr.methods.penalty import EWC, SI
 from dmr.routing.router import MomentRouter
 
 torch.set_num_threads(1)
@@ -199,3 +203,43 @@ def test_a_misspelt_basis_is_told_the_names_that_are_near():
             MomentRouter(
                 model, optimizer, dmr.Projection(bases={"0.wieght": U}, **more)
             )
+
+
+def protecting(kind, strength):
+    "A router with something to protect, and its loss."
+    model, loss = regression()
+    on = lambda x: model(x).square().mean()
+    edit = {
+        "agem": lambda: AGEM(dmr.ReplayBuffer(capacity=8), on),
+        "replay": lambda: dmr.ReplayMix(dmr.ReplayBuffer(capacity=8), on),
+        "ogd": lambda: OGD(lambda x: model(x)[0, 0], vectors=4),
+        "ewc": lambda: EWC(on, samples=4),
+        "si": lambda: SI(),
+        "projection": lambda: dmr.Projection(rank=2, every=1),
+    }[kind]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    router = MomentRouter(model, optimizer, edit, strength=strength)
+    router.observe(torch.randn(20, 6), total=20)
+    train(model, loss, optimizer, 3)
+    router.consolidate()
+    return router, loss
+
+
+@pytest.mark.parametrize(
+    "kind, follows",
+    product(
+        ["agem", "ogd", "ewc", "si", "projection", "replay"], [False, True]
+    ),
+)
+def test_a_step_without_gradients_does_nothing(kind, follows):
+    router, loss = protecting(kind, dmr.OverlapAware() if follows else None)
+    train(router.model, loss, router.optimizer, 1)
+    before = [p.detach().clone() for p in router.model.parameters()]
+    average = copy.deepcopy(router.strength.state_dict())
+    router.optimizer.zero_grad()
+    router.optimizer.step()
+    for p, q in zip(router.model.parameters(), before):
+        assert torch.equal(p, q)
+    assert str(router.strength.state_dict()) == str(average)
+    train(router.model, loss, router.optimizer, 1)  # and goes on
+    assert not torch.equal(before[0], next(router.model.parameters()))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PlainAdam, flat
+from conftest import PlainAdam, flat, regression
 from torch import nn
 
 import dmr
@@ -233,3 +233,149 @@ def test_the_path_is_the_same_under_a_loss_scale():
         paths[scale] = router.modification.path
     for name, path in paths[None].items():
         torch.testing.assert_close(paths[2.0**6][name], path)
+
+
+def one_domain(router, steps=5):
+    "Train on a domain, and end it."
+    for _ in range(steps):
+        x = torch.randn(8, 6)
+        router.observe(x)
+        router.optimizer.zero_grad()
+        router.model(x).square().mean().backward()
+        router.optimizer.step()
+    return router.consolidate()
+
+
+PENALTIES = {
+    "ewc": lambda model: EWC(lambda x: model(x).square().mean(), samples=4),
+    "online": lambda model: EWC(
+        lambda x: model(x).square().mean(), samples=4, online=True, gamma=0.5
+    ),
+    "brake": lambda model: EWC(
+        lambda x: model(x).square().mean(), form="rescale", samples=4
+    ),
+    "uniform": lambda model: EWC(lambda x: x, uniform=True, online=True),
+    "si": lambda model: SI(c=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_weight_may_be_frozen_after_the_router_was_made(kind):
+    model, _ = regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    router = MomentRouter(model, optimizer, PENALTIES[kind](model))
+    one_domain(router)
+    edit = router.modification
+    kept = edit.importance["0.weight"].clone()
+    model[0].weight.requires_grad_(False)
+    weight = model[0].weight.detach().clone()
+    one_domain(router)
+    if kind in ("ewc", "brake", "si"):  # it was not measured, and not lost
+        assert torch.equal(edit.importance["0.weight"], kept)
+    state = copy.deepcopy(router.state_dict())
+    router.close()
+    again = MomentRouter(model, optimizer, PENALTIES[kind](model))
+    again.load_state_dict(state)
+    model[0].weight.requires_grad_(True)
+    one_domain(again)
+    assert "0.weight" in again.modification.edited()
+    assert not torch.equal(weight, model[0].weight)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.parametrize("at", ["the boundary", "within the domain"])
+def test_a_weight_that_is_unfrozen_later_is_protected_from_then_on(kind, at):
+    model, _ = regression()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    router = MomentRouter(model, optimizer, PENALTIES[kind](model))
+    one_domain(router)
+    edit = router.modification
+    assert "0.weight" not in edit.edited()
+    if at == "within the domain":
+        model(torch.ones(1, 6)).sum().backward()
+        optimizer.step()
+    model[0].weight.requires_grad_(True)
+    one_domain(router)
+    assert "0.weight" in edit.edited()
+    assert edit.importance["0.weight"].abs().sum() > 0
+    one_domain(router)  # and its edit can be used
+
+
+@pytest.mark.parametrize("kind", ["online", "si", "ewc", "brake"])
+def test_only_an_anchor_for_the_last_weights_moves_with_a_merge(kind):
+    model, _ = regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    router = MomentRouter(model, optimizer, PENALTIES[kind](model))
+    one_domain(router)
+    edit, ends = router.modification, flat(model.parameters())
+    with torch.no_grad():  # what a merge does
+        for p in model.parameters():
+            p.mul_(0.5)
+    edit.after_merge()
+    names = [name for name, _ in model.named_parameters()]
+    if kind == "brake":
+        assert not edit.anchors
+        return
+    anchors = flat(edit.anchors[name] for name in names)
+    merged = kind != "ewc"  # a sum of quadratics, each around its own end
+    assert torch.equal(anchors, flat(model.parameters()) if merged else ends)
+    pull = flat(edit.pull(name) for name in names)
+    assert bool(pull.any()) != merged
+    with torch.no_grad():
+        model[0].weight.zero_()  # the anchors are copies
+    assert torch.equal(anchors, flat(edit.anchors[name] for name in names))
+
+
+@pytest.mark.parametrize("kind", ["online", "si"])
+def test_a_penalty_does_not_undo_the_merge_of_a_boundary(kind):
+    model, _ = regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    edit = PENALTIES[kind](model) if kind == "online" else SI(c=10.0)
+    router = MomentRouter(
+        model, optimizer, edit, consolidation=dmr.Interpolate(0.5)
+    )
+    one_domain(router)
+    start = flat(model.parameters())
+    for _ in range(20):
+        x = torch.randn(8, 6)
+        router.observe(x)
+        optimizer.zero_grad()
+        (model(x) - 3).square().mean().backward()
+        optimizer.step()
+    end = flat(model.parameters())
+    router.consolidate()
+    merged = flat(model.parameters())
+    torch.testing.assert_close(merged, (start + end) / 2)
+    for name, p in model.named_parameters():
+        assert torch.equal(edit.anchors[name], p)
+        assert not edit.pull(name).any()
+
+
+@pytest.mark.parametrize("told", ["examples", "weights"])
+def test_si_says_that_it_cannot_be_told_of_a_past(told):
+    model, _ = regression()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    router = MomentRouter(model, optimizer, SI())
+    loss = lambda x: model(x).square().mean()
+    with pytest.raises(TypeError, match="follows the path.*take EWC, which"):
+        if told == "weights":
+            router.protect_weights()
+        else:
+            router.protect([torch.randn(8, 6)], loss)
+    assert router.domains == 0 and not router.modification.edited()
+    one_domain(router)  # its training is the past, then
+    assert router.modification.edited()
+
+
+def test_the_anchor_of_a_layer_that_was_removed_stays_where_it_was():
+    model = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+    si = SI()
+    si.attach(model, {})
+    si.anchors = {n: p.detach() + 1 for n, p in model.named_parameters()}
+    kept = si.anchors["b.weight"]
+    del model["b"]
+    si.attach(model, {})
+    si.after_merge()
+    assert si.anchors["b.weight"] is kept
+    assert torch.equal(si.anchors["a.weight"], model["a"].weight)

@@ -461,3 +461,113 @@ def test_equal_importances_pull_to_the_start_of_the_domain():
     now = weights(net)
     pulls = {name: l2.pull(name) for name in now}
     same(pulls, {n: 0.3 * (now[n] - start[n]) for n in now}, 1e-12)
+
+
+@pytest.mark.parametrize("frozen", [["0.weight"], ["0.weight", "0.bias"]])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("kind", ["pass", "regmean", "kfac"])
+def test_a_frozen_weight_that_the_optimizer_holds_stays(kind, later, frozen):
+    "From the start, or from the second domain on."
+    net = network()
+    loss = loss_of(net)
+    router = routed(net, RULES[kind](loss))
+    held = [p for n, p in net.named_parameters() if n in frozen]
+    for domain, batch in enumerate(list(domains())):
+        if domain == int(later):
+            for p in held:
+                p.requires_grad_(False).grad = None
+            before = [p.clone() for p in held]
+        router.consolidation.begin()
+        for _ in range(6):
+            router.observe(batch)
+            router.optimizer.zero_grad()
+            loss(batch).backward()
+            router.optimizer.step()
+        ends = weights(net)
+        router.consolidate()
+    assert all(torch.equal(a, b) for a, b in zip(before, held))
+    assert not torch.equal(net[3].weight, ends["3.weight"])
+
+
+def test_factors_and_grams_are_learned_from_a_past_that_is_shown():
+    net = network()
+    loss, layers = loss_of(net), find_targets(net)
+    first, second = list(domains())[:2]
+    known = kronecker_factors(net, layers, loss, first)
+    start = weights(net)
+    kfac = KFACMerge(0.6, loss_fn=loss, examples=500)
+    mean = RegMean(0.6, loss_fn=loss, examples=500)
+    for rule in (kfac, mean):
+        same(weights(net), start, 0)
+        router = routed(net, rule)
+        router.protect([first], loss)
+        same(weights(net), start, 0)
+        for name, (A, B) in known.items():
+            pair = rule.grams[name] if rule is mean else rule.factors[name]
+            expected = A if rule is mean else (A, B)
+            torch.testing.assert_close(pair, expected)
+        assert not len(rule.sample)  # no text of the past is kept
+        learn(router, second, loss, steps=4, batches=1)
+        ends = weights(net)
+        new = kronecker_factors(net, layers, loss, second)["3.weight"]
+        router.consolidate()
+        if rule is mean:
+            G = [softened(x[0], 0.9, 1e-6) for x in (known["3.weight"], new)]
+            pair = (start["3.weight"], ends["3.weight"])
+            expected = regression_mean(*pair, *G, 0.6)
+        else:
+            both = (known["3.weight"], new)
+            both = [tuple(softened(S, damping=1e-3) for S in x) for x in both]
+            pair = (start["3.weight"], ends["3.weight"])
+            expected = kronecker_mean(*pair, *both, 0.6)
+        torch.testing.assert_close(net[3].weight.detach(), expected)
+        router.close()
+        net.load_state_dict(start)
+
+
+@pytest.mark.parametrize("rule", [KFACMerge, RegMean])
+def test_a_past_that_is_shown_leaves_the_random_stream_alone(rule):
+    net = network()
+    loss = lambda b: loss_of(net)(b) + 0 * torch.rand(())
+    router = routed(net, rule(loss_fn=loss))
+    batch = next(domains())
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    router.protect([batch], loss)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rule", [KFACMerge, RegMean])
+def test_a_past_without_a_layer_to_learn_it_is_refused(rule):
+    net = network()
+    loss = loss_of(net)
+    router = routed(net, rule(loss_fn=loss, only="no.*"))
+    with pytest.raises(ValueError, match="names no linear layer"):
+        router.protect([next(domains())], loss)
+    assert router.domains == 0 and not router.consolidation.before
+
+
+@pytest.mark.parametrize("kind", ["regmean", "kfac", "pass"])
+def test_an_exchanged_layer_counts_as_new(kind):
+    "Its matrices are forgotten, those of the others are not."
+    net = network()
+    loss = loss_of(net)
+    rule = RULES[kind](loss)
+    first, second, third = domains()
+    with routed(net, rule) as router:
+        learn(router, first, loss)
+        router.consolidate()
+    net[3] = nn.Linear(8, 5).double()
+    with pytest.warns(UserWarning, match="2 parameters that this"):
+        router = routed(net, rule)
+    for batch in (second, third):
+        rule.begin()
+        learn(router, batch, loss)
+        ends = weights(net)
+        router.consolidate()
+        moved = {n for n, x in weights(net).items() if (x != ends[n]).any()}
+        assert "0.weight" in moved
+        assert ("3.weight" in moved) == (batch is third)
+    state = router.state_dict()
+    router.close()
+    routed(net, RULES[kind](loss)).load_state_dict(state)

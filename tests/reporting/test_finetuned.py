@@ -136,11 +136,22 @@ def test_what_is_wrong_is_one_line(empty, capsys, monkeypatch):
         (["../tiny", "../new.txt", "--rates", "-1"], "rates=-1.0 lies outside"),
         (["../tiny", "../new.txt", "-p", "epochs", "3"], "unknown parameter"),
         (["../tiny", "../new.txt", "--keep", "../new.txt"], "stand in new="),
+        (["../tiny", "../new.txt", "-p", "keep", "2024"], "keep=2024 must be"),
+        (["../tiny", "../new.txt", "-p", "output", "7"], "output=7 must be"),
     ]:
         assert main(["finetune", *argv, "-p", "device", "cpu"]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("dmr finetune: ") and said in err, err
     assert not [*empty.iterdir()]
+
+
+def test_a_page_may_lie_among_the_text(empty, capsys, monkeypatch):
+    monkeypatch.chdir(empty)
+    (empty / "new.txt").write_text("Rain falls, the sea stays. " * 200)
+    for _ in range(2):
+        assert main(["finetune", "../tiny", ".", *SMALL]) == 0
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.endswith("/finetuned/finetune.html")
 
 
 def test_a_model_too_large_for_the_memory_is_one_line(

@@ -1,11 +1,15 @@
 """What merges the weights at a boundary."""
 
+import copy
+import warnings
+
 import pytest
 import torch
-from conftest import basis, regression, train
+from conftest import basis, flat, regression, train
+from torch import nn
 
 import dmr
-from dmr.routing.consolidation import Consolidation, Interpolate
+from dmr.routing.consolidation import Consolidation, Interpolate, Trained
 from dmr.routing.router import MomentRouter
 
 torch.set_num_threads(1)
@@ -145,3 +149,174 @@ def test_a_weight_given_once_is_a_weight_given_at_every_boundary():
             router.consolidate(**({} if once else {"interpolate": 0.3}))
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def test_an_average_now_and_then_starts_from_the_last_boundary():
+    "Also where that boundary asked for none."
+    model, loss = regression()
+    optimizer = adam(model)
+    router = MomentRouter(model, optimizer)
+    train(model, loss, optimizer)
+    router.consolidate(interpolate=0.5)
+    last = train(model, loss, optimizer)
+    router.consolidate()
+    ends = train(model, loss, optimizer)
+    router.consolidate(interpolate=0.5)
+    for a, b, p in zip(last, ends, model.parameters()):
+        assert torch.equal(p, torch.lerp(a, b, 0.5))
+
+
+def test_an_average_without_a_copy_of_the_last_boundary_is_spoken_of():
+    model, loss = regression()
+    optimizer = adam(model)
+    router = MomentRouter(model, optimizer)
+    train(model, loss, optimizer)
+    router.consolidate()
+    merge = router.consolidation
+    assert not merge.before  # nobody has asked for a copy yet
+    ends = train(model, loss, optimizer)
+    with pytest.warns(UserWarning, match="averages nothing at this boundary"):
+        router.consolidate(interpolate=0.5)
+    assert torch.equal(flat(model.parameters()), flat(ends))
+    later = train(model, loss, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.consolidate(interpolate=0.5)
+    middle = torch.lerp(flat(ends), flat(later), 0.5)
+    assert torch.equal(flat(model.parameters()), middle)
+
+
+def test_a_copy_that_was_asked_for_once_is_renewed_at_every_boundary():
+    model, _ = regression()
+    merge = Interpolate()
+    merge.attach(Trained(model, adam(model)))
+    for draws in (merge.merge, merge.take_in):
+        draws()
+        assert not merge.before  # nobody has asked for it
+    merge.anchor()
+    for draws in (merge.merge, merge.take_in):
+        with torch.no_grad():
+            model[0].weight += 1
+        draws()
+        assert torch.equal(merge.before["0.weight"], model[0].weight)
+
+
+MERGES = [lambda: Interpolate(0.5), lambda: dmr.FisherMerge(0.5)]
+
+
+@pytest.mark.parametrize("make", MERGES)
+def test_a_merge_that_knows_one_model_refuses_another(make):
+    merge = make()
+    model, loss = regression()
+    optimizer = adam(model)
+    with MomentRouter(model, optimizer, consolidation=merge) as router:
+        train(model, loss, optimizer)
+        router.consolidate()
+        state = copy.deepcopy(router.state_dict())
+    other, its = regression(1)
+    optimizer = adam(other)
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        MomentRouter(other, optimizer, consolidation=merge)
+    assert not optimizer._optimizer_step_pre_hooks and merge.trained is router
+    MomentRouter(other, optimizer, consolidation=copy.deepcopy(merge)).close()
+    other.load_state_dict(model.state_dict())
+    again = MomentRouter(other, optimizer, consolidation=make())
+    again.load_state_dict(state)  # a model that was loaded anew goes on
+    optimizer = adam(model)  # and so does the same one with a new optimizer
+    router = MomentRouter(model, optimizer, consolidation=merge)
+    for here, f, r in ((model, loss, router), (other, loss, again)):
+        start, ends = flat(here.parameters()), flat(train(here, f, r.optimizer))
+        if here is model:
+            r.consolidate()
+            assert not torch.equal(flat(here.parameters()), ends)
+            assert not torch.equal(flat(here.parameters()), start)
+
+
+@pytest.mark.parametrize("make", MERGES)
+def test_a_merge_that_knows_nothing_yet_goes_to_any_model(make):
+    merge = make()
+    for seed in range(2):
+        model, loss = regression(seed)
+        optimizer = adam(model)
+        with MomentRouter(model, optimizer, consolidation=merge):
+            train(model, loss, optimizer)
+    assert not merge.before
+
+
+def head_of(model, out):
+    "Another head, and a loss on it."
+    torch.manual_seed(3)
+    model[2] = nn.Linear(9, out)
+    x = torch.randn(40, 6)
+    return lambda: model(x).square().mean()
+
+
+@pytest.mark.parametrize("make", MERGES)
+def test_an_exchanged_head_counts_as_new(make):
+    model, loss = regression()
+    optimizer, merge = adam(model), make()
+    with MomentRouter(model, optimizer, consolidation=merge) as router:
+        train(model, loss, optimizer)
+        router.consolidate()
+    loss = head_of(model, 5)
+    optimizer = adam(model)
+    with pytest.warns(UserWarning, match="2 parameters that this .*'2.bias'"):
+        router = MomentRouter(model, optimizer, consolidation=merge)
+    ends = train(model, loss, optimizer)
+    router.consolidate()
+    body, head = flat(ends[:2]), flat(ends[2:])
+    assert not torch.equal(flat(model[0].parameters()), body)
+    assert torch.equal(flat(model[2].parameters()), head)
+    ends = train(model, loss, optimizer)
+    router.consolidate()  # from now on the head is merged as well
+    assert not torch.equal(flat(model[2].parameters()), flat(ends[2:]))
+
+
+@pytest.mark.parametrize("make", [*MERGES, lambda: None])
+def test_a_shape_that_changes_within_a_router_changes_nothing(make):
+    model, loss = regression()
+    optimizer = adam(model)
+    router = MomentRouter(model, optimizer, consolidation=make())
+    given = {} if make() is not None else {"interpolate": 0.5}
+    train(model, loss, optimizer)
+    router.consolidate(**given)
+    train(model, loss, optimizer)
+    model[2].weight.data = torch.zeros(5, 9)
+    now = flat(model.parameters())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'2.weight' has shape \(5, 9\)"):
+            router.consolidate(**given)
+    assert torch.equal(flat(model.parameters()), now) and router.domains == 1
+
+
+@pytest.mark.parametrize("make", MERGES)
+def test_a_layer_that_was_removed_is_forgotten_and_its_state_loads(make):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({n: nn.Linear(6, 6) for n in ("body", "old", "new")})
+    x, merge = torch.randn(9, 6), make()
+    loss = lambda: model["new"](model["body"](x).tanh()).square().mean()
+    optimizer = adam(model)
+    with MomentRouter(model, optimizer, consolidation=merge) as router:
+        both = lambda: loss() + model["old"](x).square().mean()
+        train(model, both, optimizer)
+        router.consolidate()
+        older = copy.deepcopy(router.state_dict()["consolidation"])
+    del model["old"]
+    optimizer = adam(model)
+    with pytest.warns(UserWarning, match="'old.bias', are gone"):
+        router = MomentRouter(model, optimizer, consolidation=merge)
+    train(model, loss, optimizer)
+    state = copy.deepcopy(router.state_dict())
+    assert "old" not in str(state["consolidation"].keys())
+    router.close()
+    again = MomentRouter(model, optimizer, consolidation=make())
+    again.load_state_dict(state)
+    known = {n for n, _ in model.named_parameters()}
+    assert set(again.consolidation.before) == known
+    again.consolidation.load_state_dict(older)  # names a layer that is gone
+    assert set(again.consolidation.before) == known
+    assert set(getattr(again.consolidation, "past", known)) == known

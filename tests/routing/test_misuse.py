@@ -555,7 +555,8 @@ def test_a_merge_serves_one_set_of_weights():
     train(model, new, seed=1)
     assert router.consolidate()["consolidation"]["share"] < 1
     router.close()
-    dmr.MomentRouter(other, adamw(other), consolidation=merge)
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        dmr.MomentRouter(other, adamw(other), consolidation=merge)
 
 
 def test_a_merge_may_go_from_one_part_of_a_model_to_the_next():

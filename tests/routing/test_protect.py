@@ -2,6 +2,8 @@
 alone.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -304,3 +306,42 @@ def test_the_summary_says_how_much_is_covered():
     optimizer = torch.optim.AdamW(wide.parameters())
     text = dmr.MomentRouter(wide, optimizer, projection).summary()
     assert "covers 3.8%" in text and "WARNING: less than half" in text
+
+
+def of_sizes(past, parts, rule=dmr.FisherMerge, observed=True):
+    "Warnings of a boundary after batches of `past`, then steps of `parts`."
+    model = network().eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    router = dmr.MomentRouter(model, optimizer, consolidation=rule())
+    draw = torch.Generator().manual_seed(0)
+    take = lambda n: torch.randn(n, 8, generator=draw)
+    router.protect(
+        [{"x": take(past)} for _ in range(4)], lambda b: loss_on(model)(b["x"])
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):  # domains
+            for _ in range(3):
+                optimizer.zero_grad()
+                for n in parts:
+                    batch = {"x": take(n)}
+                    if observed:
+                        router.observe(batch)
+                    loss_on(model)(batch["x"]).backward()
+                optimizer.step()
+            router.consolidate()
+    return [str(w.message) for w in said if "protect() was" in str(w.message)]
+
+
+def test_batches_of_another_size_than_in_training_are_spoken_of_once():
+    assert len(of_sizes(1, [16])) == 1
+    assert "0.062 times as large" in of_sizes(1, [16])[0]
+    assert len(of_sizes(16, [1])) == 1
+    assert len(of_sizes(4, [4, 4, 4])) == 1  # accumulated
+
+
+def test_batches_of_the_same_size_or_of_no_meaning_are_not():
+    assert not of_sizes(16, [16]) and not of_sizes(12, [4, 4, 4])
+    assert not of_sizes(16, [12])
+    assert not of_sizes(1, [16], observed=False)
+    assert not of_sizes(1, [16], rule=lambda: dmr.Interpolate(0.5))

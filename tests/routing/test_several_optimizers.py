@@ -540,3 +540,16 @@ def test_mistakes():
     loss(model, batches()[0, 1]).backward()
     muon.step(), adam.step()
     assert router.steps == 2
+
+
+def test_what_looks_at_all_parameters_says_that_it_sees_a_part(recwarn):
+    model = net()
+    logit = lambda x: model(x)[0, 0]
+    words = "edits the steps of [AdamW, AdamW] one after the other"
+    said = lambda: [w for w in recwarn if words in str(w.message)]
+    MomentRouter(model, adams(model), OGD(logit), "shared")
+    MomentRouter(model, AdamW(model.parameters()), OGD(logit), "displacement")
+    MomentRouter(model, adams(model), Projection(rank=1), "displacement")
+    assert not said()
+    MomentRouter(model, adams(model), OGD(logit), "displacement")
+    assert len(said()) == 1

@@ -10,6 +10,7 @@ from conftest import basis, regression, train
 
 import dmr
 from dmr.routing.consolidation import Interpolate
+from dmr.routing.inflation import Inflation
 from dmr.routing.router import MomentRouter
 
 torch.set_num_threads(1)
@@ -335,3 +336,69 @@ def test_states_of_the_first_edition_still_load():
     other.load_state_dict(state)
     for name, x in router.consolidation.before.items():
         assert torch.equal(other.consolidation.before[name], x)
+
+
+def trained(router, optimizer, model, seed):
+    "A few steps of one domain; the weights after them."
+    torch.manual_seed(seed)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_an_average_goes_back_to_the_last_boundary_whoever_asked_for_it():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    router = MomentRouter(model, optimizer)
+    flat = lambda: torch.nn.utils.parameters_to_vector(model.parameters())
+    trained(router, optimizer, model, 0)
+    router.consolidate(interpolate=0.5)
+    last = trained(router, optimizer, model, 1).clone()
+    router.consolidate()
+    assert torch.equal(flat(), last)
+    end = trained(router, optimizer, model, 2).clone()
+    router.consolidate(interpolate=0.5)
+    torch.testing.assert_close(flat().detach(), torch.lerp(last, end, 0.5))
+
+
+@pytest.mark.parametrize(
+    "consolidation, asked, hears",
+    [
+        (None, None, False),
+        (None, 0.5, True),
+        (lambda: Interpolate(0.5), None, True),
+        (dmr.FisherMerge, None, True),
+    ],
+)
+def test_a_modification_hears_of_a_merge_after_it(consolidation, asked, hears):
+    class Notes(dmr.Modification):
+        def after_merge(self):
+            heard.append(self.model.weight.detach().clone())
+
+    heard = []
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rule = None if consolidation is None else consolidation()
+    router = MomentRouter(
+        model, optimizer, Notes(), strength=0.0, consolidation=rule
+    )
+    for seed in range(2):
+        trained(router, optimizer, model, seed)
+        router.consolidate(interpolate=asked)
+    assert len(heard) == (2 if hears else 0)
+    if hears:
+        assert torch.equal(heard[-1], model.weight)
+    router.consolidate()  # without a step: a merge by curvature waits
+    moves = isinstance(rule, Interpolate)
+    assert len(heard) == (3 if moves else 2 if hears else 0)
+
+
+def test_the_sums_of_a_meter_go_where_the_gradients_are():
+    meter = Inflation()
+    meter.update(torch.ones(3, 2), None, 1.0, 0.9, False)
+    meter.update(torch.ones(3, 2, device="meta"), None, 1.0, 0.9, False)
+    assert {x.device.type for x in meter.state_dict().values()} == {"meta"}

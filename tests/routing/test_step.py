@@ -8,6 +8,7 @@ from plain_adam import LR, Reference
 import dmr
 from dmr.routing.modification import Dense, Modification
 from dmr.routing.router import MomentRouter
+from dmr.routing.step import Vectors, as_vectors, on_one_device
 
 torch.set_num_threads(1)
 ROUTINGS = ["shared", "decoupled", "denominator", "displacement"]
@@ -440,3 +441,90 @@ def test_methods_of_the_first_edition_keep_working():
     router.modification.on = True
     torch.testing.assert_close(run(model, optimizer, grads[1:]), moved)
     assert not torch.equal(moved, start) and router.modification.followed == 2
+
+
+class OneDirection(Modification):
+    "Takes out one direction of all parameters as one vector."
+
+    couples = True
+
+    def attach(self, model, targets):
+        draw = torch.Generator().manual_seed(3)
+        like = lambda p: torch.randn(p.shape, generator=draw, dtype=p.dtype)
+        self.v = {n: like(p) for n, p in model.named_parameters()}
+        size = sum(x.square().sum() for x in self.v.values()).sqrt()
+        self.v = {n: x / size for n, x in self.v.items()}
+
+    def begin(self, vectors, overlap):
+        self.along = sum((x * self.v[n]).sum() for n, x in vectors.items())
+
+    def edit(self, name, x):
+        return Dense(self.along * self.v[name])
+
+
+def steps_of(method, rates, steps=5, **options):
+    "Where a weight and a bias with rates of their own go; and the router."
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3, dtype=torch.float64)
+    groups = [
+        {"params": [p], "lr": x} for p, x in zip(model.parameters(), rates)
+    ]
+    optimizer = torch.optim.Adam(groups)
+    router = MomentRouter(
+        model, optimizer, method, "displacement", 1.0, **options
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(steps):
+        model(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    return moved, router
+
+
+@pytest.mark.parametrize("rates", [(1e-4, 1e-2), (1e-2, 1e-4), (1e-2, 1e-2)])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_rates_of_groups_do_not_turn_what_couples_the_parameters(
+    rates, tensors
+):
+    method = OneDirection()
+    if tensors:
+        rates = [torch.tensor(x, dtype=torch.float64) for x in rates]
+    moved, router = steps_of(method, rates)
+    along = sum(float((x * method.v[n]).sum()) for n, x in moved.items())
+    assert abs(along) < 1e-14 and all(x.any() for x in moved.values())
+
+
+def test_one_rate_leaves_what_couples_the_parameters_alone(monkeypatch):
+    monkeypatch.setattr(OneDirection, "couples", False)
+    plain, _ = steps_of(OneDirection(), (1e-2, 1e-2))
+    monkeypatch.setattr(OneDirection, "couples", True)
+    coupled, _ = steps_of(OneDirection(), (1e-2, 1e-2))
+    assert all(torch.equal(plain[n], coupled[n]) for n in plain)
+
+
+def test_a_group_at_rate_zero_stands_still_where_parameters_are_coupled():
+    moved, _ = steps_of(OneDirection(), (1e-2, 0.0))
+    assert moved["weight"].any() and not moved["bias"].any()
+    moved, _ = steps_of(OneDirection(), (0.0, 0.0))
+    assert not any(x.any() for x in moved.values())
+
+
+def test_the_length_of_a_coupled_step_is_that_of_the_weights():
+    rates = (1e-4, 1e-2)
+    moved, router = steps_of(OneDirection(), rates, steps=1, track_step=1)
+    length = float(moved["weight"].norm()) / rates[0]  # matrices alone
+    torch.testing.assert_close(router.last["step_norm"], length)
+
+
+def test_norms_of_gradients_that_lie_on_several_devices():
+    spread = {"a": torch.ones(3, device="meta"), "b": torch.ones(4)}
+    grads = as_vectors(spread)
+    norms = grads.square_norms(["a", "b"])
+    assert norms.shape == (2,) and norms.device.type == "meta"
+    scaled = Vectors(["a", "b"], spread.__getitem__, torch.tensor(2.0))
+    assert scaled.square_norms(["a", "b"]).device.type == "meta"
+    alike = as_vectors({"a": torch.ones(3), "b": torch.ones(4)})
+    assert alike.square_norms(["a", "b"]).tolist() == [3.0, 4.0]
+    numbers = [torch.ones(()), torch.zeros(())]
+    assert all(x is y for x, y in zip(on_one_device(numbers), numbers))

@@ -202,3 +202,52 @@ def test_each_of_them_shows_the_line_whatever_lies_between(
     found = [w for w in said if words.removesuffix(" too") in str(w.message)]
     places = {(w.filename, w.lineno) for w in found}
     assert places == {(__file__, line_of(line))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_weights_too_coarse_for_an_edit(dtype):
+    model = nn.Linear(4, 4).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    given = dmr.Projection(bases={"weight": torch.eye(4)[:, :2]})
+    dmr.MomentRouter(model, optimizer, given)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+            optimizer.step()  # coarse
+    words = f"'weight' is protected in {str(dtype)[6:]}"
+    assert said_at(said, words) == (__file__, line_of("coarse"))
+
+
+@pytest.mark.parametrize(
+    "dtype, strength", [(torch.float32, 1.0), (torch.bfloat16, 0.0)]
+)
+def test_not_of_weights_that_are_fine_or_not_edited(dtype, strength):
+    model = nn.Linear(4, 4).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    given = dmr.Projection(bases={"weight": torch.eye(4)[:, :2]})
+    dmr.MomentRouter(model, optimizer, given, strength=strength)
+    model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_of_an_average_with_weights_that_nobody_kept():
+    model, optimizer, router = make(None, None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for weight in (None, 0.5, 0.5):
+            backward(model)
+            optimizer.step()
+            router.consolidate(interpolate=weight)  # not kept
+    assert said_at(said, "averages nothing") == (__file__, line_of("not kept"))
+
+
+def test_not_of_an_average_at_the_very_first_boundary():
+    model, optimizer, router = make(None, None)
+    backward(model)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.consolidate(interpolate=0.5)

@@ -5,16 +5,18 @@ worker that dies. Nothing lost, nothing counted twice.
 import asyncio
 import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from cluster import Cluster
-from tiny import EMIT, PARAMETERS, dmr, processes, project, wait_for
+from tiny import EMIT, PARAMETERS, dmr, finish, processes, project, wait_for
 
 from dmr.studies import batch
 from dmr.studies.batch import (
@@ -26,6 +28,7 @@ from dmr.studies.batch import (
     preflight,
     run_batch,
 )
+from dmr.studies.mirror import pull, push_missing
 from dmr.studies.plan import make_plan
 from dmr.studies.run import FAILED, KILLED, OK
 from dmr.studies.study import read_study
@@ -476,3 +479,75 @@ def test_as_many_runs_at_a_time_as_there_are_workers(
     at_work = accumulate(1 if word == "begins" else -1 for word in words)
     assert done.exit_code == 0 and len(words) == 8
     assert max(at_work) == workers, words
+
+
+def test_a_scheduler_that_does_not_answer_leaves_nothing_behind(
+    tmp_path, monkeypatch
+):
+    def silent(address):
+        raise ConnectionError(f"no dask scheduler answers at {address}")
+
+    monkeypatch.setattr(batch, "_DaskExecutor", silent)
+    folders = project(tmp_path, "seeds: [0]\n")
+    study = read_study(folders.studies / "tiny.yaml")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConnectionError, match="no dask scheduler answers"):
+        run_batch(study, folders, scheduler="tcp://127.0.0.1:1", how="quiet")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_summary_says_to_type_is_the_study_that_failed(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\n")
+    other = tmp_path / "tiny.yaml"
+    other.write_text(
+        (folders.studies / "tiny.yaml")
+        .read_text()
+        .replace("../", "nbs/experiments/")
+    )
+    study = read_study(other, dict(lr=0.5))
+    plan = make_plan(study, folders)
+    done = BatchResult(plan, {p.name: dict(state=FAILED) for p in plan.runs})
+    again = f"again: dmr batch {other} -p lr 0.5 --retry-failed"
+    assert again in done.summary()
+
+
+def test_a_copy_gets_all_that_it_lacks(tmp_path, capsys):
+    folders = project(tmp_path, "seeds: [0, 1]\n")
+    study = read_study(folders.studies / "tiny.yaml")
+    finish(make_plan(study, folders))  # without a copy
+    (tmp_path / "file").write_text("in the way")
+    for _ in range(2):  # a place that cannot be reached
+        done = run_batch(study, folders, mirror=str(tmp_path / "file/copy"))
+        assert "could not be copied" in done.summary() and done.exit_code == 1
+    copy = tmp_path / "copy"
+    done = run_batch(study, folders, mirror=str(copy))
+    assert done.exit_code == 0 and "copied: 2" in capsys.readouterr().out
+    kept = sorted(p for p in copy.rglob("*") if p.is_file())
+    names = ["done.json", "output.ipynb", "result.json", "run.json"]
+    assert [p.name for p in kept] == names * 2
+    times = [p.stat().st_mtime_ns for p in kept]
+    run_batch(study, folders, mirror=str(copy), how="quiet")
+    assert [p.stat().st_mtime_ns for p in kept] == times  # no need to
+    kept[1].unlink()
+    run_batch(study, folders, mirror=str(copy), how="quiet")
+    assert kept[1].exists()
+
+
+@pytest.mark.parametrize("lost", ["output.ipynb", "result.json"])
+def test_a_damaged_copy_does_not_stop_the_others(tmp_path, lost):
+    folders = project(tmp_path, "seeds: [0, 1]\n")
+    study = read_study(folders.studies / "tiny.yaml")
+    plan = make_plan(study, folders)
+    finish(plan)
+    made = make_plan(study, folders)
+    assert push_missing(made, str(tmp_path / "copy")) == 2
+    damaged = tmp_path / "copy/tiny" / plan.runs[0].name / lost
+    empty = replace(
+        folders, runs=tmp_path / "runs2", results=tmp_path / "results2"
+    )
+    for damage in (lambda: damaged.write_text("{}[]"), damaged.unlink):
+        damage()
+        shutil.rmtree(empty.runs, ignore_errors=True)
+        with pytest.warns(UserWarning, match="is passed over"):
+            assert pull(make_plan(study, empty), str(tmp_path / "copy")) == 1
+    assert make_plan(study, empty).counts() == {OK: 1, "waiting": 1}

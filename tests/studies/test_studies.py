@@ -3,6 +3,7 @@ table shows.
 """
 
 import json
+import shlex
 import shutil
 import time
 import warnings
@@ -12,19 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import BODY, EMIT, PARAMETERS, finish, project
 
+from dmr.cli import parse_value
 from dmr.reporting.results import load_results, results_of
-from dmr.studies.identity import changed_parts, package_folder
+from dmr.studies.identity import changed_parts, digest, package_folder
 from dmr.studies.plan import (
     accept,
     make_plan,
     table_rows,
     why,
+    write_plan,
 )
 from dmr.studies.run import OK
 from dmr.studies.study import (
     StudyError,
     combinations,
+    command_of,
     find_project,
+    find_study,
     list_studies,
     read_study,
 )
@@ -390,3 +395,132 @@ rank = 8  # directions, [1, inf)
     text = "decay of the second moment; the horizon is steps * (1 - beta2)"
     assert found["beta2"].help == text and 1.0 not in found["beta2"].interval
     assert found["sizes"].help == "" and found["rank"].help == "directions"
+
+
+def test_a_varied_parameter_that_is_given_is_what_the_label_says(tmp_path):
+    folders = project(tmp_path, "grid: {lr: [0.1]}\nseeds: [0]\n")
+    path = folders.studies / "tiny.yaml"
+    (cell,) = read_study(path, dict(lr=0.9)).cells
+    assert cell.label == "lr=0.9 seed 0" and "0.9" in cell.slug
+    (same,) = read_study(path).cells
+    assert same.label == "lr=0.1 seed 0"
+    assert cell.hash == digest({**same.parameters, "lr": 0.9})
+
+
+def test_seeds_are_varied_in_one_place(tmp_path):
+    path = project(tmp_path, "seeds: [0]\ngrid:\n  seed: [1, 2]\n").studies
+    with pytest.raises(StudyError, match="tiny.yaml:4: 'seed' is varied here"):
+        read_study(path / "tiny.yaml")
+
+
+def test_an_analysis_that_is_not_there_is_named_before_any_run(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\nanalysis: none.ipynb\n")
+    with pytest.raises(StudyError, match="tiny.yaml:3: no analysis notebook"):
+        read_study(folders.studies / "tiny.yaml")
+    write_template(folders.studies / "none.ipynb", "")
+    assert read_study(folders.studies / "tiny.yaml").analysis.is_file()
+
+
+def test_a_long_value_makes_a_name_that_a_folder_can_have(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\n")
+    path = folders.studies / "tiny.yaml"
+    names = {read_study(path, dict(arm=x * 900)).name for x in "ab"}
+    assert len(names) == 2
+    for name in names:
+        (tmp_path / name).mkdir()
+
+
+def test_a_command_names_a_study_as_it_was_given(tmp_path, monkeypatch):
+    folders = project(tmp_path, "seeds: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    own = folders.studies / "tiny.yaml"
+    other = tmp_path / "tiny.yaml"
+    other.write_text("template: nbs/experiments/tiny.ipynb\nseeds: [0]\n")
+    given = dict(lr=0.5, arm="3", mode="plain")
+    options = "-p lr 0.5 -p arm '\"3\"' -p mode plain"
+    said = [
+        command_of(find_study(name, folders, some), folders)
+        for name, some in (
+            ("tiny", None),
+            (str(own), None),
+            ("tiny.yaml", None),
+            ("tiny.yaml", given),
+            ("nbs/experiments/tiny.ipynb", given),
+        )
+    ]
+    assert said == [
+        "tiny",
+        "tiny",
+        "tiny.yaml",
+        f"tiny.yaml {options}",
+        f"nbs/experiments/tiny.ipynb {options}",
+    ]
+    (_, *words) = shlex.split(said[-1])
+    assert {
+        k: parse_value(v) for k, v in zip(words[1::3], words[2::3])
+    } == given
+
+
+@pytest.mark.parametrize(
+    "asked, given",
+    [
+        ("tiny.yaml", {}),
+        ("tiny.yaml", dict(lr=0.5)),
+        ("tiny", dict(lr=0.5)),
+        ("nbs/experiments/tiny.ipynb", dict(lr=0.5)),
+    ],
+)
+def test_a_run_is_judged_by_the_study_that_it_was_made_for(
+    tmp_path, monkeypatch, asked, given
+):
+    folders = project(tmp_path, "seeds: [7]\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(
+        "template: nbs/experiments/tiny.ipynb\nseeds: [0]\n"
+    )
+    plan = make_plan(find_study(asked, folders, given), folders)
+    run = finish(plan)
+    write_plan(plan)
+    if asked.endswith(".ipynb"):  # another run of it, later
+        write_plan(make_plan(find_study(asked, folders), folders))
+    monkeypatch.chdir("/")
+    _, second = why(run.folder.name, folders)
+    assert second == "its identity is the present one: it stands"
+    old = tmp_path / "runs" / plan.study.name / "plan.json"
+    old.write_text(json.dumps(dict(runs=[])))  # as it was written once
+    if plan.study.name == "tiny":  # the project's own, by its name
+        assert "no cell" in why(run.folder.name, folders)[1]
+    else:
+        with pytest.raises(FileNotFoundError, match="no study"):
+            why(run.folder.name, folders)
+
+
+def test_a_relative_text_is_read_where_its_runs_read_it(tmp_path, monkeypatch):
+    head = 'stream = ""  # a folder\n' + PARAMETERS
+    study = "seeds: [0]\ndefaults: {stream: texts}\n"
+    folders = project(tmp_path, study, cells=(head, BODY, EMIT))
+    monkeypatch.setenv("DMR_CACHE", str(tmp_path / "cache"))
+    below = tmp_path / "work"
+    below.mkdir()
+    for name in "ab":
+        text = "\n".join(f"{name} {i} words of a text" for i in range(400))
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / f"texts/{name}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    (first,) = plan_of(folders).runs
+    monkeypatch.chdir(below)
+    (again,) = plan_of(folders).runs
+    assert first.identity == again.identity and first.name == again.name
+    shutil.copytree(tmp_path / "texts", below / "texts")
+    for load in (True, False):
+        with pytest.raises(ValueError, match="'texts' is .*work/texts here"):
+            make_plan(
+                read_study(folders.studies / "tiny.yaml"), folders, load=load
+            )
+    whole = read_study(
+        folders.studies / "tiny.yaml", dict(stream=str(below / "texts"))
+    )
+    assert make_plan(whole, folders).runs
+    with pytest.raises(ValueError, match="names no folder: File name too long"):
+        long = read_study(folders.studies / "tiny.yaml", dict(stream="x" * 999))
+        make_plan(long, folders)

@@ -180,3 +180,16 @@ def test_its_rule_is_the_protocols():
         setting, mean = chosen(cells, known)
         assert dict(setting) == dict(choice.setting)
         assert math.isclose(mean, choice.final_average, rel_tol=1e-12)
+
+
+def test_settings_with_unequal_seeds_get_runs_enough(tmp_path):
+    pytest.importorskip("optuna")
+    _, study = tiny_study(
+        tmp_path,
+        grid="grid: {lr: [1, 2]}\nseeds: [0, 1, 2]\n"
+        "exclude:\n  - {lr: 1, seed: [1, 2]}\n",
+    )
+    with pytest.raises(ValueError, match="--trials 2: .* give --trials 3"):
+        Tuner(study, 2)
+    for most in (3, 4):
+        assert len(play(Tuner(study, most))) <= most

@@ -154,3 +154,15 @@ def test_warnings_are_rare(cache, tmp_path):
         warnings.simplefilter("error")
         from_texts({"a": long_text(1), "b": long_text(2)})
         load_stream("synthetic:rho=1,domains=2,states=10", cap=1000)
+
+
+def test_exact_copies_are_counted_once_with_the_way_out(tmp_path, cache):
+    same = {f"b/{i}.txt": long_text(1) for i in range(3)}
+    folder = write(tmp_path / "mine", {"a.txt": long_text(2), **same})
+    with pytest.warns(UserWarning, match="exact copies") as said:
+        load_stream(folder)
+    (line,) = [str(w.message) for w in said if "exact" in str(w.message)]
+    assert "(2 in 'b')" in line and "remove the copies" in line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_texts({"a": [speech(i) for i in range(40)], "b": long_text(3)})

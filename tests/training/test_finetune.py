@@ -389,10 +389,17 @@ def test_a_bench_is_put_back_to_where_it_began(made):
         ({"rates": []}, "rates=\\[\\]"),
         ({"keep": None, "method": "merge"}, "keep='self' to let the model"),
         ({"keep": "none.txt"}, "no file or folder"),
-        ({"length": 4096}, "too|positions|fewer|held-out rows"),
+        ({"length": 4096}, "length=4096 is more than the 256 positions of"),
         ({"device": "cuda:9"}, "device='cuda:9'"),
         ({"device": "tpu"}, "device='tpu' is unknown; pass cpu, cuda"),
-        ({"lora": 2, "targets": ["c"]}, "targets=.'c_attn', 'c_proj'."),
+        ({"device": 1}, "device=1 is unknown; pass cpu, cuda"),
+        ({"device": "meta"}, "device='meta' cannot be used by torch on this"),
+        ({"lora": 2, "targets": ["c"]}, "targets=.'c'.; .*targets=.'q_proj'"),
+        ({"lora": 2, "targets": "q_proj"}, "targets='q_proj' must be a list"),
+        ({"targets": ["q_proj"]}, "targets=.'q_proj'. is of adapters"),
+        ({"method": [1]}, "method=.1. is unknown; choose one of none"),
+        ({"rates": {"a": 1}}, "rates={'a': 1} must be a number"),
+        ({"rates": [[1]]}, "rates=.1. must be a number"),
         ({"decay": "slow"}, "choose linear, cosine or none"),
         ({"epochs": 3}, "unknown parameter 'epochs'"),
         ({"held_out": 0.9}, "held_out=0.9 lies outside"),
@@ -415,6 +422,101 @@ def test_an_empty_name_is_not_the_current_folder(name, made, monkeypatch):
     with pytest.raises(ValueError, match=f"{name}='' names nothing"):
         dmr.finetune(**given, **SMALL)
     assert not (made / "finetuned").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "new", "keep"])
+@pytest.mark.parametrize("value", [2024, [1], b"here"])
+def test_a_place_that_is_no_text_is_named(name, value):
+    given = {"model": "m", "new": "n", "keep": None} | {name: value}
+    said = re.escape(f"{name}={value!r} must be text, the name of")
+    with pytest.raises(ValueError, match=said):
+        make_request(**given, device="cpu")
+
+
+@pytest.mark.parametrize("call", [dmr.finetune, compare])
+def test_an_output_that_is_no_folder_is_named(call):
+    for value, said in ((7, "=7 must be text"), ("", "='' names nothing")):
+        with pytest.raises(ValueError, match=f"output{said}"):
+            call("m", "n", "o", output=value)
+
+
+def test_a_tilde_is_the_home_folder(made, monkeypatch):
+    monkeypatch.setenv("HOME", str(made))
+    monkeypatch.chdir(made)
+    given = SMALL | {"steps": 1, "output": "~/out"}
+    done = dmr.finetune("~/tiny", "~/new.txt", **given)
+    assert done.folder == str(made / "out") and not (made / "~").exists()
+
+
+def test_an_output_among_its_own_text_is_not_read(made, monkeypatch):
+    monkeypatch.chdir(made)
+    (made / "texts").mkdir()
+    for name in ("new", "old"):
+        (made / f"{name}.txt").rename(made / f"texts/{name}.txt")
+    given = SMALL | {"steps": 1, "output": made / "texts/deep/out"}
+    done = dmr.finetune(made / "tiny", made / "texts", **given)
+    with pytest.warns(UserWarning, match="of a training .deep/out/"):
+        again = dmr.finetune(made / "tiny", made / "texts", **given)
+    assert again == done
+
+
+def save_gpt2(folder, positions=64):
+    "A model without the names of a Llama, and with a table of positions."
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": positions}
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    config = GPT2Config(vocab_size=257, **size, **ends)
+    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(
+        folder / "gpt2"
+    )
+    return folder / "gpt2"
+
+
+def test_another_kind_of_model_gets_adapters_where_peft_puts_them(made):
+    model = save_gpt2(made)
+    texts = made / "new.txt", made / "old.txt"
+    given = SMALL | {"output": made / "out", "steps": 1, "rates": [1e-3]}
+    done = compare(model, *texts, lora=2, **given)
+    assert [run["lora"] for run in done.runs] == [None, 2]
+    given |= {"output": made / "adapted", "rates": 1e-3, "lora": 2}
+    dmr.finetune(model, made / "new.txt", **given)
+    config = read_object(made / "adapted/model/adapter_config.json")
+    assert config["target_modules"] == ["c_attn"]
+
+
+def test_adapters_are_looked_at_before_the_first_training(made, monkeypatch):
+    model = save_gpt2(made)
+    texts = made / "new.txt", made / "old.txt"
+    given = SMALL | {"output": made / "out"}
+    known = "peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
+    monkeypatch.setattr(Training, "train_step", None)
+    with pytest.raises(ValueError, match="by targets=.'nope'.; .*'c_attn'"):
+        compare(model, *texts, targets=["nope"], **given)
+    with pytest.raises(ValueError, match="by targets=.'mlp'.; .*'c_attn'"):
+        compare(model, *texts, targets=["mlp"], **given)  # no single layer
+    with pytest.raises(ValueError, match="is of adapters, and no training"):
+        compare(model, *texts, targets=["c_attn"], controls=False, **given)
+    monkeypatch.setattr(known, {})
+    with pytest.raises(ValueError, match="none of the layers that usually"):
+        compare(model, *texts, **given)
+    assert not (made / "out").exists()
+
+
+def test_rows_are_no_longer_than_the_model_reads(made):
+    "Neither those of training nor what it writes; asked for, or as usual."
+    model = save_gpt2(made, positions=32)
+    given = SMALL | {"output": made / "out", "steps": 1}
+    texts = made / "new.txt", made / "old.txt"
+    for call in (dmr.finetune, compare):
+        with pytest.raises(ValueError, match="length=33 is more than the 32"):
+            call(model, *texts, **given | {"length": 33})
+    assert not (made / "out").exists()
+    del given["length"]
+    done = dmr.finetune(model, texts[0], "self", **given)
+    assert done.request["length"] == 32
+    assert make_request(made / "tiny", "n", device="cpu").length == 128
 
 
 def test_old_text_that_is_new_as_well_is_spoken_of(tmp_path):
@@ -584,13 +686,13 @@ def test_a_name_that_nobody_can_be_asked_for_fails_at_once(made, monkeypatch):
 def test_with_a_card_the_usual_steps_fit_the_text(made, monkeypatch):
     "Eight rows of 512 tokens a step, four bytes a token."
     card = lambda name: torch.device(name)
-    monkeypatch.setattr(finetune_module, "_find_device", card)
+    monkeypatch.setattr(finetune_module, "_usable_device", card)
     monkeypatch.setattr(finetune_module, "native_bfloat16", lambda d: False)
 
     def steps(size, device="cuda", **other):
         (made / "new.txt").write_text("x" * size)
         where = {"device": device} | other
-        return make_request(made / "tiny", made / "new.txt", **where).steps
+        return make_request("m", made / "new.txt", **where).steps
 
     megabyte = 0.9 * 1_000_000 / 4 / (8 * 512)  # steps that read it once
     assert abs(steps(1_000_000) - 3 * megabyte) < 1
@@ -851,6 +953,17 @@ def test_a_saved_past_is_one_line_in_a_loop_of_ones_own(made):
     path = f"{done.checkpoint}/router.pt"
     router = MomentRouter.load(path, model, optimizer)
     assert router.domains == 2 and router.consolidation.past
+
+
+def test_a_saved_projection_may_leave_its_rank_to_the_method():
+    go_on = finetune_module._go_on
+    saved = {"modification": {"options": {"rank": None}}}
+    assert go_on(saved, {}) == {}
+    saved["modification"]["options"]["rank"] = 4
+    assert go_on(saved, {}) == {"rank": 4}
+    saved["modification"]["options"] = {"rank": None, "energy": 0.9}
+    with pytest.raises(ValueError, match="energy=0.9, which no request"):
+        go_on(saved, {})
 
 
 def settings_of(done):

@@ -88,6 +88,24 @@ def test_models_are_listed_and_fetched_through_the_command(capsys, served):
     )
 
 
+def test_a_model_without_its_head_is_refused(tmp_path):
+    "And not given a random one; a head that is the embedding is not missing."
+    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+
+    from dmr.training.finetune import save_small_llama
+
+    tiny = save_small_llama(tmp_path / "tiny")  # its head is tied
+    assert pretrained.load_pretrained(tiny)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=257, **size, num_attention_heads=4)
+    LlamaModel(config).save_pretrained(tmp_path / "headless")
+    words = AutoTokenizer.from_pretrained(tiny)
+    words.save_pretrained(tmp_path / "headless")
+    said = "headless' lacks 1 of the 12 weights .*lm_head.weight.*AutoModel"
+    with pytest.raises(ValueError, match=said):
+        pretrained.load_pretrained(tmp_path / "headless")
+
+
 @pytest.mark.slow
 def test_the_pinned_model_loads_and_learns_through_adapters():
     import peft

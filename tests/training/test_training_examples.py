@@ -113,6 +113,19 @@ def test_a_folder_is_read_in_order_and_says_what_it_skipped(tmp_path):
         read_examples(tmp_path)
 
 
+def test_what_a_training_wrote_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out/model").mkdir(parents=True)
+    (tmp_path / "out/model/config.json").write_text("{}")
+    request = tmp_path / "out/request.json"
+    request.write_text('{"request": {}, "arms": []}')
+    with pytest.warns(UserWarning, match="2 of a training .out/model/config"):
+        assert [x.learned for x in read_examples(tmp_path)] == ["text"]
+    request.write_text('{"text": "mine"}')  # of somebody else
+    with pytest.raises(ValueError, match="out/model/config.json"):
+        read_examples(tmp_path)
+
+
 def test_a_folder_of_text_alone_does_not_warn(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with warnings.catch_warnings():

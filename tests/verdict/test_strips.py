@@ -5,7 +5,14 @@ import pytest
 from dmr.reporting.statistics import Interval
 from dmr.verdict.answers import read_answers
 from dmr.verdict.rules import FAILS, HOLDS
-from dmr.verdict.strips import WHERE, Line, Strip, draw_strips, read_strips
+from dmr.verdict.strips import (
+    MAIN,
+    WHERE,
+    Line,
+    Strip,
+    draw_strips,
+    read_strips,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,9 @@ def test_a_strip_for_each_claim_with_its_word(strips):
 
 def test_where_a_claim_holds_both_marks_lie_in_the_shade(strips):
     for claim in ("C1", "C2", "C3", "C4"):
-        strip, line = strips[claim], strips[claim].lines[0]
+        strip = strips[claim]
+        decides = [x for x in strip.lines if x.label == MAIN]
+        line = (decides or strip.lines)[0]
         both = [inside(claim, i) for i in (line.nominal, line.matched)]
         assert all(both) == (strip.word == HOLDS), claim
         assert any(both) == (strip.word == HOLDS), claim  # or far from it
@@ -37,6 +46,14 @@ def test_the_first_claim_is_asked_under_muon_too(strips):
     line = lines["Muon, α 0.9"]
     assert inside("C1", line.nominal) and inside("C1", line.matched)
     assert not inside("C1", lines["Muon, α 1"].nominal)
+
+
+def test_the_first_claim_is_asked_at_each_strength_in_their_order(strips):
+    lines = [x for x in strips["C1"].lines if x.label.startswith("Adam")]
+    at = [float(x.label.split("α ")[1].split(",")[0]) for x in lines]
+    assert at == sorted(at) and at.count(0.9) == 2 and len(at) == 7
+    holds = {a for a, x in zip(at, lines) if inside("C1", x.matched)}
+    assert holds == {0.1, 0.3, 0.5}
 
 
 def test_what_is_drawn_is_what_is_there():
