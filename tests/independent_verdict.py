@@ -723,10 +723,11 @@ def verdicts():
 
 def strips():
     "Claim and condition -> what the strip shows of it."
-    yield "C1, …: Adam, α ‹0.9›", lambda: ratio(SHORT, SHARED)
+    yield "Adam, α ‹0.9›", lambda: ratio(SHORT, SHARED)
     for x in STRENGTHS:
         of = functools.partial(ratio, DOSE, SHARED, alpha=x)
-        yield f"Adam, α ‹{x:g}›{', again' * (x == 0.9)}", of
+        name = f"Adam, α ‹{x:g}›{', again' * (x == 0.9)}"
+        yield f"C1, …: {name}" if x == STRENGTHS[0] else name, of
     for name in ("Muon", "Lion"):
         for x in LION:
             of = functools.partial(ratio, name.lower(), SHARED, alpha=x)
@@ -1171,8 +1172,8 @@ ENTRIES = [
         lambda: lion_saves(),
     ),
     (
-        "makes # claims. # holds here, # do not, # are undecided, and # is not"
-        " testable on these streams",
+        "makes # claims. By their rules # holds here, # do not, # are"
+        " undecided, and # is not testable on these streams",
         verdicts,
     ),
     (

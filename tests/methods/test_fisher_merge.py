@@ -11,9 +11,9 @@ from torch import nn
 import dmr
 from dmr.methods.consolidation import (
     FisherMerge,
+    _steps_taken,
     merge,
     running_share,
-    steps_taken,
 )
 from dmr.routing.consolidation import Interpolate, Trained
 
@@ -280,7 +280,7 @@ def test_an_optimizer_may_count_in_numbers_or_in_tensors_or_not_at_all():
     for name, step in (("0.weight", 3), ("0.bias", torch.tensor(4.0))):
         optimizer.state[weights[name]]["step"] = step
     optimizer.state[weights["3.bias"]]["other"] = 5
-    counted = steps_taken(Trained(model, optimizer))
+    counted = _steps_taken(Trained(model, optimizer))
     assert counted == {"0.weight": 3, "0.bias": 4}
 
 
