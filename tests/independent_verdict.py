@@ -721,6 +721,14 @@ def verdicts():
     return len(ruled()), *(n[x] for x in (HOLDS, FAILS, OPEN, UNTESTED))
 
 
+def memories(before, ours, arm):
+    "Conditions that both claims name alike, after one that tells them apart."
+    parts = [*plan("memory")["parts"]]
+    words = "".join(f" # [#, #], β₂ ‹{p.split()[1]}›" for p in parts)
+    every = lambda: [x for p in parts for x in ratio("memory", arm, part=p)]
+    return before + words, lambda: (*ours(), *every())
+
+
 def strips():
     "Claim and condition -> what the strip shows of it."
     yield "Adam, α ‹0.9›", lambda: ratio(SHORT, SHARED)
@@ -729,11 +737,14 @@ def strips():
         name = f"Adam, α ‹{x:g}›{', again' * (x == 0.9)}"
         yield f"C1, …: {name}" if x == STRENGTHS[0] else name, of
     for name in ("Muon", "Lion"):
-        for x in LION:
+        for x in LION[:-1] if name == "Lion" else LION:
             of = functools.partial(ratio, name.lower(), SHARED, alpha=x)
             yield f"{name}, α ‹{x:g}›", of
+    last = functools.partial(ratio, "lion", SHARED, alpha=LION[-1])
+    yield memories("Lion, α ‹1›", last, SHARED)
     yield "C2, …: ‹eight› domains", lambda: lead(SHORT, REPLAY, SHARED)
-    yield "C3, …: α ‹0.9›", lambda: ratio(SHORT, DECOUPLED)
+    eight = functools.partial(ratio, SHORT, DECOUPLED)
+    yield memories("C3, …: α ‹0.9›", eight, DECOUPLED)
     yield "C4, …: ‹eight› domains", lambda: to_best_rival(SHORT)
     yield "the preprint's arm", preprints_arm
     for n in (8, 16):
@@ -1121,6 +1132,15 @@ ENTRIES = [
     (
         "$\\beta_2=#$ was tried with [# exploratory seeds]",
         long_memory,
+    ),
+    (
+        "At $\\beta_2=#$ and the same horizon decoupled projection forgets #"
+        " [#, #] of what plain Adam forgets (# seeds).",
+        lambda: (
+            0.99,
+            *ratio("memory", DECOUPLED, part="beta2 0.99"),
+            seeds("memory"),
+        ),
     ),
     (
         "did the least harm in [# small stories](…), # cases, and was chosen on"
