@@ -191,13 +191,12 @@ class _Meeting:
         self.routed: Any = router
         router.observes = True
 
-    def train(
-        self, resume_from_checkpoint: Any = None, *args: Any, **options: Any
-    ) -> Any:
-        self.routed.told = resume_from_checkpoint
+    def train(self, *args: Any, **options: Any) -> Any:
+        given = (*args[:1], options.get("resume_from_checkpoint"))
+        self.routed.told = given[0]
         train = super().train  # type: ignore[misc]
         try:
-            return train(resume_from_checkpoint, *args, **options)
+            return train(*args, **options)
         finally:
             self.routed.told = None  # the next Trainer may be a plain one
 

@@ -417,9 +417,10 @@ def lend(
             if p.grad is None and name in wanted:
                 p.grad = step.lent[name] = torch.zeros_like(p)
                 step.live[name] = (p, group)
-    step.names += step.lent
-    step.grads.names |= dict.fromkeys(step.lent)
-    step.grads.make = lambda n: step.lent[n] if n in step.lent else known(n)
+    if lent := step.lent:  # the step itself in the closure would be a cycle
+        step.names += lent
+        step.grads.names |= dict.fromkeys(lent)
+        step.grads.make = lambda n: lent[n] if n in lent else known(n)
 
 
 def take_back(step: Step) -> None:
@@ -685,6 +686,8 @@ def ratios(
     "η / η_max of each parameter, where a method couples the parameters."
     if not getattr(modification, "couples", False):
         return {}
+    if len({id(step.live[n][1]) for n in step.names}) < 2:
+        return {}  # one group has one rate
     rates = {n: step.moments.rate(step.live[n][1]) for n in step.names}
     host = lambda x: not isinstance(x, Tensor) or x.device.type == "cpu"
     if all(map(host, rates.values())):

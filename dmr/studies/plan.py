@@ -136,7 +136,12 @@ def stream_hash(
     name = parameters.get("stream")
     if not isinstance(name, str):
         return None
-    parameters = as_run_reads(parameters, project)
+    try:
+        parameters = as_run_reads(parameters, project)
+    except ValueError:
+        if load:
+            raise
+        return UNKNOWN
     key, known = _stream_key(parameters), _known_streams(project)
     if key in known or not load:
         return known.get(key, {}).get("hash", UNKNOWN)

@@ -1393,16 +1393,16 @@ def _train_all(
 ) -> Finetuned:
     "All arms that are not done yet; what became of all."
     ranks = [arm.lora for arm in arms if arm.lora is not None]
-    if r.targets is not None and not ranks:
-        raise ValueError(
-            f"targets={r.targets!r} is of adapters, and no training has any;"
-            " pass lora=8 (--lora 8), or leave targets out"
-        )
     read = read_sources(r)
     identity = plain(_identity(r, read) | {"arms": [arm.name for arm in arms]})
     _check_folder(folder, identity)
     if done := _done(folder, keep_model):
         return done
+    if r.targets is not None and not ranks:
+        raise ValueError(
+            f"targets={r.targets!r} is of adapters, and no training has any;"
+            " pass lora=8 (--lora 8), or leave targets out"
+        )
     if ranks and arms[0].lora is None:  # before the first training
         adapter_targets(r, ranks[0])
     bench = Bench(r, read, arms[0].lora)

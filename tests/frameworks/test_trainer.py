@@ -21,8 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from dmr.frameworks.callbacks import DomainCallback
 from dmr.frameworks.lora import route_lora
-from dmr.frameworks.trainer import RoutedTrainer, RouterCallback
+from dmr.frameworks.trainer import Routed, RoutedTrainer, RouterCallback
 from dmr.methods.consolidation import FisherMerge
 from dmr.methods.projection import Projection
 from dmr.methods.replay import ReplayBuffer, ReplayMix
@@ -483,3 +484,41 @@ def test_a_process_that_begins_in_an_open_domain_is_warned(tmp_path):
         resumed.train(resume_from_checkpoint=str(path))
     for p, q in zip(closed.model.parameters(), over.model.parameters()):
         assert torch.equal(p, q)
+
+
+def test_one_callback_goes_on_with_a_model_that_was_loaded_again():
+    "A new object with the weights of the last domain is no foreign model."
+    torch.manual_seed(0)
+    keeper = DomainCallback(Projection(rank=2), consolidation=FisherMerge(0.5))
+    model, shares = torch.nn.Linear(6, 3), []
+    for _ in range(3):
+        again = torch.nn.Linear(6, 3)
+        again.load_state_dict(model.state_dict())
+        model = again
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        router = keeper.attach(model, optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+        shares.append(router.consolidate().get("consolidation"))
+    assert router.domains == 3
+    assert not shares[0] and all(0 < x["share"] < 1 for x in shares[1:])
+
+
+def test_a_trainer_whose_train_takes_nothing_is_routed_too():
+    class Plain:
+        def __init__(self):
+            self.callbacks = []
+
+        def add_callback(self, callback):
+            self.callbacks.append(callback)
+
+        def train(self):
+            return "trained"
+
+    class Mine(Routed, Plain):
+        pass
+
+    callback = RouterCallback(Projection(rank=2))
+    assert Mine(router=callback).train() == "trained"

@@ -222,3 +222,41 @@ def test_a_step_that_fails_leaves_no_gradient_behind():
     assert model.heads[0].weight.grad is not None
     router.close()
     assert model.heads[0].weight.grad is None
+
+
+def test_no_step_outlives_itself():
+    "A cycle would keep the gradients of past steps until Python looks."
+    import gc
+    import weakref
+
+    from dmr.routing import router as module
+
+    seen, made = [], module.new_step
+
+    def watched(*args, **options):
+        step = made(*args, **options)
+        seen.append(weakref.ref(step))
+        return step
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    loss = lambda batch: model(batch).square().mean()
+    optimizer = torch.optim.Adam(model.parameters())
+    edit = dmr.ReplayMix(dmr.ReplayBuffer(capacity=8), loss, fraction=None)
+    router = dmr.MomentRouter(model, optimizer, edit, "shared", 0.5)
+    gc.disable()
+    try:
+        module.new_step = watched
+        for _domain in range(2):
+            for _ in range(4):
+                batch = torch.randn(6, 4)
+                router.observe(batch)
+                optimizer.zero_grad()
+                loss(batch).backward()
+                optimizer.step()
+            router.consolidate()
+        assert len(seen) == 8
+        assert not any(ref() is not None for ref in seen[:-1])
+    finally:
+        module.new_step = made
+        gc.enable()
