@@ -512,11 +512,12 @@ def test_a_relative_text_is_read_where_its_runs_read_it(tmp_path, monkeypatch):
     (again,) = plan_of(folders).runs
     assert first.identity == again.identity and first.name == again.name
     shutil.copytree(tmp_path / "texts", below / "texts")
-    for load in (True, False):
-        with pytest.raises(ValueError, match="'texts' is .*work/texts here"):
-            make_plan(
-                read_study(folders.studies / "tiny.yaml"), folders, load=load
-            )
+    tiny = read_study(folders.studies / "tiny.yaml")
+    with pytest.raises(ValueError, match="'texts' is .*work/texts here"):
+        make_plan(tiny, folders)
+    # who only reads, such as `dmr why`, is told of no text
+    (known,) = make_plan(tiny, folders, load=False).runs
+    assert known.identity.stream == "unknown"
     whole = read_study(
         folders.studies / "tiny.yaml", dict(stream=str(below / "texts"))
     )
