@@ -1,11 +1,14 @@
 "An added term, a penalty or a replayed loss, under shared routing."
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 
 import dmr
+import dmr.routing.router as module
 from dmr.methods.agem import AGEM
 from dmr.methods.penalty import EWC, SI
 from dmr.routing.conformance import Problem, train
@@ -69,6 +72,13 @@ def test_shared_routing_of_an_added_term_is_plain_training_on_the_summed_loss(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def show(router, loss_fn, batch):
+    "Offer a batch, and make its gradients anew."
+    router.observe(batch)
+    router.optimizer.zero_grad()
+    loss_fn(batch).backward()
+
+
 def applied(max_norm, length=1.0):
     "The norm of the gradient that SGD applies in each domain; g is clipped."
     torch.manual_seed(0)
@@ -85,10 +95,7 @@ def applied(max_norm, length=1.0):
     found = []
     for _ in range(2):
         for _ in range(3):
-            batch = torch.randn(8, 4)
-            router.observe(batch)
-            optimizer.zero_grad()
-            loss_fn(batch).backward()
+            show(router, loss_fn, torch.randn(8, 4))
             torch.nn.utils.clip_grad_norm_(model.parameters(), length)
             before = flat(model.parameters()).detach().clone()
             optimizer.step()
@@ -226,11 +233,6 @@ def test_a_step_that_fails_leaves_no_gradient_behind():
 
 def test_no_step_outlives_itself():
     "A cycle would keep the gradients of past steps until Python looks."
-    import gc
-    import weakref
-
-    from dmr.routing import router as module
-
     seen, made = [], module.new_step
 
     def watched(*args, **options):
@@ -249,10 +251,7 @@ def test_no_step_outlives_itself():
         module.new_step = watched
         for _domain in range(2):
             for _ in range(4):
-                batch = torch.randn(6, 4)
-                router.observe(batch)
-                optimizer.zero_grad()
-                loss(batch).backward()
+                show(router, loss, torch.randn(6, 4))
                 optimizer.step()
             router.consolidate()
         assert len(seen) == 8
