@@ -82,7 +82,7 @@ class _Keeping(_Settings):
             old.close()
             # what it knows goes along, to whichever model is trained now
             old.modification.model = unwrapped(model)
-            old.consolidation.met = None  # type: ignore
+            old.consolidation.met = 0  # serves nobody, as a copy
         if self.protect is not None:
             lora_layers(model)
         how = (self.modification, self.routing, self.strength)

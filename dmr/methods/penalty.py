@@ -375,6 +375,7 @@ class _Path(Penalty):
     "The path of a domain, from where it begins."
 
     kept = (*Penalty.kept, "path", "start")
+    unteachable = _NO_PATH
     path: dict[str, Tensor]  # ω of the running domain
     start: dict[str, Tensor]  # θ at the domain's first step
 
@@ -394,8 +395,6 @@ class _FollowsPath(_Path):
     _before: dict[str, Tensor] = {}  # θ before the step
 
     def learn(self, grads: Mapping[str, Tensor]) -> None:
-        if self.shown:
-            raise TypeError(_NO_PATH)
         self._before = {}
         self.learn_more(grads)
 

@@ -263,16 +263,26 @@ def _check_known(merge: _Anchored, trained: Trained) -> None:
     if not merge.before or other is None or merge.met != id(merge):
         return
     shared = {*trained.names} & {*other.names}
-    if other.model is not trained.model and not shared:
-        name = type(merge).__name__
-        raise ValueError(
-            f"this {name} knows the weights of another model, and would average"
-            f" this one with them; make a new {name} for this model. To move"
-            " what it knows, pass router.state_dict() to the new router's"
-            " load_state_dict"
-        )
+    if other.model is trained.model or shared or _holds(trained, merge.before):
+        return
+    name = type(merge).__name__
+    raise ValueError(
+        f"this {name} knows the weights of another model, and would average"
+        f" this one with them; make a new {name} for this model. To move"
+        " what it knows, pass router.state_dict() to the new router's"
+        " load_state_dict"
+    )
 
 
+def _holds(trained: Trained, kept: Mapping[str, Tensor]) -> bool:
+    "Are these weights, by name, exactly those that are kept?"
+    weights = {name: local(p.detach()) for p, name in trained.names.items()}
+    if not {*kept} <= {*weights}:
+        return False
+    same = lambda x, p: x.shape == p.shape and torch.equal(x, p.to(x))
+    return all(same(local(x), weights[name]) for name, x in kept.items())
+
+# %% ../../nbs/routing/07_consolidation.ipynb #7d20c9ab
 def _misfits(merge: _Anchored, trained: Trained) -> set[str]:
     "Names of what it keeps of parameters that are gone, or were exchanged."
     shapes = {name: p.shape for p, name in trained.names.items()}

@@ -617,6 +617,7 @@ class _OptionalPast:
     "What a modification can learn before anything is trained or shown."
 
     shown: bool = False  # are these examples of a past? Set by the router
+    unteachable: str = ""  # why examples of a past teach it nothing
 
     def read_weights(
         self,

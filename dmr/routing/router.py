@@ -907,9 +907,10 @@ class _Shown(_Timed):
         seen = as_vectors({name: g.detach() for name, g in grads.items()})
         with torch.no_grad():
             check_finite(seen, {}, self.groups)
-            self.modification.learn(seen)
             self.consolidation.show(seen)
-            self.modification.end()
+            if not self.modification.unteachable:
+                self.modification.learn(seen)
+                self.modification.end()
         return size  # examples
 
     @torch.no_grad()
@@ -935,9 +936,14 @@ class _Protecting(_Shown):
     ) -> dict:  # the report of the boundary that is drawn
         """Before training: learn from examples what the model already knows.
         Raises ValueError without a batch, for a gradient that is not finite,
-        and for sharded weights; then nothing was learned.
+        and for sharded weights, and TypeError where neither method nor merge
+        learns from examples; then nothing was learned.
         """
         self._check_whole("protect")
+        modification = self.modification
+        if modification.unteachable and _waits(self.consolidation):
+            raise TypeError(modification.unteachable)
+        close = dict if modification.unteachable else modification.consolidate
         with self._showing():
             with _undisturbed(self.model):
                 several = _counted(batches, progress)
@@ -946,7 +952,7 @@ class _Protecting(_Shown):
                     raise ValueError(
                         "protect() got no batch, so nothing is known yet"
                     )
-                report = self._close_past(self.modification.consolidate)
+                report = self._close_past(close)
             self.consolidation.take_in()
         size = sum(sizes) / len(sizes)
         self.shown = _per_sample(self.consolidation, size)

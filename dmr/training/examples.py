@@ -23,8 +23,8 @@ from ..files import misfit
 from .pretrained import encode
 
 # %% auto #0
-__all__ = ['NOT_LEARNED', 'Tokens', 'Example', 'read_examples', 'split_examples', 'tokenize_examples', 'pack', 'byte_lengths',
-           'general_texts']
+__all__ = ['REQUEST', 'NOT_LEARNED', 'Tokens', 'Example', 'read_examples', 'split_examples', 'tokenize_examples', 'pack',
+           'byte_lengths', 'general_texts']
 
 # %% ../../nbs/training/08_examples.ipynb #536f2a2f
 @dataclass(frozen=True)
@@ -173,13 +173,13 @@ def _read_file(path: Path) -> list[Example]:  # empty where the file is
 
 # %% ../../nbs/training/08_examples.ipynb #9e2b261d
 #: The file that says of a folder which training it holds.
-_REQUEST = "request.json"
+REQUEST = "request.json"
 
 
 def _is_training(folder: Path) -> bool:
     "Does a folder hold what `dmr.finetune` or `compare` wrote?"
     try:
-        found = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
+        found = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"request", "arms"} <= found.keys()
@@ -189,7 +189,7 @@ def _read_folder(folder: Path) -> list[Example]:
     "The examples of all files below a folder; warns of those skipped."
     found: list[Example] = []
     skipped: dict[str, list[str]] = {}
-    places = (p.parent for p in folder.rglob(_REQUEST))
+    places = (p.parent for p in folder.rglob(REQUEST))
     trainings = {p for p in places if p != folder and _is_training(p)}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = path.relative_to(folder)

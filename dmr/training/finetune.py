@@ -49,7 +49,7 @@ from dmr.training.config import (
     seed_for,
 )
 from dmr.training.examples import (
-    _REQUEST,
+    REQUEST,
     NOT_LEARNED,
     Example,
     general_texts,
@@ -62,7 +62,7 @@ from .finetuning import TARGETS, FinetuneConfig, _adapted_model
 
 # %% auto #0
 __all__ = ['METHODS', 'PLAIN_STEPS', 'SETTINGS', 'USUAL', 'PASSES', 'TOKEN_BYTES', 'USUAL_RATE', 'NUMBERS', 'ADAPTER', 'WORDS',
-           'Read', 'SAVE_EVERY', 'REQUEST', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device',
+           'Read', 'SAVE_EVERY', 'RESULT', 'RUN', 'MODEL', 'KEPT', 'MANY', 'usual_method', 'usual_device',
            'native_bfloat16', 'Request', 'make_request', 'usual_steps', 'read_sources', 'Material', 'prepare_texts',
            'row_order', 'merged_model', 'adapter_targets', 'Bench', 'Arm', 'Training', 'Finetuned', 'save_model',
            'finetune', 'compare', 'save_small_llama', 'example_case']
@@ -90,7 +90,7 @@ from dmr.training.loop import (
 )
 from dmr.training.pretrained import (
     MODELS,
-    _empty_model,
+    empty_model,
     encode,
     load_pretrained,
     load_tokenizer,
@@ -347,12 +347,30 @@ def _usual_length(
 def _positions(
     config: Mapping[str, Any],  # of transformers
 ) -> int | None:  # at least 1; None: it names no limit
-    "The longest row that a model can read."
+    "The longest row that a model is made for."
     text = config.get("text_config") or config
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(most := text.get(name), int) and most > 0:
             return most
     return None
+
+# %% ../../nbs/training/10_finetune.ipynb #a7c01e7d
+def _too_long(
+    r: Request,
+    most: int,  # positions that the model is made for
+    config: Mapping[str, Any],  # of transformers
+) -> None:
+    "Warn where rotary angles go on beyond them; else ValueError."
+    said = f"length={r.length} is more than the {most} positions of {r.model!r}"
+    remedy = f"pass length={most} or less"
+    text = config.get("text_config") or config
+    if not any(name.startswith("rope") for name in text):
+        raise ValueError(f"{said}; {remedy}")
+    warnings.warn(
+        f"{said}, which was not trained for more and may read worse there;"
+        f" {remedy}",
+        stacklevel=user_level(),
+    )
 
 # %% ../../nbs/training/10_finetune.ipynb #9e2aa202
 def make_request(
@@ -739,7 +757,7 @@ def adapter_targets(
     peft = need("peft", "hf", "an adapter")
     _check_here(r.model)
     with _opening_errors(r.model):
-        model = _empty_model(r.model)
+        model = empty_model(r.model)
     head = model.get_output_embeddings()
     named = model.named_modules()
     layers = [n for n, x in named if _adapts(x) and x is not head]
@@ -845,12 +863,10 @@ class Bench:
         self.request, self.lora = r, lora
         self.device = _find_device(r.device)
         opened = self.model, self.tokenizer = _open_model(r, lora)
-        self.positions = _positions(self.model.config.to_dict())
-        if self.positions is not None and r.length > self.positions:
-            raise ValueError(
-                f"length={r.length} is more than the {self.positions} positions"
-                f" of {r.model!r}; pass length={self.positions} or less"
-            )
+        config = self.model.config.to_dict()
+        if (most := _positions(config)) is not None and r.length > most:
+            _too_long(r, most, config)
+        self.positions = most
         self.texts = prepare_texts(r, read, *opened)
         self.start = copied(trained_weights(self.model))
         whole = dict(self.model.named_parameters())  # an adapter's base too
@@ -1266,7 +1282,7 @@ def _check_folder(folder: Path, asked: dict[str, Any]) -> None:
 
 # %% ../../nbs/training/10_finetune.ipynb #a7c01e60
 #: Files of an output folder, and its folder of the model.
-REQUEST, RESULT, RUN = _REQUEST, "result.json", "run.json"
+RESULT, RUN = "result.json", "run.json"
 MODEL = "model"
 
 

@@ -31,7 +31,7 @@ from ..text.sources import Archive, blocks
 from .loop import evaluating, even_starts
 
 # %% auto #0
-__all__ = ['MODELS', 'Pinned', 'fetch_model', 'list_models', 'available_memory', 'check_memory', 'load_tokenizer',
+__all__ = ['MODELS', 'Pinned', 'fetch_model', 'list_models', 'available_memory', 'check_memory', 'load_tokenizer', 'empty_model',
            'load_pretrained', 'encode', 'Windows', 'text_windows', 'ByteTokenizer', 'small_llama', 'window_losses']
 
 # %% ../../nbs/training/05_pretrained.ipynb #baf95130
@@ -246,7 +246,7 @@ def _located(
     return str(path.parent), {"gguf_file": path.name}
 
 
-def _empty_model(name: str | os.PathLike[str]) -> Any:
+def empty_model(name: str | os.PathLike[str]) -> Any:
     "A model without its weights: layers and shapes alone."
     need("transformers", "hf", "a pretrained model")
     return _found(str(name), *_located(name))[1]

@@ -368,6 +368,29 @@ def test_si_says_that_it_cannot_be_told_of_a_past(told):
     assert router.modification.edited()
 
 
+def test_beside_si_a_past_is_shown_to_the_merge_alone():
+    def shown(method):
+        model, _ = regression()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        merge = dmr.FisherMerge()
+        router = MomentRouter(model, optimizer, method, consolidation=merge)
+        seeded = torch.Generator().manual_seed(0)
+        batches = torch.randn(3, 8, 6, generator=seeded)
+        router.protect(batches, lambda x: model(x).square().mean())
+        return router
+
+    si, plain = shown(SI()), shown(None)
+    assert si.domains == plain.domains == 1
+    kept, expected = (r.consolidation.state_dict() for r in (si, plain))
+    for table in ("before", "past"):
+        assert kept[table].keys() == expected[table].keys() != set()
+        for name, x in expected[table].items():
+            assert torch.equal(kept[table][name], x), (table, name)
+    assert not si.modification.edited() and not si.modification.path
+    one_domain(si)  # its training is the first that SI learns from
+    assert si.modification.edited() and si.domains == 2
+
+
 def test_the_anchor_of_a_layer_that_was_removed_stays_where_it_was():
     model = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
     si = SI()

@@ -236,6 +236,37 @@ def test_a_merge_that_knows_one_model_refuses_another(make):
             assert not torch.equal(flat(here.parameters()), start)
 
 
+KEEPING = [*MERGES, lambda: dmr.FisherMerge(0.5, storage=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("make", KEEPING)
+def test_a_model_that_was_loaded_again_is_the_one_that_is_known(make):
+    "As an object of its own, in a loop that goes on with the merge object."
+    merge = make()
+    model, loss = regression()
+    optimizer = adam(model)
+    with MomentRouter(model, optimizer, consolidation=merge):
+        train(model, loss, optimizer)
+        merge.trained.consolidate()
+    other, its = regression(1)
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        MomentRouter(other, adam(other), consolidation=merge)
+    other.load_state_dict(model.state_dict())
+    optimizer = adam(other)
+    router = MomentRouter(other, optimizer, consolidation=merge)
+    start, end = flat(other.parameters()), flat(train(other, its, optimizer))
+    router.consolidate()
+    between = flat(other.parameters())
+    assert not torch.equal(between, end) and not torch.equal(between, start)
+    assert (between - start).norm() < (end - start).norm()
+    other[0].weight.data += 1  # after which it is not what the merge left
+    last, _ = regression(2)
+    last.load_state_dict(other.state_dict())
+    router.close()
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        MomentRouter(last, adam(last), consolidation=merge)
+
+
 @pytest.mark.parametrize("make", MERGES)
 def test_a_merge_that_knows_nothing_yet_goes_to_any_model(make):
     merge = make()

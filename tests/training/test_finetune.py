@@ -389,7 +389,6 @@ def test_a_bench_is_put_back_to_where_it_began(made):
         ({"rates": []}, "rates=\\[\\]"),
         ({"keep": None, "method": "merge"}, "keep='self' to let the model"),
         ({"keep": "none.txt"}, "no file or folder"),
-        ({"length": 4096}, "length=4096 is more than the 256 positions of"),
         ({"device": "cuda:9"}, "device='cuda:9'"),
         ({"device": "tpu"}, "device='tpu' is unknown; pass cpu, cuda"),
         ({"device": 1}, "device=1 is unknown; pass cpu, cuda"),
@@ -517,6 +516,20 @@ def test_rows_are_no_longer_than_the_model_reads(made):
     done = dmr.finetune(model, texts[0], "self", **given)
     assert done.request["length"] == 32
     assert make_request(made / "tiny", "n", device="cpu").length == 128
+
+
+def test_rotary_angles_go_on_where_a_longer_row_is_asked_for(made):
+    model = save_small_llama(made / "short", width=32, context=32)
+    assert make_request(model, "n", device="cpu").length == 32
+    given = SMALL | {"output": made / "out", "length": 48}
+    said = pytest.warns(UserWarning, match="length=48 is more than the 32 pos")
+    refused = pytest.raises(ValueError, match="length=48 exceeds the 32 posit")
+    with said, refused:  # what it was not trained for it shall not write
+        dmr.finetune(model, made / "new.txt", "self", **given)
+    assert not (made / "out").exists()
+    with said:
+        done = dmr.finetune(model, made / "new.txt", made / "old.txt", **given)
+    assert done.learned[0] > 0 and done.request["length"] == 48
 
 
 def test_old_text_that_is_new_as_well_is_spoken_of(tmp_path):
