@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -230,12 +231,22 @@ def _execute_analysis(study: Study, project: Project, target: Path) -> None:
     """
     import papermill
 
+    from dmr.studies.run import kernel_manager
+
     target.parent.mkdir(parents=True, exist_ok=True)
     named = "study" in papermill.inspect_notebook(study.analysis)
-    parameters = {"study": study.name} if named else {}
-    papermill.execute_notebook(
-        study.analysis, target, parameters, cwd=project.root, progress_bar=False
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        papermill.execute_notebook(
+            study.analysis,
+            target,
+            {"study": study.name} if named else {},
+            cwd=project.root,
+            progress_bar=False,
+            # this Python, and sockets that nobody else can read
+            kernel_manager_class=kernel_manager(
+                Path(scratch), started=lambda pid: None, stopping=lambda: None
+            ),
+        )
 
 # %% ../nbs/making/23_cli.ipynb #369767b3
 def _report(args: argparse.Namespace) -> int:

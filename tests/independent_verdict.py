@@ -1236,7 +1236,7 @@ ENTRIES = [
 CONSTANTS = {
     "with ‹95› % intervals": "the level that is used throughout",
     "arXiv:‹2604.22407›": "the preprint",
-    "to ‹two› a clause was added": "the page of claims says what each changed",
+    "to ‹three› a clause was added": "the protocol says what each changed",
     "at ‹half› strength unless you": "the router's default, which is tested",
 }
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny import dmr, project
+from tiny import dmr, finish, project
 
 from dmr.cli import last_lines, main, parse_value, parser
+from dmr.studies.plan import make_plan
+from dmr.studies.study import read_study
+from dmr.studies.template import write_template
 
 
 def call(capsys, root, *argv):
@@ -92,6 +95,26 @@ def test_a_report_of_nothing_says_so_and_writes_nothing(
         and "dmr batch tiny" in out
     )
     assert not (tmp_path / "runs").exists()
+
+
+LOOK = """\
+import sys
+from ipykernel.kernelapp import IPKernelApp
+print(study, IPKernelApp.instance().transport, sys.executable)
+"""
+
+
+def test_an_analysis_is_executed_by_this_python_behind_sockets(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\nanalysis: look.ipynb\n")
+    write_template(folders.studies / "look.ipynb", 'study = ""\n', LOOK)
+    finish(make_plan(read_study(folders.studies / "tiny.yaml"), folders))
+    report = dmr(tmp_path, "report", "tiny")
+    out, _ = report.communicate(timeout=120)
+    written = tmp_path / "runs/tiny/look.ipynb"
+    assert report.returncode == 0 and f"analysis: {written}" in out
+    cells = json.loads(written.read_text())["cells"]
+    said = "".join(cells[-1]["outputs"][0]["text"])
+    assert said == f"tiny ipc {sys.executable}\n"
 
 
 @pytest.mark.parametrize("command", ["report", "why", "tail"])

@@ -149,7 +149,8 @@ def _check_sampling(
             " probable as the model finds it"
         )
     config = getattr(model, "config", None)
-    longest = getattr(config, "max_position_embeddings", None)
+    text = getattr(config, "get_text_config", lambda: config)()  # a part of it
+    longest = getattr(text, "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         raise ValueError(
             f"length={length} exceeds the {longest} positions that"

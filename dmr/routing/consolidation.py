@@ -224,6 +224,21 @@ def _check_shapes(
                 " router and make it again, then the weight counts as new"
             )
 
+# %% ../../nbs/routing/07_consolidation.ipynb #6aa1c0d1
+def _anywhere(
+    here: bool,  # is it so in this process?
+    trained: Trained,
+    weights: Mapping[str, Tensor],  # by parameter name; at least one
+) -> bool:
+    "Is it so in any of the processes that hold these weights or copies?"
+    device = local(next(iter(weights.values()))).device
+    flag = torch.tensor(float(here), device=device)
+    groups = [shard_groups(name, p) for name, p in weights.items()]
+    copies = () if trained.group is None else (trained.group,)
+    for over in dict.fromkeys([*groups, copies]):
+        sum_over(flag, over)
+    return bool(flag)
+
 # %% ../../nbs/routing/07_consolidation.ipynb #6aa1c0d2
 def check_weights(
     trained: Trained,
@@ -242,13 +257,7 @@ def check_weights(
     named = [pair for x in (weights, before, *kept) for pair in x.items()]
     checked = [(name, x) for name, x in named if name not in still]
     bad = next((name for name, x in checked if not is_finite(x)), None)
-    device = local(next(iter(weights.values()))).device
-    flag = torch.tensor(float(bad is not None), device=device)
-    groups = [shard_groups(name, p) for name, p in weights.items()]
-    copies = () if trained.group is None else (trained.group,)
-    for over in dict.fromkeys([*groups, copies]):
-        sum_over(flag, over)
-    if flag:
+    if _anywhere(bad is not None, trained, weights):
         where = "another process" if bad is None else repr(bad)
         raise ValueError(
             f"{where} has NaN or infinite values, in its weights or in what is"
@@ -263,7 +272,7 @@ def _check_known(merge: _Anchored, trained: Trained) -> None:
     if not merge.before or other is None or merge.met != id(merge):
         return
     shared = {*trained.names} & {*other.names}
-    if other.model is trained.model or shared or _holds(trained, merge.before):
+    if other.model is trained.model or shared or _is_again(merge, trained):
         return
     name = type(merge).__name__
     raise ValueError(
@@ -274,13 +283,22 @@ def _check_known(merge: _Anchored, trained: Trained) -> None:
     )
 
 
-def _holds(trained: Trained, kept: Mapping[str, Tensor]) -> bool:
-    "Are these weights, by name, exactly those that are kept?"
-    weights = {name: local(p.detach()) for p, name in trained.names.items()}
-    if not {*kept} <= {*weights}:
+def _is_again(merge: _Anchored, trained: Trained) -> bool:
+    """Is this the known model, loaded again: with the weights that are kept,
+    and else with those of the one that is known? Never for a merge that calls
+    a loss, which runs the object that it was written for.
+    """
+    if getattr(merge, "loss_fn", None) is not None:
+        return False
+    weights = {name: p.detach() for p, name in trained.names.items()}
+    known = {name: p.detach() for p, name in merge.trained.names.items()}
+    known |= merge.before
+    if known.keys() != weights.keys():
         return False
     same = lambda x, p: x.shape == p.shape and torch.equal(x, p.to(x))
-    return all(same(local(x), weights[name]) for name, x in kept.items())
+    pairs = ((x, weights[name]) for name, x in known.items())
+    here = all(same(local(x), local(p)) for x, p in pairs)
+    return not _anywhere(not here, trained, weights)
 
 # %% ../../nbs/routing/07_consolidation.ipynb #7d20c9ab
 def _misfits(merge: _Anchored, trained: Trained) -> set[str]:

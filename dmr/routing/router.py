@@ -936,8 +936,8 @@ class _Protecting(_Shown):
     ) -> dict:  # the report of the boundary that is drawn
         """Before training: learn from examples what the model already knows.
         Raises ValueError without a batch, for a gradient that is not finite,
-        and for sharded weights, and TypeError where neither method nor merge
-        learns from examples; then nothing was learned.
+        and for sharded weights, and TypeError for a method that learns nothing
+        from examples without a merge beside it; then nothing was learned.
         """
         self._check_whole("protect")
         modification = self.modification
@@ -1374,7 +1374,8 @@ def _check_merge(
     if other.model is not trained.model and not shared:
         raise ValueError(
             f"this {type(consolidation).__name__} serves a router of other"
-            " weights; make one for each"
+            " weights; make one for each, or close() that router first if this"
+            " is its model, loaded again"
         )
 
 # %% ../../nbs/routing/08_router.ipynb #bef61527

@@ -364,7 +364,7 @@ def _too_long(
     said = f"length={r.length} is more than the {most} positions of {r.model!r}"
     remedy = f"pass length={most} or less"
     text = config.get("text_config") or config
-    if not any(name.startswith("rope") for name in text):
+    if not any(name.startswith("rope") and x for name, x in text.items()):
         raise ValueError(f"{said}; {remedy}")
     warnings.warn(
         f"{said}, which was not trained for more and may read worse there;"

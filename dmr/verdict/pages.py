@@ -96,7 +96,9 @@ def _found(a: Answer, tables: Mapping[str, Table]) -> list[str]:
     if a.verdict is None:
         regime = f", {a.regime or label}" if a.note else ""
         return [f"- {place}{regime}: {a.word}{note}"]
-    head = f"- {place}, {a.regime}, {label}: **{a.word}**, n = {a.verdict.n}"
+    least = "≥" if len(a.studies) > 1 else "="  # the fewest of the cells
+    n = f"n {least} {a.verdict.n}"
+    head = f"- {place}, {a.regime}, {label}: **{a.word}**, {n}"
     flat = lambda text: "; ".join(map(str.strip, text.splitlines()))
     parts = [f"{k}: {p.text}" for k, p in a.verdict.parts.items()]
     also = [reason for reason in a.verdict.reasons if reason not in parts]

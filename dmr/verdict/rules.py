@@ -101,7 +101,9 @@ CLAIMS |= {
     "C8": Claim(
         "and under LoRA on a large pretrained LM",
         "–",
-        "as C1 and C4; not testable here if H < 3",
+        "as C1 and C4; not testable here if H < 3; undecided while plain"
+        " training ends lowest at the smallest rate that ran (this was added"
+        " after the runs)",
         "what would refute C1 or C4, on this model",
     ),
     "C9": Claim(

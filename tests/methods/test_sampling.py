@@ -84,6 +84,18 @@ def test_a_text_that_was_learned_is_written_again():
     assert sum(bytes(row.tolist()) in known for row in x) >= 6
 
 
+def test_positions_are_those_of_the_part_that_reads_text():
+    transformers = pytest.importorskip("transformers")
+    model = llama()
+    text = model.config
+    model.config = transformers.PretrainedConfig(
+        bos_token_id=3, eos_token_id=5, vocab_size=17
+    )
+    model.config.text_config = text  # as of a model that sees pictures too
+    with pytest.raises(ValueError, match="exceeds the 24 positions"):
+        sample_text(model, length=25)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -9,6 +9,7 @@ from conftest import basis, flat, regression, train
 from torch import nn
 
 import dmr
+from dmr.methods.rivals import FisherVariant, RegMean
 from dmr.routing.consolidation import Consolidation, Interpolate, Trained
 from dmr.routing.router import MomentRouter
 
@@ -236,6 +237,55 @@ def test_a_merge_that_knows_one_model_refuses_another(make):
             assert not torch.equal(flat(here.parameters()), start)
 
 
+def half_known(seed, frozen):
+    "Its second layer is trained and begins as in every other of them."
+    model, _ = regression(frozen)
+    nn.init.constant_(model[2].weight, 0.1)
+    nn.init.zeros_(model[2].bias)
+    model[0].requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    return model, torch.randn(2, 8, 6, generator=generator)
+
+
+def test_another_base_with_the_same_trained_weights_is_another_model():
+    "As adapters that all begin at zero."
+    merge = dmr.FisherMerge()
+    model, batches = half_known(0, frozen=0)
+    last = lambda model: torch.optim.AdamW(model[2].parameters(), lr=1e-2)
+    with MomentRouter(model, last(model), consolidation=merge) as router:
+        router.protect(batches, lambda x: model(x).square().mean())
+    other, _ = half_known(0, frozen=1)
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        MomentRouter(other, last(other), consolidation=merge)
+    again, _ = half_known(0, frozen=0)
+    MomentRouter(again, last(again), consolidation=merge).close()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss: RegMean(loss_fn=loss),
+        lambda loss: FisherVariant(curvature="pass", loss_fn=loss),
+    ],
+)
+def test_a_merge_that_calls_a_loss_stays_with_the_model_of_that(make):
+    "Or the loss runs the old object, and nothing of the new one is seen."
+    model, _ = regression()
+    merge = make(lambda x: model(x).square().mean())
+    optimizer = adam(model)
+    with MomentRouter(model, optimizer, consolidation=merge) as router:
+        for _ in range(4):
+            router.observe(x := torch.randn(8, 6))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        router.consolidate()
+    again, _ = regression()
+    again.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        MomentRouter(again, adam(again), consolidation=merge)
+
+
 KEEPING = [*MERGES, lambda: dmr.FisherMerge(0.5, storage=torch.bfloat16)]
 
 
@@ -259,7 +309,7 @@ def test_a_model_that_was_loaded_again_is_the_one_that_is_known(make):
     between = flat(other.parameters())
     assert not torch.equal(between, end) and not torch.equal(between, start)
     assert (between - start).norm() < (end - start).norm()
-    other[0].weight.data += 1  # after which it is not what the merge left
+    other[0].weight.data += 1  # now it is not what the merge left
     last, _ = regression(2)
     last.load_state_dict(other.state_dict())
     router.close()

@@ -518,6 +518,15 @@ def test_rows_are_no_longer_than_the_model_reads(made):
     assert make_request(made / "tiny", "n", device="cpu").length == 128
 
 
+def test_a_table_of_positions_ends_whatever_else_a_file_names(made):
+    model = save_gpt2(made, positions=32)
+    path = model / "config.json"
+    config = json.loads(path.read_text()) | {"rope_scaling": None}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="length=48 is more than the 32"):
+        dmr.finetune(model, made / "new.txt", output=made / "out", **SMALL)
+
+
 def test_rotary_angles_go_on_where_a_longer_row_is_asked_for(made):
     model = save_small_llama(made / "short", width=32, context=32)
     assert make_request(model, "n", device="cpu").length == 32
