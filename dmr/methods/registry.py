@@ -76,7 +76,8 @@ _PROJECTIONS = (
     Family(
         "projection", "projection", Projection, (), "shared",
         "this project; cf. arXiv:2103.09762, arXiv:2604.22407", "rank 32",
-        "4 Σ n_in r + sketch 4 Σ n_in min(n_in, 2ℓ)", _THIN, _EIGEN,
+        "4 Σ n_in r + sketch 4 Σ n_in k, k = n_in up to 4ℓ, else 4ℓ",
+        _THIN, _EIGEN,
     ),
     Family(
         "gpm", "projection", GPM, ("loss_fn", "seed"), "shared",

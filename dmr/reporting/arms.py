@@ -340,6 +340,16 @@ def mean_point(
     return Point(*(mean_or_nan(x) for x in zip(*at.values())))
 
 
+def _drawn(curve: Curve) -> Curve:
+    "What has a place in the plane: neither NaN nor infinite."
+    finite = lambda p: all(map(math.isfinite, p))
+    kept = {
+        rate: {s: p for s, p in at.items() if finite(p)}
+        for rate, at in curve.items()
+    }
+    return {rate: at for rate, at in kept.items() if at}
+
+
 def draw_arm(
     ax: Any,  # matplotlib's axes
     curve: Curve,  # the arm at one rate or several
@@ -347,6 +357,7 @@ def draw_arm(
     label: str | None = None,
 ) -> list[Point]:  # means over seeds, by rate
     "One arm: its seeds or intervals, and its means joined over the rates."
+    curve = _drawn(curve)
     colour, marker = style["color"], style["marker"]
     means = [mean_point(curve[rate]) for rate in sorted(curve)]
     few = max(len(at) for at in curve.values()) <= EXPLORATORY
@@ -356,8 +367,8 @@ def draw_arm(
             ax.plot(x, y, marker, color=colour, ms=4, alpha=0.55, zorder=3)
     ax.errorbar(
         *zip(*means),
-        xerr=None if few else _half_widths(curve, 0),
-        yerr=None if few else _half_widths(curve, 1),
+        xerr=None if few else _widths(curve, 0),
+        yerr=None if few else _widths(curve, 1),
         color=colour,
         marker=marker,
         markersize=9 if few else 6,
@@ -371,12 +382,19 @@ def draw_arm(
     return means
 
 
-def _half_widths(curve: Curve, axis: int) -> list[float]:
-    out = []
-    for rate in sorted(curve):
-        i = mean_interval([p[axis] for p in curve[rate].values()])
-        out.append(0.0 if i.n < 2 else i.high - i.estimate)
-    return out
+def _widths(
+    curve: Curve,
+    axis: int,  # 0: learning accuracy, 1: forgetting
+) -> list[list[float]]:  # below the means, and above; 0 for a single seed
+    "How far each interval reaches, by rate."
+    found = [
+        mean_interval([p[axis] for p in curve[rate].values()])
+        for rate in sorted(curve)
+    ]
+    return [
+        [0.0 if i.n < 2 else i.estimate - i.low for i in found],
+        [0.0 if i.n < 2 else i.high - i.estimate for i in found],
+    ]
 
 # %% ../../nbs/reporting/04_arms.ipynb #2630e092
 def draw_control(
@@ -385,6 +403,7 @@ def draw_control(
     label: str | None = "control: vanilla over rates",
 ) -> list[Point]:  # means over seeds, by rate
     "The control: a thick line through the means; its seeds or intervals."
+    control = _drawn(control)
     means = {rate: mean_point(at) for rate, at in sorted(control.items())}
     if len(control) < 2:
         return list(means.values())
@@ -397,8 +416,8 @@ def draw_control(
     else:
         ax.errorbar(
             *zip(*means.values()),
-            xerr=_half_widths(control, 0),
-            yerr=_half_widths(control, 1),
+            xerr=_widths(control, 0),
+            yerr=_widths(control, 1),
             color=_GREY,
             linestyle="",
             elinewidth=0.7,
@@ -423,7 +442,7 @@ def plane_finding(study: Comparison) -> str:
     gaps = [
         s.matched.estimate
         for s in lines
-        if s.matched is not None and s.matched.n >= COMPARABLE_SHARE * s.n
+        if s.matched and s.matched.n >= COMPARABLE_SHARE * s.planned
     ]
     if not gaps:
         return "No arm is comparable with the control"

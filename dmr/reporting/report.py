@@ -89,7 +89,8 @@ def _change(i: Interval | None, digits: int) -> str:
 def _against_control(s: ArmSummary) -> str:
     if s.matched is None:
         return "control" if s.note == "control" else "n/c" if s.n else "–"
-    counted = "" if s.matched.n == s.n else f" ({s.matched.n}/{s.n})"
+    n, planned = s.matched.n, s.planned
+    counted = "" if n == planned else f" ({n}/{planned})"
     return _change(s.matched, 3) + counted
 
 

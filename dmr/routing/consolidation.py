@@ -162,9 +162,11 @@ def check_weight(
 
 def check_only_copy(trained: Trained) -> None:
     "Raise TypeError where the optimizer holds weights that no merge reaches."
-    if not getattr(trained.moments, "only_copy", True):
+    for optimizer, kind in zip(trained.optimizers, trained.kinds):
+        if getattr(kind, "only_copy", True):
+            continue
         raise TypeError(
-            f"{type(trained.optimizer).__name__} holds a second copy of the"
+            f"{type(optimizer).__name__} holds a second copy of the"
             " weights, which a merge does not reach and which would undo it;"
             " leave the consolidation out, or choose an optimizer without a"
             " copy"

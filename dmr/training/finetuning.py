@@ -269,7 +269,8 @@ class _Adapted(StreamRun):
         return {} if c.lora_rank is None else {"include": lora_include(edited)}
 
     def own_hooks(self) -> list[Hook]:
-        return [Restart()] if self.config.fresh else []
+        again = [Restart()] if self.config.fresh else []
+        return [*super().own_hooks(), *again]
 
 
 def _bytes(text: Tensor) -> bytes:

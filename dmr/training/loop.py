@@ -142,9 +142,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     "Inside: evaluation mode, no gradients. After: as before."
     training = model.training
     model.eval()
-    with torch.inference_mode():
-        yield
-    model.train(training)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
 
 
 def held_out_losses(

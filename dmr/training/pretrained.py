@@ -273,7 +273,7 @@ def _check_whole(
 def load_pretrained(
     # a key of MODELS, a folder, a .gguf file, or a model on Hugging Face
     name: str | os.PathLike[str],
-    dtype: str = "float32",  # of the weights: float32 or bfloat16
+    dtype: str = "float32",  # of the weights: float32, bfloat16 or float16
     # another tokenizer; None: the model's own
     tokenizer: str | os.PathLike[str] | None = None,
     # folder of pinned models; None: see `dmr.text.load.cache_folder`

@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dmr.reporting import report as R
-from dmr.reporting.arms import mean_point
+from dmr.reporting.arms import draw_arm, mean_point, plane_finding
 from dmr.reporting.figures import png_size
+from dmr.reporting.statistics import Point, mean_interval
 from dmr.studies.table import tidy_run
 
 NAMES = [
@@ -537,6 +539,47 @@ def test_figures_show_every_seed_and_no_extrapolation():
         == "6 of 8 arms lie more than 0.01 nats below the control, 1 not"
         " comparable"
     )
+
+
+def test_a_run_without_a_number_leaves_the_others_in_the_plane(tmp_path):
+    results = demo(5, records=False, **FEW)
+    for r in results:
+        if r["parameters"]["seed"] == 4:  # of every arm, plain training too
+            r["metrics"]["forgetting"] = math.nan
+    report = R.write_report(results, tmp_path)
+    assert report.plane
+    (ax,) = R.plot_plane(R.group_arms(results))[0].axes
+    left = R.group_arms([r for r in results if r["parameters"]["seed"] < 4])
+    named = {t.get_text(): t.xy for t in ax.texts}
+    for arm in left.arms.values():
+        assert named[arm.name] == pytest.approx(mean_point(arm.points()))
+
+
+def test_intervals_in_the_plane_reach_as_far_as_they_are():
+    "From 20 seeds on they are not symmetric."
+    rng = np.random.default_rng(0)
+    curve = {1.0: {s: Point(2.2, rng.exponential()) for s in range(24)}}
+    i = mean_interval([p.forgetting for p in curve[1.0].values()])
+    assert i.method == "BCa" and i.high - i.estimate > i.estimate - i.low
+    ax = Figure().subplots()
+    draw_arm(ax, curve, {"color": "k", "marker": "o", "linestyle": "-"})
+    (bars,) = ax.containers[0].lines[2][1].get_segments()
+    assert bars[:, 1].tolist() == pytest.approx([i.low, i.high])
+
+
+def test_an_arm_of_which_half_the_runs_failed_is_not_comparable():
+    "A failed run is a seed without numbers, and not a seed less."
+    results = demo(4, **FEW)
+    gone = lambda r: (
+        r["parameters"]["arm"] == "shared projection"
+        and r["parameters"]["seed"] > 1
+    )
+    some = [r for r in results if not gone(r)]
+    some += [failed("shared projection", s) for s in (2, 3)]
+    assert "1 not comparable" not in plane_finding(R.group_arms(results))
+    study = R.group_arms(some)
+    assert plane_finding(study) == "No arm is comparable with the control"
+    assert "(2/4)" in R.text_table(study)
 
 
 def test_arms_are_named_beside_the_plane_and_not_in_a_legend():

@@ -228,6 +228,24 @@ def test_a_second_copy_of_the_weights_refuses_displacement_alone(cls):
     MomentRouter(model, optimizer, dmr.Projection(rank=2), "shared").close()
 
 
+def test_a_merge_looks_at_every_optimizer():
+    "The second one may hold the copy that would undo it."
+    model = torch.nn.ModuleDict({"a": layer(), "b": layer()})
+    free = stand_in("AdamWScheduleFree", "schedulefree.adamw_schedulefree")
+    both = [
+        torch.optim.AdamW(model["a"].parameters()),
+        free(model["b"].parameters(), {}),
+    ]
+    said = "^AdamWScheduleFree holds a second"
+    merge = dmr.Interpolate(0.5)
+    for optimizers in (both, both[::-1]):
+        with pytest.raises(TypeError, match=said):
+            MomentRouter(model, optimizers, consolidation=merge)
+    router = MomentRouter(model, both)
+    with pytest.raises(TypeError, match=said):
+        router.consolidate(interpolate=0.5)
+
+
 @pytest.mark.parametrize(
     "name,module,why",
     [

@@ -105,6 +105,23 @@ def test_training_learns_and_the_base_weights_stay(results):
     )
 
 
+@pytest.mark.parametrize(
+    "asked, base",
+    [
+        ({"second_batch": 0.5}, {}),
+        ({"merges": 2}, {"consolidation": "fisher"}),
+        ({"after_merge": "both"}, {"consolidation": "fisher"}),
+    ],
+)
+def test_controls_of_the_loop_are_no_empty_words_here(asked, base):
+    "From the second domain on; before, nothing is merged and nothing mixed."
+    with_it, without = run(**base, **asked), run(**base)
+    assert losses(with_it, 0) == losses(without, 0)
+    assert losses(with_it, 1) != losses(without, 1) or (
+        "after_merge" in asked and losses(with_it, 2) != losses(without, 2)
+    )
+
+
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_killed_at_a_boundary_and_continued_is_bit_identical(
     arm, results, tmp_path

@@ -432,6 +432,14 @@ def test_dtype_and_inflation():
 # -- controls ------------------------------------------------------------------
 
 
+def test_a_model_is_as_before_after_an_evaluation_that_was_stopped():
+    model = torch.nn.Dropout()
+    with pytest.raises(KeyboardInterrupt), training.evaluating(model):
+        assert not model.training and torch.is_inference_mode_enabled()
+        raise KeyboardInterrupt
+    assert model.training and not torch.is_inference_mode_enabled()
+
+
 def test_second_batch_mixes_the_gradients():
     "g = (1-ρ) g(B) + ρ g(B'), from the second domain on."
     c = Config(**BASE, second_batch=0.25)
