@@ -349,7 +349,7 @@ def _drawn(curve: Curve) -> Curve:
     }
     return {rate: at for rate, at in kept.items() if at}
 
-
+# %% ../../nbs/reporting/04_arms.ipynb #32782aee
 def draw_arm(
     ax: Any,  # matplotlib's axes
     curve: Curve,  # the arm at one rate or several

@@ -284,7 +284,7 @@ def _check_known(merge: _Anchored, trained: Trained) -> None:
         " load_state_dict"
     )
 
-
+# %% ../../nbs/routing/07_consolidation.ipynb #7d20c9ac
 def _is_again(merge: _Anchored, trained: Trained) -> bool:
     """Is this the known model, loaded again: with the weights that are kept,
     and else with those of the one that is known? Never for a merge that calls
