@@ -11,10 +11,10 @@ import io
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
     """`dmr run`: make a study's missing runs, then its report; or one run of a
     template.
     """
-    from dmr.studies.study import find_study
+    from dmr.studies.study import command_of, find_study
 
     project = _project_of(args)
     study = find_study(args.study or "demo", project, _given(args))
@@ -170,7 +170,7 @@ def _run(args: argparse.Namespace) -> int:
         print(done.summary(), file=sys.stderr if args.json else sys.stdout)
     states = [*done.outcomes.values(), *(p.state for p in done.plan.runs)]
     if any(s["state"] == "ok" for s in states):
-        command = f"dmr run {args.study or ''}".strip()
+        command = f"dmr run {command_of(study, project)}"
         _write_report(study, project, command=command, quiet=args.json)
     return done.exit_code
 
@@ -202,58 +202,56 @@ def _write_report(
     from dmr.reporting.report import write_report
     from dmr.reporting.results import results_of
     from dmr.studies.plan import make_plan
+    from dmr.studies.study import command_of
 
     folder = project.runs / study.name
     results = results_of(make_plan(study, project, load=False))
     if all(r["status"] == "missing" for r in results):
         print(
             f"no run of {study.name!r} has ended yet, so there is nothing to"
-            f" report; make them with `dmr batch {study.name}`"
+            " report; make them with `dmr batch"
+            f" {command_of(study, project)}`"
         )
         return 1
     title = study.title or study.name
     report = write_report(
         results, folder / "report", command=command, title=title
     )
-    said = [f"\n{report}"]
+    if not quiet:
+        print(f"\n{report}")
     if study.analysis:
         target = folder / study.analysis.name
         _execute_analysis(study, project, target)
-        said.append(f"analysis: {target}")
-    if not quiet:
-        print("\n".join(said))
+        if not quiet:
+            print(f"analysis: {target}")
     return 1 if report.failed else 0
 
 
 def _execute_analysis(study: Study, project: Project, target: Path) -> None:
     """Execute a study's analysis notebook; its parameter `study`, if it has
-    one, is the study's name.
+    one, is the study's name. Raises ValueError where a cell fails.
     """
     import papermill
+    from papermill.exceptions import PapermillExecutionError
 
-    from dmr.studies.run import kernel_manager
+    from dmr.studies.run import execute_here
 
     target.parent.mkdir(parents=True, exist_ok=True)
     named = "study" in papermill.inspect_notebook(study.analysis)
-    with tempfile.TemporaryDirectory() as scratch:
-        papermill.execute_notebook(
-            study.analysis,
-            target,
-            {"study": study.name} if named else {},
-            cwd=project.root,
-            progress_bar=False,
-            # this Python, and sockets that nobody else can read
-            kernel_manager_class=kernel_manager(
-                Path(scratch), started=lambda pid: None, stopping=lambda: None
-            ),
-        )
+    given = {"study": study.name} if named else {}
+    try:
+        execute_here(str(study.analysis), target, given, project.root)
+    except PapermillExecutionError as e:
+        raise ValueError(
+            f"the analysis failed: {e.ename}: {e.evalue}; {target} has the cell"
+        ) from None
 
 # %% ../nbs/making/23_cli.ipynb #369767b3
 def _report(args: argparse.Namespace) -> int:
     """`dmr report STUDY`: the report of what is there, without running
     anything; `tuning` and `claims` have their own.
     """
-    from dmr.studies.study import find_study
+    from dmr.studies.study import command_of, find_study
     from dmr.studies.template import nearest
 
     project = _project_of(args)
@@ -261,7 +259,6 @@ def _report(args: argparse.Namespace) -> int:
         return _what_there_is(project, "report")
     if args.study in ("claims", "tuning"):
         return _judge(args.study, project)
-    command = f"dmr report {args.study}"
     try:
         study = find_study(args.study, project)
     except FileNotFoundError as e:
@@ -269,6 +266,7 @@ def _report(args: argparse.Namespace) -> int:
         if "did you mean" in str(e) or not near:
             raise
         raise FileNotFoundError(f"no report {args.study!r}{near}") from None
+    command = f"dmr report {command_of(study, project)}"
     return _write_report(study, project, command)
 
 
@@ -440,16 +438,21 @@ def _tail(args: argparse.Namespace) -> int:
 # %% ../nbs/making/23_cli.ipynb #cee6af55
 def _why(args: argparse.Namespace) -> int:
     "`dmr why RUN` (or STUDY): whether a result still stands, and what changed."
-    from dmr.studies.plan import explain, make_plan, why
+    from dmr.studies.plan import explain, keep_sources, make_plan, why
+    from dmr.studies.plan import studies_with_runs
     from dmr.studies.study import find_study, list_studies
 
     project = _project_of(args)
     if args.run is None:
         return _what_there_is(project, "why")
-    if args.run not in {p.stem for p in list_studies(project)}:
+    studies = {p.stem for p in list_studies(project)}
+    studies |= set(studies_with_runs(project))
+    if args.run not in studies and not args.run.endswith((".yaml", ".yml")):
         print("\n".join(why(args.run, project)))
         return 0
     plan = make_plan(find_study(args.run, project), project, load=False)
+    with suppress(OSError):  # to show how the code differs
+        keep_sources(plan)
     found = [(f, p) for p in plan.runs for f in p.stale]
     counts = ", ".join(f"{n} {s}" for s, n in plan.counts().items())
     print(f"{args.run}: {counts}")

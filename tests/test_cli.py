@@ -117,6 +117,48 @@ def test_an_analysis_is_executed_by_this_python_behind_sockets(tmp_path):
     assert said == f"tiny ipc {sys.executable}\n"
 
 
+def test_a_grid_over_one_arm_can_be_reported(capsys, tmp_path, monkeypatch):
+    grid = "{grid: {lr: [0.5, 1, 2]}}"
+    study = f"seeds: [0, 1]\narms:\n  vanilla: {grid}\n  other: {{lr: 4}}\n"
+    folders = project(tmp_path, study)
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(read_study(folders.studies / "tiny.yaml"), folders)
+    for p in plan.runs:
+        loss = p.cell.parameters["lr"] + p.cell.seed / 10
+        numbers = dict(forgetting=loss, learning_accuracy=3 - loss)
+        numbers["final_average"] = 2 + loss
+        finish(plan, p, result=dict(metrics=numbers))
+    code, out, err = call(capsys, tmp_path, "report", "tiny")
+    assert code == 0, err
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    for name in ("vanilla lr=0.5", "vanilla lr=1", "vanilla lr=2", "other"):
+        assert names.count(name) == 2, out  # in nats, and as perplexity
+
+
+def test_an_analysis_that_fails_says_so_after_the_report(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\nanalysis: look.ipynb\n")
+    write_template(folders.studies / "look.ipynb", "1 / 0")
+    finish(make_plan(read_study(folders.studies / "tiny.yaml"), folders))
+    report = dmr(tmp_path, "report", "tiny")
+    out, _ = report.communicate(timeout=120)
+    assert report.returncode == 2 and "report.html" in out
+    assert "the analysis failed: ZeroDivisionError: division by zero" in out
+    assert "Traceback" not in out
+
+
+def test_a_study_file_elsewhere_is_found_by_every_command(
+    capsys, tmp_path, monkeypatch
+):
+    project(tmp_path, "seeds: [0]\n")
+    own = tmp_path / "my study.yaml"
+    own.write_text("template: nbs/experiments/tiny.ipynb\nseeds: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, tmp_path, "why", "my study.yaml")
+    assert code == 0 and "1 waiting" in out
+    code, out, _ = call(capsys, tmp_path, "report", "my study.yaml")
+    assert code == 1 and "`dmr batch 'my study.yaml'`" in out
+
+
 @pytest.mark.parametrize("command", ["report", "why", "tail"])
 def test_a_command_that_lacks_its_argument_says_what_there_is(
     capsys, tmp_path, monkeypatch, command

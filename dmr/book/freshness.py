@@ -216,7 +216,7 @@ def _run_notebook(
     import nbformat
     from nbclient import NotebookClient
 
-    from dmr.studies.run import kernel_manager
+    from dmr.studies.run import kernel_manager, scratch_parent
 
     notebook = nbformat.read(file, 4)
     off = lambda cell: read_cell(cell).directives.get("eval") == "false"
@@ -224,7 +224,7 @@ def _run_notebook(
     for cell, metadata in skipped:
         tags = [*metadata.get("tags", []), "skip-execution"]
         cell.metadata = nbformat.from_dict({**metadata, "tags": tags})
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory(dir=scratch_parent()) as tmp:
         folder, root = Path(tmp), root or project_root(file.parent)
         _watch_inputs(folder, root)
         path = [tmp, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -56,6 +56,7 @@ class _Settings:
         self.boundaries = None if boundaries is None else set(boundaries)
         self.interpolate, self.saved = interpolate, saved
         self.router: MomentRouter | None = None
+        self._known: dict | None = None  # of a router that was closed
         self.reports: list[dict] = []  # one for each domain
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #4a409ab2
@@ -72,24 +73,33 @@ class _Keeping(_Settings):
         protects.
 
         Raises ValueError where an adapter is to be protected and the model
-        has none.
+        has none, and for a model that its merge does not know; what is
+        protected is kept for the one that it does.
         """
         old = self.router
         if old is not None and old.optimizer is unwrap(optimizer):
             return old
-        state = None if old is None else old.state_dict()
-        if old is not None:
-            old.close()
-            # what it knows goes along, to whichever model is trained now
-            old.modification.model = unwrapped(model)
-            old.consolidation.met = 0  # serves nobody, as a copy
         if self.protect is not None:
             lora_layers(model)
+        if old is not None:
+            self._known, self.router = old.state_dict(), None
+            old.close()
+        if self._known is not None and self.modification is not None:
+            # what it knows goes along, to whichever model is trained now
+            self.modification.model = unwrapped(model)
         how = (self.modification, self.routing, self.strength)
-        self.router = MomentRouter(model, optimizer, *how, **self.options)
-        if state is not None:
-            self.router.load_state_dict(state)
-        return self.router
+        router = MomentRouter(model, optimizer, *how, **self.options)
+        if self._known is not None:
+            if old is not None and old.model is router.model:
+                here = router.parameters().items()  # some thawed meanwhile
+                self._known["shapes"] = {n: list(p.shape) for n, p in here}
+            try:
+                router.load_state_dict(self._known)
+            except Exception:  # it is kept, for a model that it fits
+                router.close()
+                raise
+        self.router, self._known = router, None
+        return router
 
 # %% ../../nbs/frameworks/02_callbacks.ipynb #41cba97c
 class _Ending(_Keeping):

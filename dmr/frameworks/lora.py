@@ -126,12 +126,17 @@ def _check_mergeable(
     name: str,
     layer: Any,  # of peft, around a layer of any shape and orientation
 ) -> None:
-    "ValueError where its weight is quantized, or the adapter is a DoRA."
+    "ValueError where its weight is quantized, or the adapter a DoRA or merged."
     if len(getattr(layer, "lora_magnitude_vector", ())):
         raise ValueError(
             f"the adapter of {name!r} has magnitudes of its own, which a merge"
             " of its product would leave out; make it with use_dora=False, or"
             " keep it across domains"
+        )
+    if getattr(layer, "merged_adapters", None):
+        raise ValueError(
+            f"the adapter of {name!r} is merged into its weight already and"
+            " would be added twice; call model.unmerge_adapter() first"
         )
     weight = layer.base_layer.weight
     if not weight.is_floating_point() or any(
@@ -153,26 +158,33 @@ def restart_lora(
     router: MomentRouter | None = None,
     generator: torch.Generator | None = None,  # of the fresh A
 ) -> int:  # adapters renewed
-    """Merge each adapter into its weight and open a fresh one that is zero on
-    the protected inputs. Call it after `consolidate()`.
+    """Merge each active adapter into its weight and open a fresh one that is
+    zero on the protected inputs. Call it after `consolidate()`. The router
+    forgets what it knew of the old one: a merge or a penalty would put it back
+    on top of itself.
 
     Raises ValueError for a quantized base, whose weights cannot take up a
-    merge, and for a DoRA: leave its adapter as it is.
+    merge, for a DoRA: leave its adapter as it is, and for one that is merged.
     """
     layers: dict[str, Any] = lora_layers(model)
     bases = _bases(router)
     names = {id(p): n for n, p in model.named_parameters()}
     for name, layer in layers.items():
         _check_mergeable(name, layer)
+    renewed = set()
     for layer in layers.values():
         weight = layer.base_layer.weight
-        for adapter in layer.lora_A:
+        for adapter in (a for a in layer.active_adapters if a in layer.lora_A):
             weight += layer.get_delta_weight(adapter).to(weight)
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             A.copy_(_fresh_A(A, bases.get(names[id(A)]), generator))
             B.zero_()
             for factor in (A, B):
                 optimizer.state.pop(factor, None)
+                renewed.add(names[id(factor)])
+    if router is not None:
+        router.modification.renew(renewed)
+        router.consolidation.renew(renewed)
     return len(layers)
 
 # %% ../../nbs/frameworks/01_lora.ipynb #ae1e41d3

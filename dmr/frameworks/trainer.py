@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dmr.frameworks.callbacks import (
     folder_hashes,
 )
 from ..routing.kept import read_kept
+from ..routing.modification import user_level
 from ..routing.router import MomentRouter
 
 # %% auto #0
@@ -134,6 +136,18 @@ class _Hooks(DomainCallback, TrainerCallback):
         elif state.global_step in self.boundaries:
             self.consolidate()
 
+# %% ../../nbs/guides/04_trainer.ipynb #119f5051
+def _warn_open(callback: DomainCallback, step: int) -> None:
+    "Warn that training ended inside a domain."
+    router: Any = callback.router
+    warnings.warn(
+        f"training ended at step {step}, {router.steps - router.boundary} steps"
+        f" into a domain: boundaries={sorted(callback.boundaries or ())} names"
+        " no end of it, so what it learned is not protected; name its last"
+        " step, leave boundaries out, or call callback.consolidate()",
+        stacklevel=user_level(),
+    )
+
 # %% ../../nbs/guides/04_trainer.ipynb #119f5052
 class RouterCallback(_Hooks):
     """Route the optimizer of a transformers Trainer; arguments as for
@@ -166,6 +180,8 @@ class RouterCallback(_Hooks):
     ) -> None:
         if self.boundaries is None and self.open:
             self.consolidate()
+        if self.boundaries is not None and self.open:
+            _warn_open(self, state.global_step)
         self.save(args.output_dir)
 
     def on_log(
@@ -187,7 +203,9 @@ class _Meeting:
         **options: Any,  # as for Trainer
     ):
         super().__init__(*args, **options)
-        self.add_callback(router)  # type: ignore[attr-defined]
+        handler: Any = self.callback_handler  # type: ignore[attr-defined]
+        if router not in handler.callbacks:  # else its domains end twice
+            handler.add_callback(router)
         self.routed: Any = router
         router.observes = True
 

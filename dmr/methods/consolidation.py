@@ -96,6 +96,23 @@ def outer(
     tiny = torch.finfo(rows.dtype).tiny
     return rows[:, None] * columns / mean.clamp_min(tiny)
 
+# %% ../../nbs/methods/11_consolidation.ipynb #407b0805
+def _known_as(
+    name: str,
+    checkpoints: Sequence[Mapping[str, Tensor]],  # state dicts, old and new
+    fisher: Mapping[str, Tensor],  # by name
+) -> str:
+    "Of a weight with two names, such as a tied head: the one with a curvature."
+
+    def twins(other: str) -> bool:
+        pairs = [(x[name], x[other]) for x in checkpoints]
+        return all(
+            a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+            for a, b in pairs
+        )
+
+    return name if name in fisher else next(filter(twins, fisher), name)
+
 # %% ../../nbs/methods/11_consolidation.ipynb #407b0806
 def merge(
     old: Mapping[str, Tensor],  # state dict of the past, θ_p
@@ -105,8 +122,10 @@ def merge(
     weight: float = 0.5,  # λ in (0, 1], what the new domain counts
     damping: float = 1e-3,  # ε in units of the tensor's mean F_p, >= 0
 ) -> dict[str, Tensor]:
-    """Average two checkpoints, each weight by its curvature in both domains.
-    Raises ValueError for what does not fit, and changes none of the inputs.
+    """Average two checkpoints, each weight by its curvature in both domains;
+    one without a curvature plainly. Raises ValueError for what does not fit,
+    and changes none of the inputs. Tied weights share the curvature of either
+    name.
     """
     _check_merge(weight, damping)
     _check_state_dicts(old, new)
@@ -117,7 +136,8 @@ def merge(
         _check_both(name, old[name], new[name])
     out = {}
     for name, tensor in new.items():
-        fishers = [f[name] for f in (fisher_old, fisher_new) if name in f]
+        given = _known_as(name, (old, new), fisher_old)
+        fishers = [f[given] for f in (fisher_old, fisher_new) if given in f]
         out[name] = _merged(old[name], tensor, fishers, weight, damping)
     return out
 

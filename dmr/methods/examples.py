@@ -118,9 +118,10 @@ def _check_form(
     form: str,  # of a batch
     columns: Mapping[str, Tensor],  # of it
     earlier: str | None,  # form of the batches before, if there were any
-    current: Mapping[str, Tensor],  # columns kept so far, if any
+    *kept: Mapping[str, Tensor],  # columns kept so far, if any
 ) -> None:
     "ValueError unless a batch looks like those before it."
+    current = next(filter(None, kept), {})
     renamed = bool(current) and set(columns) != set(current)
     if earlier not in (None, form) or renamed:
         raise ValueError(
@@ -128,6 +129,16 @@ def _check_form(
             f" were a {earlier} with {sorted(current)}; offer batches of one"
             " form"
         )
+    for key in columns.keys() & current.keys():
+        here, there = columns[key].shape[1:], current[key].shape[1:]
+        if here != there:
+            raise ValueError(
+                f"the examples of this batch have shape {tuple(here)}, earlier"
+                f" ones {tuple(there)}"
+                + (f" ({key!r})" if isinstance(key, str) and key else "")
+                + ", and are kept together; pad them all to one length, such as"
+                " by padding='max_length'"
+            )
 
 # %% ../../nbs/methods/00_examples.ipynb #4414f342
 class Reservoir(_Kept):
@@ -137,7 +148,7 @@ class Reservoir(_Kept):
     def offer(self, batch: Batch, capacity: int) -> None:
         "Offer a batch to the running domain's reservoir."
         form, columns = columns_of(batch)
-        _check_form(form, columns, self.form, self.current)
+        _check_form(form, columns, self.form, *self._parts())
         for part in self._parts():
             for key in part.keys() & columns.keys():
                 part[key] = part[key].to(columns[key].device)

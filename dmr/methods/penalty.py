@@ -96,6 +96,12 @@ class _ByParameter(Modification):
     def refresh(self) -> None:
         "Make again what follows from what is kept."
 
+    def renew(self, names: Collection[str]) -> None:
+        for part in self.kept:
+            for name in names:
+                getattr(self, part).pop(name, None)
+        self.refresh()
+
     def state_dict(self) -> dict:
         copies = lambda named: {name: x.clone() for name, x in named.items()}
         return {part: copies(getattr(self, part)) for part in self.kept}

@@ -83,20 +83,39 @@ class _Reader:
         self.model = model
         self.past: dict[str, Any] = {}  # as the model gave it
         self.transformers = hasattr(model, "config")
+        self.bytes = not self.transformers  # as far as is known
 
     def __call__(
         self,
         text: Tensor,  # (rows, time) so far
     ) -> Tensor:  # (rows, vocabulary)
         if not self.transformers:
-            longest = getattr(self.model, "context", text.shape[1])
-            return self.model(text[:, -longest:])[:, -1]
+            return self._plain(text)
         new = text[:, -1:] if self.past else text
         out = self.model(input_ids=new, use_cache=True, **self.past)
         names = ("cache", "past_key_values")  # by version of transformers
         held = [key for key in names if key in out]
         self.past = {key: out[key] for key in held[:1]}
         return out.logits[:, -1]
+
+    def _plain(self, text: Tensor) -> Tensor:
+        "Of a module that takes tokens and returns logits."
+        longest = getattr(self.model, "context", text.shape[1])
+        name = type(self.model).__name__
+        try:
+            out = self.model(text[:, -longest:])
+        except IndexError as error:
+            raise ValueError(
+                f"{name} does not know the tokens that it was to begin after,"
+                f" {text[0].tolist()}: {error}; pass start= another one"
+            ) from error
+        if not isinstance(out, Tensor) or out.ndim != 3:
+            raise ValueError(
+                f"{name} returned {type(out).__name__}, not logits of shape"
+                " (rows, time, vocabulary); wrap it in a module that does"
+            )
+        self.bytes = out.shape[-1] <= 256
+        return out[:, -1]
 
 # %% ../../nbs/methods/14_sampling.ipynb #fa22b346
 def draw_tokens(
@@ -134,13 +153,14 @@ def _write(
             if end is not None and end != start:  # the next text begins
                 token = torch.where(text[:, -1] == end, start, token)
             text = torch.cat([text, token[:, None]], 1)
-    return text
+    return text.to(torch.uint8) if read.bytes else text
 
 # %% ../../nbs/methods/14_sampling.ipynb #73b17ed7
 def _check_sampling(
     model: nn.Module,
     length: int,  # tokens of a window
     temperature: float,
+    start: int,  # token
 ) -> None:
     "Raise ValueError for what cannot be written."
     if not isinstance(temperature, Real) or not temperature > 0:
@@ -149,7 +169,19 @@ def _check_sampling(
             " probable as the model finds it"
         )
     config = getattr(model, "config", None)
+    writes = getattr(model, "can_generate", lambda: True)()
+    if getattr(config, "is_encoder_decoder", False) or not writes:
+        raise ValueError(
+            f"{type(model).__name__} does not write text token by token; pass"
+            " batches of your own to protect()"
+        )
     text = getattr(config, "get_text_config", lambda: config)()  # a part of it
+    known = getattr(text, "vocab_size", None)
+    if isinstance(known, int) and not start < known:
+        raise ValueError(
+            f"start={start} is none of the {known} tokens that"
+            f" {type(model).__name__} knows"
+        )
     longest = getattr(text, "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         raise ValueError(
@@ -184,7 +216,7 @@ def sample_text(
     of_bytes = not hasattr(model, "config")
     if skip is None:
         skip = getattr(model, "context", length) if of_bytes else 0
-    _check_sampling(model, skip + length, temperature)
+    _check_sampling(model, skip + length, temperature, ends[0])
     generator = torch.Generator().manual_seed(seed)
     draw = lambda logits: draw_tokens(logits, temperature, generator)
 
@@ -192,8 +224,8 @@ def sample_text(
         left = -(-tokens // length)
         while left:
             rows = min(batch, left)
-            text = _write(model, (rows, skip + length), ends, draw)[:, skip:]
+            text = _write(model, (rows, skip + length), ends, draw)
             left -= rows
-            yield text.to(torch.uint8) if of_bytes else text
+            yield text[:, skip:]
 
     return written()

@@ -136,8 +136,8 @@ class ArmRuns:
 
     @property
     def planned(self) -> int:
-        "Finished and failed seeds."
-        return len(self.runs) + len(self.failed)
+        "Seeds that finished or failed; one that was made again counts once."
+        return len({*self.runs, *(row["seed"] for row in self.failed)})
 
     def values(self, metric: str) -> dict[Any, float]:
         "seed -> metric; NaN where the run gave no number."
@@ -355,9 +355,11 @@ def draw_arm(
     curve: Curve,  # the arm at one rate or several
     style: Mapping[str, Any],  # from `Arm.style`
     label: str | None = None,
-) -> list[Point]:  # means over seeds, by rate
+) -> list[Point]:  # means over seeds, by rate; empty: it has no place
     "One arm: its seeds or intervals, and its means joined over the rates."
     curve = _drawn(curve)
+    if not curve:
+        return []
     colour, marker = style["color"], style["marker"]
     means = [mean_point(curve[rate]) for rate in sorted(curve)]
     few = max(len(at) for at in curve.values()) <= EXPLORATORY
@@ -438,7 +440,7 @@ _MARGIN = 0.01  # nats: what the figure's title counts as below the control
 
 def plane_finding(study: Comparison) -> str:
     "The figure's title: what can be read off it, counted."
-    lines = [s for s in study.lines if s.note != "control" and s.n]
+    lines = [s for s in study.lines if s.note != "control" and s.planned]
     gaps = [
         s.matched.estimate
         for s in lines
@@ -508,10 +510,14 @@ def plot_plane(study: Comparison) -> tuple[Figure, str]:
         spots, ends = [], {}
         for a in arms:
             (mean,) = draw_arm(ax, {1.0: a.points()}, a.arm.style)
+            drawn = len(_drawn({1.0: a.points()})[1.0])
+            name = a.name
+            if drawn < a.planned:  # means of those that are left
+                name += f" ({drawn} of {a.planned} seeds)"
             if all(map(math.isfinite, mean)):
-                ends[a.name] = (*mean, a.arm.style["color"])
+                ends[name] = (*mean, a.arm.style["color"])
             spots.append(
-                f"{a.name} {number_text(mean.forgetting, 3)} at"
+                f"{name} {number_text(mean.forgetting, 3)} at"
                 f" {number_text(mean.learning_accuracy, 3)}"
             )
         ax.set(

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -209,6 +210,12 @@ def _to_mlflow(study: str, runs: Sequence[ExportedRun]) -> tuple[int, str]:
     return len(new), mlflow.get_tracking_uri()
 
 # %% ../../nbs/reporting/06_export.ipynb #47531abb
+def _mlflow_name(name: str) -> str:
+    "A name that MLflow takes: other signs by their number, as in `c_2b__2b_`."
+    by_number = lambda m: f"_{ord(m[0]):x}_"
+    return re.sub(r"[^A-Za-z0-9_.\-: /]", by_number, name)
+
+
 def _write_mlflow(
     entities: Any,  # the module mlflow.entities
     client: Any,
@@ -224,13 +231,22 @@ def _write_mlflow(
     numbers = [(k, x, 0) for k, x in run.metrics.items()]
     for step, values in _by_step(run.curves):
         numbers += [(k, x, step) for k, x in values.items()]
-    metrics = [entities.Metric(k, float(x), now, s) for k, x, s in numbers]
-    given = [entities.Param(k, to_text(v)) for k, v in run.parameters.items()]
+    named = {k: _mlflow_name(k) for k, *_ in numbers}
+    named |= {k: _mlflow_name(k) for k in run.parameters}
+    metrics = [
+        entities.Metric(named[k], float(x), now, s) for k, x, s in numbers
+    ]
+    given = [
+        entities.Param(named[k], to_text(v)) for k, v in run.parameters.items()
+    ]
     for i in range(0, len(metrics), 1000):
         client.log_batch(to, metrics=metrics[i : i + 1000])
     for i in range(0, len(given), 100):
         client.log_batch(to, params=given[i : i + 100])
-    client.log_dict(to, dict(run.facts), "facts.json")
+    facts: dict[str, Any] = dict(run.facts)
+    if others := {v: k for k, v in named.items() if k != v}:
+        facts["names"] = others  # as they are in the study
+    client.log_dict(to, facts, "facts.json")
     client.set_terminated(to)
 
 # %% ../../nbs/reporting/06_export.ipynb #8c025b10

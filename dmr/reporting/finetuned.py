@@ -5,7 +5,6 @@
 # %% ../../nbs/reporting/07_finetuned.ipynb #42c80005
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from ..extras import need
 from ..files import read_json, write_atomic, write_json
 from .figures import PALETTE, spread
 from ..studies.identity import package_folder
-from ..studies.run import kernel_manager
+from ..studies.run import execute_here
 from ..training.finetune import PLAIN_STEPS, Finetuned
 
 if TYPE_CHECKING:
@@ -439,19 +438,9 @@ def write_page(
 ) -> Path:  # the file for the browser
     "Execute a page's notebook, and write it for the browser."
     check_page()
-    papermill = need("papermill", "experiments", "the page")
+    need("papermill", "experiments", "the page")
     notebook = Path(folder).expanduser() / f"{name}.ipynb"
-    with tempfile.TemporaryDirectory() as scratch:
-        papermill.execute_notebook(
-            template(name),
-            notebook,
-            dict(parameters),
-            progress_bar=False,
-            # this Python, and sockets that nobody else can read
-            kernel_manager_class=kernel_manager(
-                Path(scratch), started=lambda pid: None, stopping=lambda: None
-            ),
-        )
+    execute_here(template(name), notebook, parameters)
     written = read_json(notebook)
     opening = written["cells"][0]  # without what keeps the book from executing
     opening["source"] = "".join(opening["source"]).replace(_APART, "")

@@ -83,7 +83,9 @@ def _change(i: Interval | None, digits: int) -> str:
     if i is None:
         return ""
     half = "" if i.exploratory else f" ±{(i.high - i.low) / 2:.{digits}f}"
-    return _signed(i.estimate, digits) + half
+    lost = len(i.missing)  # seeds without a number count for nothing
+    counted = f" ({i.n}/{i.n + lost})" if lost else ""
+    return _signed(i.estimate, digits) + half + counted
 
 
 def _against_control(s: ArmSummary) -> str:
@@ -259,6 +261,7 @@ def stream_finding(
         for name, m in mean.items()
         if len(m) > 1
     }
+    rise = {name: x for name, x in rise.items() if math.isfinite(x)}
     if not rise:
         return "Held-out loss by stage"
     low, high = min(rise.values()), max(rise.values())

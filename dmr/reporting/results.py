@@ -40,7 +40,10 @@ def load_results(
     found = find_study(study, project) if isinstance(study, str) else study
     rows = table_rows(make_plan(found, project, load=False), code)
     pandas = need("pandas", "experiments", "a table")
-    return pandas.read_csv(io.StringIO(rows_text(rows)))
+    text = io.StringIO(rows_text(rows))
+    # an arm may be called "None" or "NA"
+    empty = ("", "nan", "NaN")
+    return pandas.read_csv(text, keep_default_na=False, na_values=empty)
 
 # %% ../../nbs/reporting/01_results.ipynb #20571921
 def result_of_row(
@@ -84,6 +87,7 @@ def results_of(plan: Plan) -> list[dict[str, Any]]:
         why_not = state["state"] if status == "missing" else None
         who = dict(
             run_id=p.name,
+            arm=p.cell.name or None,
             study=plan.study.name,
             status=status,
             error=state.get("error") or why_not,

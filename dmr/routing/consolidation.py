@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -278,10 +278,10 @@ def _check_known(merge: _Anchored, trained: Trained) -> None:
         return
     name = type(merge).__name__
     raise ValueError(
-        f"this {name} knows the weights of another model, and would average"
-        f" this one with them; make a new {name} for this model. To move"
-        " what it knows, pass router.state_dict() to the new router's"
-        " load_state_dict"
+        f"this {name} knows the weights of another model, or of this one at"
+        " another time, and would average it with them; make a new"
+        f" {name} for this model. To move what it knows, pass"
+        " router.state_dict() to the new router's load_state_dict"
     )
 
 # %% ../../nbs/routing/07_consolidation.ipynb #7d20c9ac
@@ -297,7 +297,13 @@ def _is_again(merge: _Anchored, trained: Trained) -> bool:
     known |= merge.before
     if known.keys() != weights.keys():
         return False
-    same = lambda x, p: x.shape == p.shape and torch.equal(x, p.to(x))
+
+    def same(x: Tensor, p: Tensor) -> bool:
+        "In the narrower of the two types: a frozen base may be read in half."
+        kind = min(p.dtype, x.dtype, key=lambda d: d.itemsize)
+        narrow = x.to(p.device, kind), p.to(kind)
+        return x.shape == p.shape and torch.equal(*narrow)
+
     pairs = ((x, weights[name]) for name, x in known.items())
     here = all(same(local(x), local(p)) for x, p in pairs)
     return not _anywhere(not here, trained, weights)
@@ -347,6 +353,14 @@ class _Anchored(Consolidation):
     def check(self) -> None:
         if self.weight is not None:
             check_weights(self.trained, self.before)
+
+    def renew(self, names: Collection[str]) -> None:
+        weights, known = self.trained.parameters(), self.before.keys()
+        fresh = {n: weights[n].detach().clone() for n in {*names} & known}
+        for table in self.tables:
+            kept = getattr(self, table).items()
+            setattr(self, table, {n: x for n, x in kept if n not in names})
+        self.before |= fresh
 
     @torch.no_grad()
     def anchor(self) -> None:

@@ -590,6 +590,9 @@ class Learner:
         "The same step goes on with the gradients of a further optimizer."
         self.learn(grads)
 
+    def renew(self, names: Collection[str]) -> None:
+        "These parameters begin anew: what was known of them is forgotten."
+
     def state_dict(self) -> dict:
         "The state as tensors and numbers, whole where they are sharded."
         return {}

@@ -851,6 +851,34 @@ def _counted(
         return batches
     return tqdm(batches, desc="protect", unit="batch", dynamic_ncols=True)
 
+# %% ../../nbs/routing/08_router.ipynb #b04df06d
+def _mean_loss(value: Any) -> Tensor:  # a scalar
+    "What a loss_fn returned; ValueError unless it is a batch's mean loss."
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    what = type(value).__name__
+    if isinstance(value, Tensor):
+        what = f"a tensor of shape {tuple(value.shape)}"
+    raise ValueError(
+        f"loss_fn returned {what}; it must return a batch's mean loss, a tensor"
+        " of one number, such as model(**batch).loss with labels in the batch"
+    )
+
+
+def _check_batches(batches: Any, loss_fn: Any) -> None:
+    "TypeError where protect() was called with something else."
+    several = isinstance(batches, (Iterable, Tensor))
+    if not several or isinstance(batches, (Mapping, str)):
+        raise TypeError(
+            f"batches={type(batches).__name__} is not several batches; pass a"
+            " DataLoader, or a list such as [batch]"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn={type(loss_fn).__name__} is no function; pass one that"
+            " takes a batch and returns its mean loss"
+        )
+
 # %% ../../nbs/routing/08_router.ipynb #007992f1
 def _raw_gradients(
     loss: Tensor,  # a scalar
@@ -859,9 +887,20 @@ def _raw_gradients(
 ) -> dict[str, Tensor]:  # by name, of the parameters that the loss reaches
     "∇loss, without a trace in the model."
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
-    if not trained:
+    if not trained or not loss.requires_grad:
         return {}
-    found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True)
+    try:
+        every = [*trained.values()]
+        found = torch.autograd.grad(loss, every, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "the model's activation checkpointing is of the reentrant kind,"
+            " which gives no gradients beside backward(); use"
+            " model.gradient_checkpointing_enable("
+            'gradient_checkpointing_kwargs={"use_reentrant": False})'
+        ) from error
     grads = {n: g for n, g in zip(trained, found) if g is not None}
     if group is not None:
         grads = {n: sum_over(g, [group]) for n, g in grads.items()}
@@ -896,7 +935,8 @@ class _Shown(_Timed):
         size, self.offered = self.offered[0] - offered[0], offered
         parameters, group = self.parameters(), self.group
         with torch.enable_grad():
-            grads = _raw_gradients(loss_fn(batch), parameters, group)
+            loss = _mean_loss(loss_fn(batch))
+            grads = _raw_gradients(loss, parameters, group)
         if not grads:
             raise ValueError(
                 "the loss that loss_fn returns reaches no parameter that the"
@@ -939,6 +979,7 @@ class _Protecting(_Shown):
         and for sharded weights, and TypeError for a method that learns nothing
         from examples without a merge beside it; then nothing was learned.
         """
+        _check_batches(batches, loss_fn)
         self._check_whole("protect")
         modification = self.modification
         if modification.unteachable and _waits(self.consolidation):

@@ -370,7 +370,13 @@ def text_stamp(
     folder = Path(str(parameters.get("stream") or ""))
     if "stream" not in parameters or not folder.is_dir():
         return None
-    files = [(p, p.stat()) for p in folder.rglob("*") if p.is_file()]
+    # a domain may be a link to a folder elsewhere, which rglob does not enter
+    below = (
+        p
+        for entry in folder.iterdir()
+        for p in ([entry] if entry.is_file() else entry.rglob("*"))
+    )
+    files = [(p, p.stat()) for p in below if p.is_file()]
     return digest(
         sorted(
             [str(p.relative_to(folder)), s.st_size, s.st_mtime_ns]

@@ -472,32 +472,44 @@ def find_run(
     name: str,  # a run's name or its beginning
     project: Project,
 ) -> tuple[str, Found]:  # study, what was found
-    "Find a run by its name; raises LookupError where none or several begin so."
+    """Find a run by its name, or by study and name, as `study/run`; raises
+    LookupError where none or several begin so.
+    """
     folders = project.runs.iterdir() if project.runs.is_dir() else ()
     studies = {
         p.name for p in folders if p.is_dir() and not p.name.startswith(".")
     }
     studies |= {p.stem for p in project.results.glob("*.csv")}
-    name = Path(name).name
+    folder, name = Path(name).parent.name, Path(name).name
+    studies = studies & {folder} or studies
     hits = {
-        f.run_id: (s, f)
+        (s, f.run_id): (s, f)
         for s in sorted(studies, reverse=True)
         for record in (True, False)
         for f in _find_runs(s, project, record)
         if f.run_id.startswith(name)
     }
-    if name in hits:
-        return hits[name]
+    hits = {k: v for k, v in hits.items() if k[1] == name} or hits
     if not hits:
         raise LookupError(
             f"no run begins with {name!r}; `dmr status` lists them"
         )
     if len(hits) > 1:
-        some = ", ".join(list(hits)[:8])
+        some = ", ".join("/".join(k) for k in sorted(hits)[:8])
         raise LookupError(f"{len(hits)} runs begin with {name!r}: {some}")
     return next(iter(hits.values()))
 
 # %% ../../nbs/studies/07_plan.ipynb #300c8be4
+def _unread(found: Found, p: Planned, project: Project) -> bool:
+    "Whether its text is a folder that was not read since it changed."
+    if found.stream is None or p.identity.stream != UNKNOWN:
+        return False
+    with suppress(ValueError):  # another folder here
+        given = as_run_reads(p.identity.parameters, project)
+        return text_stamp(given) is not None
+    return False
+
+
 def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
     "What separates a run from the present code and text."
     if p.identity.stream not in (found.stream, UNKNOWN):
@@ -507,6 +519,11 @@ def explain(found: Found, p: Planned, plan: Plan) -> list[str]:
         ]
     if found.code == p.identity.code:
         stands = ": it stands" if found.state()["state"] == OK else ""
+        if _unread(found, p, plan.project):
+            stands = (
+                " but for its text: that folder was not read since it changed,"
+                " or not on this machine; `dmr batch` reads it"
+            )
         return [f"its identity is the present one{stands}"]
     if not found.parts:
         return [
@@ -562,6 +579,8 @@ def why(
     study_name, found = find_run(name, project)
     study = study or _study_of(found, study_name, project)
     plan, state = make_plan(study, project, load=False), found.state()
+    with suppress(OSError):  # to show how the code differs
+        keep_sources(plan)
     error = state.get("error")
     reason = f" ({error.splitlines()[0]})" if error else ""
     first = f"{found.run_id} of study {study.name}: {state['state']}{reason}"
@@ -641,6 +660,47 @@ def _missing_row(p: Planned, plan: Plan) -> dict[str, Any]:
     state = dict(p.state, state=shown_state(p.state["state"]))
     return row_of(about(p, plan), p.identity, state, None)
 
+# %% ../../nbs/studies/07_plan.ipynb #3fb8bfb1
+def _warn_of_others(
+    plan: Plan,
+    lack: list[Planned],  # cells without a result of the present code
+    by_code: Mapping[str, list[Found]],  # cell -> results of other code
+    borrow: bool,  # they are shown
+) -> None:
+    "Say which results are of other code, of another text, or of one not read."
+    unread = sum(
+        p.found is not None and _unread(p.found, p, plan.project)
+        for p in plan.runs
+    )
+    old = [f for p in lack for f in by_code[p.cell.hash][-1:]]
+    moved = sum(bool(p.stale) and not by_code[p.cell.hash] for p in lack)
+    name, said = asked_as(plan.study, plan.project), []
+    if old:
+        what = "are left out (code='any' shows them)"
+        if borrow:
+            what = "are shown, since there are no others"
+        if name != plan.study.name:
+            name = old[0].run_id
+        said.append(
+            f"{len(old)} results were made by other code and {what}; `dmr why"
+            f" {name}` says what changed"
+        )
+    if moved:
+        said.append(
+            f"{moved} results were made on another text and are left out"
+            " (code='any' shows them)"
+        )
+    if unread:
+        said.append(
+            f"the text of {unread} results was not read since its folder"
+            " changed; `dmr batch` reads it"
+        )
+    if said:
+        warnings.warn(f"{plan.study.name}: {'; '.join(said)}", stacklevel=5)
+
+
+#| export
+
 # %% ../../nbs/studies/07_plan.ipynb #3fb8bfb2
 def choose(
     plan: Plan,
@@ -654,7 +714,13 @@ def choose(
         )
     have = [p for p in plan.runs if p.state["state"] == OK]
     lack = [p for p in plan.runs if p.state["state"] != OK]
-    others = {f.code for p in lack for f in p.stale}
+    by_code = {
+        p.cell.hash: [
+            f for f in p.stale if p.identity.stream in (f.stream, UNKNOWN)
+        ]
+        for p in plan.runs
+    }
+    others = {f.code for p in lack for f in by_code[p.cell.hash]}
     borrow = code == "current" and not have and len(others) == 1
     out: list[tuple[Planned, Found | None]] = []
     for p in plan.runs:
@@ -663,21 +729,10 @@ def choose(
         if code == "any":
             shown += p.stale
         elif borrow and not shown:
-            shown += p.stale[-1:]
+            shown += by_code[p.cell.hash][-1:]
         out += [(p, f) for f in shown] or [(p, None)]
-    old = sum(bool(p.stale) for p in lack)
-    if code == "current" and old:
-        what = "are left out (code='any' shows them)"
-        if borrow:
-            what = "are shown, since there are no others"
-        name = asked_as(plan.study, plan.project)
-        if name != plan.study.name:
-            name = next(f.run_id for p in lack for f in p.stale)
-        warnings.warn(
-            f"{plan.study.name}: {old} results were made by other code and"
-            f" {what}; `dmr why {name}` says what changed",
-            stacklevel=4,
-        )
+    if code == "current":
+        _warn_of_others(plan, lack, by_code, borrow)
     return out
 
 # %% ../../nbs/studies/07_plan.ipynb #0c1fddd8

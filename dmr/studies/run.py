@@ -52,8 +52,8 @@ from .template import read_template
 
 # %% auto #0
 __all__ = ['OK', 'FAILED', 'TIMEOUT', 'OUT_OF_MEMORY', 'KILLED', 'RUNNING', 'WAITING', 'FINAL', 'PENDING', 'RESULT_TYPE',
-           'bad_result', 'other_run', 'Run', 'Limits', 'prepare_run', 'kernel_manager', 'now', 'clear_leftovers',
-           'supervise', 'start', 'launch']
+           'bad_result', 'other_run', 'Run', 'Limits', 'prepare_run', 'scratch_parent', 'kernel_manager',
+           'execute_here', 'now', 'clear_leftovers', 'supervise', 'start', 'launch']
 
 # %% ../../nbs/studies/04_run.ipynb #9f55fa2c
 OK, FAILED, TIMEOUT, OUT_OF_MEMORY, KILLED = (
@@ -272,21 +272,21 @@ def prepare_run(
     return run
 
 # %% ../../nbs/studies/04_run.ipynb #7db3e9eb
-def _scratch_parent() -> str:
+def scratch_parent() -> str:
     "Where scratch folders are: their paths leave room for a socket's name."
     return tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
 
 
 def _scratch_folder() -> Path:
     "A fresh folder for the sockets of one run."
-    return Path(tempfile.mkdtemp(prefix="dmr-", dir=_scratch_parent()))
+    return Path(tempfile.mkdtemp(prefix="dmr-", dir=scratch_parent()))
 
 
 def _clear_scratch(named: Any) -> None:
     "Remove the folder that a state names, if only we can have made it."
     path = Path(named) if isinstance(named, str) else Path()
     ours = re.fullmatch(r"dmr-[a-z0-9_]{8}", path.name)
-    if ours and str(path.parent) == _scratch_parent():
+    if ours and str(path.parent) == scratch_parent():
         shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/studies/04_run.ipynb #8cfa05d5
@@ -340,6 +340,30 @@ def kernel_manager(
             await super().shutdown_kernel(*args, **kwargs)
 
     return SocketKernelManager
+
+# %% ../../nbs/studies/04_run.ipynb #8cfa05d6
+def execute_here(
+    notebook: str | Path,
+    target: str | Path,  # of the executed one
+    parameters: Mapping[str, Any],
+    cwd: str | Path | None = None,  # where it works; None: here
+) -> None:
+    """Execute a notebook with this Python, behind sockets that nobody else can
+    read; raises papermill's PapermillExecutionError where a cell fails.
+    """
+    import papermill
+
+    with tempfile.TemporaryDirectory(dir=scratch_parent()) as scratch:
+        papermill.execute_notebook(
+            notebook,
+            target,
+            dict(parameters),
+            cwd=cwd,
+            progress_bar=False,
+            kernel_manager_class=kernel_manager(
+                Path(scratch), started=lambda pid: None, stopping=lambda: None
+            ),
+        )
 
 # %% ../../nbs/studies/04_run.ipynb #087465f0
 def _began(pid: int) -> float | None:

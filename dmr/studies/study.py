@@ -73,6 +73,13 @@ def _loader(stream: str) -> Any:
             said = ""
             if node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
                 said = f"a whole number of more than {_MOST_DIGITS} signs"
+            if node.tag.endswith((":int", ":float")) and re.match(
+                r"[-+]?0[0-7_]+$|.*:", node.value
+            ):
+                said = (
+                    f"{node.value} is a number to base 8 or 60 here: write it"
+                    " to base 10, or as text in quotes"
+                )
             try:
                 if not said:
                     return super().construct_object(node, deep)
@@ -108,6 +115,11 @@ def _find_lines(node: Any, path: _Where, lines: _Lines, name: str) -> None:
             line = k.start_mark.line + 1
             if not isinstance(k, yaml.ScalarNode):
                 raise StudyError(f"{name}:{line}: a key must be a single word")
+            if not k.tag.endswith((":str", ":merge")):
+                raise StudyError(
+                    f"{name}:{line}: {k.value!r} would be read as a number or"
+                    f" a truth value, not as a name: write {k.value!r}, quoted"
+                )
             if k.value in seen:
                 raise StudyError(f"{name}:{line}: {k.value!r} appears twice")
             seen.add(k.value)
@@ -288,14 +300,18 @@ class Cell:
     parameters: Mapping[str, Any]  # all of them, resolved
 
     @property
-    def label(self) -> str:
-        "Arm, varied values, seed."
+    def name(self) -> str:
+        "Arm and varied values."
         words = [self.arm]
         for k, v in self.varied.items():
             words.append(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}")
-        if self.seed is not None:
-            words.append(f"seed {self.seed}")
-        return " ".join(filter(None, words)) or "run"
+        return " ".join(filter(None, words))
+
+    @property
+    def label(self) -> str:
+        "Arm, varied values, seed."
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return " ".join(filter(None, [self.name, seed])) or "run"
 
     @property
     def hash(self) -> str:

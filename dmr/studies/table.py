@@ -235,7 +235,9 @@ def tidy_run(
     row: dict[str, Any] = {
         "run_id": result.get("run_id"),
         "study": result.get("study"),
-        "arm": parameters.get("arm") or arm_label(parameters, base_lr),
+        "arm": result.get("arm")
+        or parameters.get("arm")
+        or arm_label(parameters, base_lr),
         "seed": parameters.get("seed"),
         "status": result.get("status") or ("ok" if finished else "missing"),
         "error": result.get("error"),

@@ -129,6 +129,14 @@ def _check_value(p: Parameter, value: Any) -> Any:
         raise ValueError(f"{p.name}={value!r} lies outside {p.interval}{help}")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{p.name} is not a number (nan)")
+    try:
+        json.dumps(value, sort_keys=True)
+    except TypeError:
+        raise ValueError(
+            f"{p.name}={value!r}: a parameter is text, a number, true, false,"
+            " null, or a list or mapping of these, with text as its keys; write"
+            " a date in quotes"
+        ) from None
     return value
 
 # %% ../../nbs/studies/02_template.ipynb #69134335

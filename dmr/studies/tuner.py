@@ -188,19 +188,20 @@ SCORE = "final_average"
 
 
 def scores_of(plan: Plan) -> dict[str, float | None]:
-    "Hash of a cell -> its score, None where its run failed."
+    "Hash of a cell -> its score, None where its run failed or diverged."
     out: dict[str, float | None] = {}
     for p in plan.runs:
         if p.state["state"] in FINAL:
             out[p.cell.hash] = None
         elif p.state["state"] == OK and p.found:
-            value = row_of_found(p.found, p, plan).get(SCORE)
-            if value is None:
+            row = row_of_found(p.found, p, plan)
+            if SCORE not in row:
                 raise ValueError(
                     f"{p.name} has no {SCORE!r}, by which a sampler chooses;"
                     " leave --tuner out"
                 )
-            out[p.cell.hash] = float(value)
+            value = row[SCORE]  # none where it diverged
+            out[p.cell.hash] = None if value is None else float(value)
     return out
 
 # %% ../../nbs/studies/11_tuner.ipynb #7e7c10cb

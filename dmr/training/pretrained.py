@@ -269,6 +269,25 @@ def _check_whole(
         " AutoModelForCausalLM writes it"
     )
 
+# %% ../../nbs/training/05_pretrained.ipynb #c16ac24d
+@torch.no_grad()
+def _check_causal(
+    name: str,  # of the model, for the error
+    model: nn.Module,  # in evaluation mode
+) -> None:
+    "ValueError where a token sees those that come after it."
+    rows = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    noise = max(1e-4, torch.finfo(logits.dtype).eps)
+    first, other = logits.float()
+    differ = (first - other).abs().amax() / (first.amax() - first.amin())
+    if bool(differ > noise):
+        raise ValueError(
+            f"{name!r} reads text in both directions, as masked language models"
+            " do, so it is no causal language model: its loss would see the"
+            " next token; choose a model that writes text"
+        )
+
 # %% ../../nbs/training/05_pretrained.ipynb #c16ac24e
 def load_pretrained(
     # a key of MODELS, a folder, a .gguf file, or a model on Hugging Face
@@ -282,7 +301,8 @@ def load_pretrained(
     """A causal language model and its tokenizer, through transformers.
 
     Raises ImportError without transformers, ValueError for a model or a
-    tokenizer that cannot be found and for a model that lacks weights,
+    tokenizer that cannot be found, for a model that lacks weights and for one
+    that reads in both directions,
     MemoryError where the weights would not fit.
     """
     need("transformers", "hf", "a pretrained model")
@@ -308,7 +328,8 @@ def load_pretrained(
     read: Any = AutoModelForCausalLM.from_pretrained(place, **options)
     model, told = read
     _check_whole(str(name), model, told["missing_keys"])
-    return model.eval(), words
+    _check_causal(str(name), model.eval())
+    return model, words
 
 # %% ../../nbs/training/05_pretrained.ipynb #320b6235
 def encode(

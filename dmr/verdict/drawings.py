@@ -96,6 +96,8 @@ def _draw_on_plane(ax: Any, arm: TableArm, at: Curve) -> str:
             look = replace(look, interpolate=None)
         label = None if arm.composed else arm.name
         means = draw_arm(ax, at, look.style, label)
+    if not means:
+        return f"{arm.name} no number"
     middle = means[len(means) // 2]
     place = f"{middle.forgetting:.3f} at {middle.learning_accuracy:.3f}"
     return f"{arm.name} {place}"

@@ -437,7 +437,8 @@ def draw_parts_apart(
         ends, spots = {}, []
         for arm, at in found.items():
             style = table.arms[arm].fields.style
-            means = draw_arm(ax, at, style)
+            if not (means := draw_arm(ax, at, style)):
+                continue
             ends[arm] = (means[0], style["color"])
             spots += [f"{arm} {y:.3f} at {x:.3f}" for x, y in means[:1]]
         _label_ends(ax, ends)

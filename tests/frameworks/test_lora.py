@@ -23,7 +23,9 @@ from dmr.frameworks.lora import (
 )
 from dmr.methods.boundary import BoundaryProjection
 from dmr.methods.consolidation import FisherMerge, merge
+from dmr.methods.penalty import EWC
 from dmr.methods.projection import Projection
+from dmr.routing.consolidation import Interpolate
 from dmr.routing.router import MomentRouter
 from dmr.training.pretrained import (
     check_memory,
@@ -389,3 +391,49 @@ def test_directions_at_the_boundary_are_those_of_the_gradients():
     assert not router.modification.sketches
     with pytest.raises(ValueError, match=r"call router.observe\(batch\)"):
         router.consolidate()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        dict(consolidation=FisherMerge()),
+        dict(consolidation=Interpolate(0.5)),
+        dict(modification=EWC(None, 50.0), strength=1.0),
+    ],
+)
+def test_what_was_known_of_an_adapter_is_not_put_back_on_top_of_it(make):
+    "After a restart, steps at a rate of zero leave the model as it is."
+    model, make = adapted(), dict(make)
+    optimizer = over(model)
+    edit = make.pop("modification", None)
+    if edit is not None:
+        edit.fisher_fn = lambda x: model(input_ids=x, labels=x).loss
+    router = MomentRouter(model, optimizer, edit, **make)
+    train(model, optimizer, router)
+    router.consolidate()
+    restart_lora(model, optimizer, router)
+    before = model(input_ids=BATCH).logits.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if edit is None else 1e-12
+    train(model, optimizer, router)
+    router.consolidate()
+    after = model(input_ids=BATCH).logits.detach()
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+
+def test_only_adapters_in_use_are_merged_and_each_once():
+    model = adapted()
+    optimizer = over(model)
+    model.add_adapter("other", model.peft_config["default"])
+    train(model, optimizer, MomentRouter(model, optimizer))
+    other = {
+        n: nn.init.ones_(p) for n, p in model.named_parameters() if "other" in n
+    }
+    before = model(input_ids=BATCH).logits.detach()
+    assert restart_lora(model, optimizer) and len(other) == 4
+    after = model(input_ids=BATCH).logits.detach()
+    torch.testing.assert_close(after, before)
+    assert all(bool((p == 1).all()) for p in other.values())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"twice; call model.unmerge_adapter"):
+        restart_lora(model, optimizer)

@@ -27,6 +27,7 @@ from dmr.frameworks.trainer import Routed, RoutedTrainer, RouterCallback
 from dmr.methods.consolidation import FisherMerge
 from dmr.methods.projection import Projection
 from dmr.methods.replay import ReplayBuffer, ReplayMix
+from dmr.methods.rivals import RegMean
 from dmr.routing.kept import read_kept
 from dmr.routing.router import MomentRouter
 from dmr.routing.strength import OverlapAware
@@ -522,3 +523,86 @@ def test_a_trainer_whose_train_takes_nothing_is_routed_too():
 
     callback = RouterCallback(Projection(rank=2))
     assert Mine(router=callback).train() == "trained"
+
+
+def steps_of(model, optimizer, n=4):
+    for _ in range(n):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+
+
+def meets(keeper, model):
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], 1e-2
+    )
+    return keeper.attach(model, optimizer), optimizer
+
+
+@pytest.mark.parametrize("out", [3, 5])
+def test_a_foreign_model_is_refused_and_what_is_known_is_kept(out):
+    "One with other weights, or of another shape; then the right one goes on."
+    torch.manual_seed(0)
+    merge = FisherMerge(0.5)
+    keeper = DomainCallback(Projection(rank=2), consolidation=merge)
+    model = torch.nn.Linear(6, 3)
+    router, optimizer = meets(keeper, model)
+    steps_of(model, optimizer)
+    keeper.consolidate()
+    known = merge.before["weight"].clone()
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        meets(keeper, torch.nn.Linear(6, out))
+    assert torch.equal(merge.before["weight"], known)
+    again, optimizer = meets(keeper, model)
+    assert again.domains == 1 and keeper.router is again
+    steps_of(model, optimizer)
+    assert 0 < keeper.consolidate()["consolidation"]["share"] < 1
+
+
+def test_a_merge_that_calls_a_loss_is_refused_by_a_callback_too():
+    model = torch.nn.Linear(6, 3)
+    merge = RegMean(loss_fn=lambda x: model(x).square().mean())
+    keeper = DomainCallback(consolidation=merge)
+    router, optimizer = meets(keeper, model)
+    for _ in range(3):
+        router.observe(torch.randn(8, 6))
+        steps_of(model, optimizer, 1)
+    keeper.consolidate()
+    loaded = torch.nn.Linear(6, 3)
+    loaded.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="knows the weights of another model"):
+        meets(keeper, loaded)
+
+
+def test_layers_may_be_frozen_and_thawed_between_domains():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    keeper = DomainCallback(
+        Projection(rank=2, every=1), consolidation=FisherMerge(0.5)
+    )
+    for domain, frozen in enumerate(([], ["0"], [], ["1"])):
+        for name, layer in model.named_children():
+            layer.requires_grad_(name not in frozen)
+        router, optimizer = meets(keeper, model)
+        steps_of(model, optimizer)
+        keeper.consolidate()
+        assert router.domains == domain + 1
+
+
+def test_a_callback_given_twice_ends_each_domain_once(tmp_path):
+    callback = RouterCallback(Projection(rank=2, every=1))
+    trainer = RoutedTrainer(
+        adapted(), arguments(tmp_path, 4), train_dataset=data(),
+        router=callback, callbacks=[callback],
+    )  # fmt: skip
+    trainer.train()
+    assert len(callback.reports) == 1
+
+
+def test_a_training_that_ends_before_its_boundary_says_so(tmp_path):
+    callback = RouterCallback(Projection(rank=2, every=1), boundaries=[10])
+    trainer = RoutedTrainer(
+        adapted(), arguments(tmp_path, 4), train_dataset=data(), router=callback
+    )
+    said = r"step 4, 4 steps into a domain: boundaries=\[10\] names no end"
+    with pytest.warns(UserWarning, match=said):
+        trainer.train()

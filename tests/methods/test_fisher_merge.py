@@ -625,3 +625,18 @@ def test_every_optimizer_is_routed_in_two_ways_at_least():
     assert all(every <= kinds for kinds in routings.values())
     four = {name for name, kinds in routings.items() if len(kinds) == 4}
     assert {"Adam", "AdamW", "RAdam", "Adamax"} <= four
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_merged_by_the_curvature_of_its_embedding(tied):
+    "Two names, one tensor, or two with the same numbers, as files hold them."
+    torch.manual_seed(0)
+    old, new = ({"embed": torch.randn(5, 3)} for _ in range(2))
+    for state in (old, new):
+        x = state["embed"]
+        state["head"] = x if tied else x.clone()
+    fishers = [{"embed": torch.rand(5, 3)} for _ in range(2)]
+    merged = merge(old, new, *fishers)
+    assert torch.equal(merged["embed"], merged["head"])
+    plain = (old["embed"] + new["embed"]) / 2
+    assert not torch.allclose(merged["head"], plain)

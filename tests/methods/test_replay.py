@@ -259,3 +259,25 @@ def test_no_step_outlives_itself():
     finally:
         module.new_step = made
         gc.enable()
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_examples_of_another_length_are_refused_at_the_first_batch(between):
+    "Not at the end of the domain, which would then never end."
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    loss_fn = lambda x: model(x.float().mean(1, keepdim=True)).square().mean()
+    buffer = dmr.ReplayBuffer(capacity=4)
+    edit = dmr.ReplayMix(buffer, loss_fn, fraction=None)
+    router = MomentRouter(model, optimizer, edit)
+    show(router, loss_fn, torch.ones(4, 12))
+    optimizer.step()
+    if between:
+        router.consolidate()
+    for length in (16, 1):
+        with pytest.raises(ValueError, match=rf"\({length},\), earlier ones"):
+            router.observe(torch.ones(4, length))
+    show(router, loss_fn, torch.ones(4, 12))
+    optimizer.step()
+    router.consolidate()
+    assert router.domains == 1 + between

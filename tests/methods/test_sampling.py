@@ -234,3 +234,63 @@ def test_what_protect_shows_is_kept_whole():
     assert torch.equal(
         parts[2].modification.buffer.memory[""], torch.cat(shown)
     )
+
+
+class Plain(nn.Module):
+    "Tokens -> logits of a vocabulary, as a loop's own model gives them."
+
+    def __init__(self, vocabulary, give=lambda x: x):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        self.give = give
+
+    def forward(self, x):
+        return self.give(self.table(x.long()))
+
+
+def test_tokens_beyond_a_byte_stay_what_they_are():
+    model = Plain(1000)
+    (x,) = sample_text(model, tokens=64, length=8, skip=0, start=999)
+    assert x.dtype == torch.int64 and (x[:, 0] == 999).all()
+    (small,) = sample_text(Plain(200), tokens=64, length=8)
+    assert small.dtype == torch.uint8
+
+
+def encoder_decoder(transformers):
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=17, d_model=8, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=1, decoder_attention_heads=1,
+            encoder_ffn_dim=8, decoder_ffn_dim=8,
+        )
+    )  # fmt: skip
+
+
+def masked(transformers):
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=17, hidden_size=8, num_hidden_layers=1,
+            num_attention_heads=1, intermediate_size=8,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [encoder_decoder, masked])
+def test_what_does_not_write_is_refused_at_the_call(make):
+    model = make(pytest.importorskip("transformers"))
+    with pytest.raises(ValueError, match="does not write text token by token"):
+        sample_text(model, tokens=8, length=4, start=1)
+
+
+@pytest.mark.parametrize(
+    "model, start, said",
+    [
+        (llama, 17, "start=17 is none of the 17 tokens"),
+        (lambda: Plain(8), None, "does not know the tokens .*pass start="),
+        (lambda: Plain(300, lambda x: (x, 0)), None, "returned tuple, not log"),
+    ],
+)
+def test_a_start_or_logits_that_do_not_fit_are_named(model, start, said):
+    with pytest.raises(ValueError, match=said):
+        list(sample_text(model(), tokens=8, length=4, start=start))

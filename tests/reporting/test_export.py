@@ -7,6 +7,7 @@ tested where somebody has installed it.
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,23 @@ def test_mlflow_gives_back_what_it_got(tmp_path, monkeypatch):
             points,
         )
         assert again == plain(run)
+
+
+@pytest.mark.slow
+def test_mlflow_takes_any_name(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    names = {"loss/c++": {1: 1.0}, "loss/notes (1)": {1: 2.0}}
+    (run,) = few()[:1]
+    twice("mlflow", [replace(run, curves=names)])
+    client = mlflow.MlflowClient()
+    at = client.get_experiment_by_name("tuning").experiment_id
+    (found,) = client.search_runs([at])
+    assert found.data.metrics["loss/c_2b__2b_"] == 1.0
+    at = f"{found.info.artifact_uri}/facts.json"
+    written = mlflow.artifacts.load_dict(at)["names"]
+    assert set(written.values()) == set(names)
 
 
 @pytest.mark.slow

@@ -345,3 +345,50 @@ def test_batches_of_the_same_size_or_of_no_meaning_are_not():
     assert not of_sizes(16, [12])
     assert not of_sizes(1, [16], observed=False)
     assert not of_sizes(1, [16], rule=lambda: dmr.Interpolate(0.5))
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        (lambda x: {"loss": x.mean()}, "loss_fn returned dict"),
+        (lambda x: x, r"a tensor of shape \(2, 3\)"),
+        (lambda x: x.mean().item(), "returned float"),
+        (lambda x: None, "returned NoneType"),
+        (lambda x: x.mean().detach(), "reaches no parameter"),
+    ],
+)
+def test_a_loss_that_is_none_is_named(value, said):
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    router = dmr.MomentRouter(model, optimizer, consolidation=dmr.FisherMerge())
+    with pytest.raises(ValueError, match=said):
+        router.protect([torch.ones(2, 4)], lambda x: value(model(x)))
+    assert router.domains == 0
+
+
+@pytest.mark.parametrize(
+    "batches, loss_fn, said",
+    [
+        (lambda x: x.mean(), [torch.ones(2, 4)], "function is not several"),
+        ({"x": torch.ones(2, 4)}, lambda b: b, "dict is not several batches"),
+        ([torch.ones(2, 4)], torch.ones(3), "loss_fn=Tensor is no function"),
+    ],
+)
+def test_arguments_that_were_exchanged_are_named(batches, loss_fn, said):
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    router = dmr.MomentRouter(model, optimizer, consolidation=dmr.FisherMerge())
+    with pytest.raises(TypeError, match=said):
+        router.protect(batches, loss_fn)
+
+
+def test_reentrant_checkpointing_is_named_with_the_way_out():
+    from torch.utils.checkpoint import checkpoint
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    router = dmr.MomentRouter(model, optimizer, consolidation=dmr.FisherMerge())
+    first, last = model
+    run = lambda x: checkpoint(last, first(x), use_reentrant=True).mean()
+    with pytest.raises(ValueError, match="gradient_checkpointing_kwargs"):
+        router.protect([torch.ones(2, 4)], run)

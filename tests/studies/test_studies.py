@@ -18,6 +18,8 @@ from dmr.reporting.results import load_results, results_of
 from dmr.studies.identity import changed_parts, digest, package_folder
 from dmr.studies.plan import (
     accept,
+    find_run,
+    keep_sources,
     make_plan,
     table_rows,
     why,
@@ -62,6 +64,10 @@ def plan_of(folders, name="tiny"):
         ("limits:\n  wall: soon", 3, "no quantity"),
         ("defaults: {checkpoint: /tmp}", 2, "set by the engine"),
         ("arms: {a: {lr: 1, lr: 2}}", 2, "appears twice"),
+        ("arms: {no: {}, off: {}}", 2, "'no' would be read as a number or"),
+        ("arms:\n  1.0: {}\n  1: {}", 3, "write '1.0', quoted"),
+        ("seeds: [00, 010]", 2, "00 is a number to base 8 or 60"),
+        ("defaults: {lr: 20:30}", 2, "20:30 is a number to base 8 or 60"),
         ("arms: {a: {}\n", 3, ""),
     ],
 )
@@ -285,6 +291,88 @@ def test_results_of_two_versions_are_never_in_one_table(tmp_path):
         [[1.0], [2.0]],
         [[2.0], [1.0]],
     )
+
+
+def read_folders(tmp_path, monkeypatch):
+    "A study on a text of two domains, one of them a link, all its runs made."
+    monkeypatch.setenv("DMR_CACHE", str(tmp_path / "cache"))
+    for name in ("texts/a", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        words = "\n".join(f"{name} {i} words of a text" for i in range(400))
+        (tmp_path / name / "0.txt").write_text(words)
+    (tmp_path / "texts/b").symlink_to(tmp_path / "elsewhere")
+    head = 'stream = ""  # a folder\n' + PARAMETERS
+    study = f"seeds: [0]\ndefaults: {{stream: {tmp_path}/texts}}\n"
+    folders = project(tmp_path, study, cells=(head, BODY, EMIT))
+    finish(plan_of(folders))
+    return folders
+
+
+def test_a_text_that_changed_is_said_whether_it_was_read_or_not(
+    tmp_path, monkeypatch
+):
+    folders = read_folders(tmp_path, monkeypatch)
+    study = read_study(folders.studies / "tiny.yaml")
+    (run,) = plan_of(folders).runs
+    assert why(run.name, folders)[1].endswith(": it stands")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_results(study, folders)
+    with open(tmp_path / "elsewhere/0.txt", "a") as f:  # behind the link
+        f.write("\nand one line more")
+    assert "not read since it changed" in why(run.name, folders)[1]
+    with pytest.warns(UserWarning, match="text of 1 results was not read"):
+        load_results(study, folders)
+    assert plan_of(folders).counts() == {"waiting": 1}  # this reads it
+    assert "text changed" in why(run.name, folders)[1]
+    with pytest.warns(UserWarning, match="1 results were made on another text"):
+        table = load_results(study, folders)
+    assert list(table.status) == ["missing"]
+    assert list(load_results(study, folders, code="any").status) == ["ok"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_study(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\n")
+    project(tmp_path, "seeds: [0]\n", name="other")
+    one, other = (finish(plan_of(folders, n)) for n in ("tiny", "other"))
+    name = one.folder.name
+    assert other.folder.name == name
+    with pytest.raises(LookupError, match=f"2 runs .*other/{name}, tiny/"):
+        find_run(name, folders)
+    for study in ("tiny", "other"):
+        for asked in (f"{study}/{name}", f"runs/{study}/{name[:-3]}"):
+            found, run = find_run(asked, folders)
+            assert found == study and run.run.folder.parent.name == study
+
+
+def test_why_shows_how_the_code_differs_before_a_choice(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\n")
+    plan = plan_of(folders)
+    keep_sources(plan)  # as a batch does
+    run = finish(plan)
+    cells = PARAMETERS, BODY, EMIT.replace("* 10", "* 20")
+    write_template(tmp_path / "nbs/experiments/tiny.ipynb", *cells)
+    said = "\n".join(why(run.folder.name, folders))
+    assert "-metrics = dict(loss=lr * 10" in said
+    assert "+metrics = dict(loss=lr * 20" in said
+
+
+def test_arms_may_be_called_as_pandas_calls_nothing(tmp_path):
+    folders = project(tmp_path, "seeds: [0]\narms: {None: {}, NA: {lr: 1}}\n")
+    table = load_results("tiny", folders)
+    assert list(table.arm) == ["None", "NA"]
+
+
+def test_values_that_no_run_could_be_named_after_are_refused(tmp_path):
+    head = "options = {}  # more\n" + PARAMETERS
+    text = "seeds: [0]\ndefaults: {options: {since: 2020-01-01}}\n"
+    folders = project(tmp_path, text, cells=(head, BODY, EMIT))
+    with pytest.raises(StudyError, match="write a date in quotes"):
+        read_study(folders.studies / "tiny.yaml")
+    own = dict(options={1: 2, "b": 3})
+    (folders.studies / "tiny.yaml").write_text("template: ../tiny.ipynb\n")
+    with pytest.raises(ValueError, match="with text as its keys"):
+        read_study(folders.studies / "tiny.yaml", own)
 
 
 def test_rows_count_as_done_on_a_new_machine(tmp_path):

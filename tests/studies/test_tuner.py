@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny import BODY, PARAMETERS, project
+from tiny import BODY, PARAMETERS, finish, project
 
 from dmr.studies.plan import make_plan
 from dmr.studies.study import find_project, find_study, read_study
@@ -15,6 +15,7 @@ from dmr.studies.tuner import (
     Tuner,
     chosen,
     run_tuned,
+    scores_of,
     settings_of,
     share_runs,
 )
@@ -147,6 +148,16 @@ def test_runs_without_a_score_are_refused(tmp_path):
     here, study = tiny_study(tmp_path, emit)
     with pytest.raises(ValueError, match="no 'final_average'"):
         run_tuned(study, here, 4, how="quiet")
+
+
+def test_a_run_that_diverged_has_no_score_and_ends_nothing(tmp_path):
+    here, study = tiny_study(tmp_path)
+    plan = make_plan(study, here)
+    numbers = (dict(final_average=None, forgetting=1.0), dict(final_average=2))
+    for p, metrics in zip(plan.runs, numbers):
+        finish(plan, p, result=dict(metrics=metrics))
+    first, second = (p.cell.hash for p in plan.runs[:2])
+    assert scores_of(make_plan(study, here)) == {first: None, second: 2.0}
 
 
 @pytest.mark.slow

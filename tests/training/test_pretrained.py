@@ -145,3 +145,18 @@ def test_the_pinned_model_loads_and_learns_through_adapters():
     assert pretrained.window_losses(adapted, windows).mean() < before
     assert lora_memory(adapted, optimizer, router)["router_over_weights"] < 0.02
     assert restart_lora(adapted, optimizer, router) == 60
+
+
+def test_a_model_that_reads_in_both_directions_is_no_language_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=257, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=1, intermediate_size=8,
+    )  # fmt: skip
+    from dmr.training.finetune import save_small_llama
+
+    tiny = save_small_llama(tmp_path / "tiny")
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="reads text in both directions"):
+        pretrained.load_pretrained(tmp_path)
