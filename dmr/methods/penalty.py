@@ -82,8 +82,8 @@ def _beside(
             )
     return {n: x.to(params[n].device, copy=True) for n, x in tensors.items()}
 
-# %% ../../nbs/methods/08_penalty.ipynb #db00cb63
-class _ByParameter(Modification):
+# %% ../../nbs/methods/08_penalty.ipynb #db00cb62
+class _Named(Modification):
     "Keeps tensors of the parameters' shapes, by parameter name."
 
     kept: tuple[str, ...] = ("importance", "anchors")  # in the state
@@ -101,6 +101,10 @@ class _ByParameter(Modification):
             for name in names:
                 getattr(self, part).pop(name, None)
         self.refresh()
+
+# %% ../../nbs/methods/08_penalty.ipynb #db00cb63
+class _ByParameter(_Named):
+    "And in the state."
 
     def state_dict(self) -> dict:
         copies = lambda named: {name: x.clone() for name, x in named.items()}

@@ -75,9 +75,9 @@ def _ends(
         )
     return begin, end
 
-# %% ../../nbs/methods/14_sampling.ipynb #710c82c6
-class _Reader:
-    "Gives the logits of the next token of each row."
+# %% ../../nbs/methods/14_sampling.ipynb #710c82c5
+class _PlainReader:
+    "Of a module that takes tokens and returns logits."
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -85,21 +85,8 @@ class _Reader:
         self.transformers = hasattr(model, "config")
         self.bytes = not self.transformers  # as far as is known
 
-    def __call__(
-        self,
-        text: Tensor,  # (rows, time) so far
-    ) -> Tensor:  # (rows, vocabulary)
-        if not self.transformers:
-            return self._plain(text)
-        new = text[:, -1:] if self.past else text
-        out = self.model(input_ids=new, use_cache=True, **self.past)
-        names = ("cache", "past_key_values")  # by version of transformers
-        held = [key for key in names if key in out]
-        self.past = {key: out[key] for key in held[:1]}
-        return out.logits[:, -1]
-
     def _plain(self, text: Tensor) -> Tensor:
-        "Of a module that takes tokens and returns logits."
+        "The logits of the next token of each row."
         longest = getattr(self.model, "context", text.shape[1])
         name = type(self.model).__name__
         try:
@@ -116,6 +103,23 @@ class _Reader:
             )
         self.bytes = out.shape[-1] <= 256
         return out[:, -1]
+
+# %% ../../nbs/methods/14_sampling.ipynb #710c82c6
+class _Reader(_PlainReader):
+    "Gives the logits of the next token of each row."
+
+    def __call__(
+        self,
+        text: Tensor,  # (rows, time) so far
+    ) -> Tensor:  # (rows, vocabulary)
+        if not self.transformers:
+            return self._plain(text)
+        new = text[:, -1:] if self.past else text
+        out = self.model(input_ids=new, use_cache=True, **self.past)
+        names = ("cache", "past_key_values")  # by version of transformers
+        held = [key for key in names if key in out]
+        self.past = {key: out[key] for key in held[:1]}
+        return out.logits[:, -1]
 
 # %% ../../nbs/methods/14_sampling.ipynb #fa22b346
 def draw_tokens(
@@ -155,19 +159,12 @@ def _write(
             text = torch.cat([text, token[:, None]], 1)
     return text.to(torch.uint8) if read.bytes else text
 
-# %% ../../nbs/methods/14_sampling.ipynb #73b17ed7
-def _check_sampling(
+# %% ../../nbs/methods/14_sampling.ipynb #73b17ed6
+def _check_writer(
     model: nn.Module,
-    length: int,  # tokens of a window
-    temperature: float,
     start: int,  # token
 ) -> None:
-    "Raise ValueError for what cannot be written."
-    if not isinstance(temperature, Real) or not temperature > 0:
-        raise ValueError(
-            f"temperature={temperature!r} is not above 0; pass 1.0 for text as"
-            " probable as the model finds it"
-        )
+    "Raise ValueError for a model that does not write, or not from there."
     config = getattr(model, "config", None)
     writes = getattr(model, "can_generate", lambda: True)()
     if getattr(config, "is_encoder_decoder", False) or not writes:
@@ -182,6 +179,21 @@ def _check_sampling(
             f"start={start} is none of the {known} tokens that"
             f" {type(model).__name__} knows"
         )
+
+# %% ../../nbs/methods/14_sampling.ipynb #73b17ed7
+def _check_sampling(
+    model: nn.Module,
+    length: int,  # tokens of a window
+    temperature: float,
+) -> None:
+    "Raise ValueError for what cannot be written."
+    if not isinstance(temperature, Real) or not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature!r} is not above 0; pass 1.0 for text as"
+            " probable as the model finds it"
+        )
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()  # a part of it
     longest = getattr(text, "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         raise ValueError(
@@ -216,7 +228,8 @@ def sample_text(
     of_bytes = not hasattr(model, "config")
     if skip is None:
         skip = getattr(model, "context", length) if of_bytes else 0
-    _check_sampling(model, skip + length, temperature, ends[0])
+    _check_writer(model, ends[0])
+    _check_sampling(model, skip + length, temperature)
     generator = torch.Generator().manual_seed(seed)
     draw = lambda logits: draw_tokens(logits, temperature, generator)
 

@@ -328,23 +328,42 @@ def _warn_forgotten(merge: _Anchored, gone: set[str]) -> None:
         stacklevel=user_level(),
     )
 
-# %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
-class _Anchored(Consolidation):
-    "Takes a copy of the trained weights."
+# %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eee
+class _Copying(Consolidation):
+    "Keeps a copy of the trained weights."
 
-    weight: float | None = None  # λ of every boundary, where there is one
     tables: tuple[str, ...] = ("before",)  # what it keeps by parameter name
 
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}  # θ_prev by name
 
+    def _forget(self, names: Collection[str]) -> None:
+        for table in self.tables:
+            kept = getattr(self, table).items()
+            setattr(self, table, {n: x for n, x in kept if n not in names})
+
+    def renew(self, names: Collection[str]) -> None:
+        weights, known = self.trained.parameters(), self.before.keys()
+        fresh = {n: weights[n].detach().clone() for n in {*names} & known}
+        self._forget(names)
+        self.before |= fresh
+
+    @torch.no_grad()
+    def anchor(self) -> None:
+        parameters = self.trained.parameters().items()
+        self.before = {name: p.detach().clone() for name, p in parameters}
+
+# %% ../../nbs/routing/07_consolidation.ipynb #cc9e1eef
+class _Anchored(_Copying):
+    "Checks that they are this model's."
+
+    weight: float | None = None  # λ of every boundary, where there is one
+
     def attach(self, trained: Trained) -> None:
         _check_known(self, trained)
         if gone := _misfits(self, trained):
             _warn_forgotten(self, gone)
-        for table in self.tables:
-            kept = getattr(self, table).items()
-            setattr(self, table, {n: x for n, x in kept if n not in gone})
+        self._forget(gone)
         super().attach(trained)
         if self.weight is not None:
             check_only_copy(trained)
@@ -353,19 +372,6 @@ class _Anchored(Consolidation):
     def check(self) -> None:
         if self.weight is not None:
             check_weights(self.trained, self.before)
-
-    def renew(self, names: Collection[str]) -> None:
-        weights, known = self.trained.parameters(), self.before.keys()
-        fresh = {n: weights[n].detach().clone() for n in {*names} & known}
-        for table in self.tables:
-            kept = getattr(self, table).items()
-            setattr(self, table, {n: x for n, x in kept if n not in names})
-        self.before |= fresh
-
-    @torch.no_grad()
-    def anchor(self) -> None:
-        parameters = self.trained.parameters().items()
-        self.before = {name: p.detach().clone() for name, p in parameters}
 
 # %% ../../nbs/routing/07_consolidation.ipynb #1f6c2b90
 def placed(
