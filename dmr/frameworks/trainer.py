@@ -203,9 +203,9 @@ class _Meeting:
         **options: Any,  # as for Trainer
     ):
         super().__init__(*args, **options)
-        handler: Any = self.callback_handler  # type: ignore[attr-defined]
-        if router not in handler.callbacks:  # else its domains end twice
-            handler.add_callback(router)
+        handler = getattr(self, "callback_handler", None)
+        if router not in getattr(handler, "callbacks", ()):  # or it acts twice
+            self.add_callback(router)  # type: ignore[attr-defined]
         self.routed: Any = router
         router.observes = True
 

@@ -78,13 +78,17 @@ def _signed(x: float, digits: int) -> str:
     return "–" if math.isnan(x) else f"{x:+.{digits}f}"
 
 
-def _change(i: Interval | None, digits: int) -> str:
+def _change(
+    i: Interval | None,
+    digits: int,
+    seeds: int,  # that finished
+) -> str:
     "A difference, with half the width of its interval from four seeds on."
     if i is None:
         return ""
     half = "" if i.exploratory else f" ±{(i.high - i.low) / 2:.{digits}f}"
-    lost = len(i.missing)  # seeds without a number count for nothing
-    counted = f" ({i.n}/{i.n + lost})" if lost else ""
+    # one that finished without a number counts for nothing
+    counted = f" ({i.n}/{seeds})" if i.n < seeds else ""
     return _signed(i.estimate, digits) + half + counted
 
 
@@ -93,7 +97,7 @@ def _against_control(s: ArmSummary) -> str:
         return "control" if s.note == "control" else "n/c" if s.n else "–"
     n, planned = s.matched.n, s.planned
     counted = "" if n == planned else f" ({n}/{planned})"
-    return _change(s.matched, 3) + counted
+    return _change(s.matched, 3, n) + counted
 
 
 def _grid(head: list[str], rows: list[list[str]]) -> str:
@@ -130,7 +134,8 @@ def _block(study: Comparison, suffix: str, digits: int) -> str:
     lines = study.lines
     head = ["arm", *(f"{title} Δ" for title in COLUMNS.values()), "seeds"]
     changes = [
-        [_change(s.delta[m + suffix], digits) for m in COLUMNS] for s in lines
+        [_change(s.delta[m + suffix], digits, s.n) for m in COLUMNS]
+        for s in lines
     ]
     width = max(len(c) for row in changes for c in row)
     rows = []
@@ -424,7 +429,7 @@ def _main_table(
     for s in study.lines:
         row = [_name_cell(study.arms[s.name]), f"{s.n} of {s.planned}"]
         for m in COLUMNS:
-            change = _minus(_change(s.delta[m + suffix], digits))
+            change = _minus(_change(s.delta[m + suffix], digits, s.n))
             row += [
                 number_text(s.mean[m + suffix], digits),
                 f'<span class="delta">{change}</span>',

@@ -698,9 +698,6 @@ def _warn_of_others(
     if said:
         warnings.warn(f"{plan.study.name}: {'; '.join(said)}", stacklevel=5)
 
-
-#| export
-
 # %% ../../nbs/studies/07_plan.ipynb #3fb8bfb2
 def choose(
     plan: Plan,

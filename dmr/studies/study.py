@@ -73,7 +73,7 @@ def _loader(stream: str) -> Any:
             said = ""
             if node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
                 said = f"a whole number of more than {_MOST_DIGITS} signs"
-            if node.tag.endswith((":int", ":float")) and re.match(
+            elif node.tag.endswith((":int", ":float")) and re.match(
                 r"[-+]?0[0-7_]+$|.*:", node.value
             ):
                 said = (

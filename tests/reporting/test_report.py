@@ -549,10 +549,12 @@ def test_a_run_without_a_number_leaves_the_others_in_the_plane(tmp_path):
     report = R.write_report(results, tmp_path)
     assert report.plane
     (ax,) = R.plot_plane(R.group_arms(results))[0].axes
+    assert "(4/5)" in R.text_table(R.group_arms(results))
     left = R.group_arms([r for r in results if r["parameters"]["seed"] < 4])
     named = {t.get_text(): t.xy for t in ax.texts}
     for arm in left.arms.values():
-        assert named[arm.name] == pytest.approx(mean_point(arm.points()))
+        name = f"{arm.name} (4 of 5 seeds)"
+        assert named[name] == pytest.approx(mean_point(arm.points()))
 
 
 def test_intervals_in_the_plane_reach_as_far_as_they_are():
