@@ -1118,14 +1118,14 @@ ENTRIES = [
         "| # steps a domain: a merge of the whole past and a projection end"
         " below plain averaging, EWC and replay | # orders, rules fixed before,"
         " nothing tuned at this length. # texts: by # [#, #] against averaging,"
-        " # [#, #] against replay, and as much where that takes ‹two›"
+        " # [#, #] against replay, # [#, #] where that takes ‹two›"
         " gradients. # unseen texts: by # [#, #], # [#, #] and # [#, #] |",
         lambda: (
             regime(LONG)[2],
             *regime(LONG)[:2],
             *gap(LONG, BOTH, AVERAGE),
             *gap(LONG, BOTH, HALF),
-            gap(LONG, BOTH, REPLAY)[0] >= gap(LONG, BOTH, HALF)[0],
+            *gap(LONG, BOTH, REPLAY),
             regime(UNSEEN)[1],
             *gap(UNSEEN, BOTH, AVERAGE),
             *gap(UNSEEN, BOTH, HALF),
@@ -1383,7 +1383,9 @@ def value(shown):
         number = VALUES[shown.lower()]
         return number, 0.0 if number == int(number) else 0.05
     plain = shown.replace(",", "").replace("−", "-")
-    return float(plain), 0.5 * 10.0 ** -len(plain.partition(".")[2])
+    digits, _, power = plain.partition("e")
+    last = int(power or 0) - len(digits.partition(".")[2])
+    return float(plain), 0.5 * 10.0**last
 
 
 def agrees(ours, shown):
