@@ -584,6 +584,22 @@ def test_an_arm_of_which_half_the_runs_failed_is_not_comparable():
     assert "(2/4)" in R.text_table(study)
 
 
+def test_a_seed_that_was_made_again_counts_once():
+    results = demo(4, **FEW)
+    results += [failed("shared projection", s) for s in (2, 3)]
+    assert R.group_arms(results).arms["shared projection"].planned == 4
+    assert "not comparable" not in plane_finding(R.group_arms(results))
+
+
+def test_an_arm_of_which_every_run_failed_stays_in_the_count():
+    named = lambda r: r["parameters"]["arm"]
+    some = [r for r in demo(4) if named(r) != "shared projection"]
+    whole = plane_finding(R.group_arms(some))
+    more = [*some, *(failed("shared projection", s) for s in range(4))]
+    arms = lambda said: int(said.split(" of ")[1].split()[0])
+    assert arms(plane_finding(R.group_arms(more))) == arms(whole) + 1
+
+
 def test_arms_are_named_beside_the_plane_and_not_in_a_legend():
     from matplotlib.text import Text
 

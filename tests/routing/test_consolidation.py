@@ -261,6 +261,17 @@ def test_another_base_with_the_same_trained_weights_is_another_model():
     MomentRouter(again, last(again), consolidation=merge).close()
 
 
+def test_a_frozen_base_that_was_read_in_half_is_the_same_base():
+    merge = dmr.FisherMerge()
+    model, batches = half_known(0, frozen=0)
+    last = lambda model: torch.optim.AdamW(model[2].parameters(), lr=1e-2)
+    with MomentRouter(model, last(model), consolidation=merge) as router:
+        router.protect(batches, lambda x: model(x).square().mean())
+    again, _ = half_known(0, frozen=0)
+    again[0].to(torch.bfloat16)
+    MomentRouter(again, last(again), consolidation=merge).close()
+
+
 @pytest.mark.parametrize(
     "make",
     [
